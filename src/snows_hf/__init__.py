@@ -1,0 +1,35 @@
+"""Hessian-free one-shot pruning of vision models (SNOWS), native to the Hugging Face Hub.
+
+Importing it registers the CIFAR ResNets with timm.
+"""
+
+from .adapters import build_chain
+from .config import PruneConfig, SolverConfig
+from .errors import SnowsError
+from .evaluate import Accuracy, evaluate
+from .hub.load import Checkpoint, load
+from .inspect import inspect
+from .prune import PruneResult, prune
+from .version import __version__
+
+
+def from_pretrained(source: str, revision: str | None = None) -> Checkpoint:
+    """Loads a checkpoint, pruned or dense, from the Hub or a folder: see :func:`snows_hf.hub.load.load`."""
+    return load(source, revision)
+
+
+__all__ = [
+    "Accuracy",
+    "Checkpoint",
+    "PruneConfig",
+    "PruneResult",
+    "SnowsError",
+    "SolverConfig",
+    "__version__",
+    "build_chain",
+    "evaluate",
+    "from_pretrained",
+    "inspect",
+    "load",
+    "prune",
+]

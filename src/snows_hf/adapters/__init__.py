@@ -1,0 +1,12 @@
+"""Adapters: where an architecture's layers and K-step operations are. Importing this package registers all of them."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .base import Chain, Group, Operation, State, build_chain, frozen, register, supported
+
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Chain", "Group", "Operation", "State", "build_chain", "frozen", "register", "supported"]

@@ -1,0 +1,149 @@
+"""The model as the paper sees it: a chain of operations, some of which own weights to prune.
+
+An architecture is one file beside this one: a function that cuts a model into operations, and ``@register``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+
+
+State = tuple[Tensor, ...]
+"""What flows between operations: first the output that Eq. 3 compares, then what later operations still need
+(the residual stream, say). Every tensor has the images along its first dimension."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that are solved for jointly.
+
+    Attributes:
+        name: the layer's name in the model's own (live) namespace, ``vit.layers.0.attention.qkv`` for example.
+        parameters: names of the parameters in ``model.named_parameters()``.
+        kind: what the layer is to its architecture: ``qkv``, ``proj``, ``mlp0``, ``mlp3``, ``conv``, ...
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One output that counts as a k in Eq. 3, and how it is computed from the state before it.
+
+    ``group`` holds the weights that act here and can be pruned; None where there are none.
+    """
+
+    name: str
+    run: Callable[[State], State]
+    group: Group | None = None
+
+
+class Chain(nn.Module):
+    """A model cut into operations: running all of them gives the model's logits.
+
+    Segments f^{l:l+k} of Eq. 3 are slices of ``operations``; nothing before or after a slice is run.
+    """
+
+    def __init__(self, model: nn.Module, operations: list[Operation], family: str) -> None:
+        super().__init__()
+        self.model = model
+        self.operations = operations
+        self.family = family
+
+    def forward(self, state: State, start: int = 0, stop: int | None = None) -> list[Tensor]:
+        """Outputs of ``operations[start:stop]``, in order, from the state before ``start``."""
+        outputs = []
+        for operation in self.operations[start:stop]:
+            state = operation.run(state)
+            outputs.append(state[0])
+        return outputs
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The model's logits (n, classes) for preprocessed images (n, 3, height, width), through the chain."""
+        return self((images,))[-1]
+
+    def outputs(self, state: State, start: int, stop: int, weights: dict[str, Tensor]) -> list[Tensor]:
+        """Like calling the chain, with the named parameters replaced: differentiable in ``weights``."""
+        replaced = {f"model.{name}": value for name, value in weights.items()}
+        return torch.func.functional_call(self, replaced, (state, start, stop))
+
+    def groups(self) -> list[tuple[int, Group]]:
+        """Every group with the index of the operation it acts in, in forward order."""
+        return [(i, operation.group) for i, operation in enumerate(self.operations) if operation.group is not None]
+
+    def weight(self, name: str) -> nn.Parameter:
+        return self.model.get_parameter(name)
+
+
+Builder = Callable[[nn.Module], list[Operation]]
+_BUILDERS: dict[type[nn.Module], tuple[Builder, str]] = {}
+
+
+def register(*classes: type[nn.Module], family: str) -> Callable[[Builder], Builder]:
+    """Decorator: ``builder(model)`` cuts models of these classes (exact or derived) into operations.
+
+    ``family`` picks their settings in :data:`snows_hf.config.PRESETS`.
+    """
+
+    def add(builder: Builder) -> Builder:
+        for cls in classes:
+            _BUILDERS[cls] = builder, family
+        return builder
+
+    return add
+
+
+def supported() -> list[str]:
+    """Names of the model classes that have an adapter."""
+    return sorted({f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in _BUILDERS})
+
+
+def build_chain(model: nn.Module) -> Chain:
+    """Cuts a model into its chain of operations.
+
+    Raises:
+        AdapterError: no adapter knows the model's class.
+    """
+    for cls in type(model).__mro__:
+        if cls in _BUILDERS:
+            builder, family = _BUILDERS[cls]
+            return Chain(model, builder(model), family)
+    raise AdapterError(
+        f"No adapter for the architecture {type(model).__module__.split('.')[0]}.{type(model).__name__}.",
+        f"Supported: {', '.join(supported())}. A new one is one file in snows_hf/adapters/ (CONTRIBUTING.md).",
+    )
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Live name of every submodule."""
+    return {module: name for name, module in model.named_modules()}
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients and no in-place activations for the time of the block.
+
+    In-place ReLUs would overwrite outputs that the objective still compares. Everything is put back afterwards.
+    """
+    training = {module: module.training for module in model.modules()}
+    inplace = [module for module in model.modules() if getattr(module, "inplace", False) is True]
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    for module in inplace:
+        module.inplace = False
+    try:
+        yield
+    finally:
+        for module in inplace:
+            module.inplace = True
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)

@@ -1,0 +1,50 @@
+"""MobileNetV1 (timm): depthwise and pointwise convolutions, each followed by batch norm and ReLU.
+
+A depthwise weight has one input channel per filter: N:M does not fit it, and it is reported as left dense;
+unstructured pruning reaches it.
+"""
+
+from collections.abc import Iterator
+
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv
+from timm.models.efficientnet import EfficientNet
+from torch import nn
+
+from ..errors import AdapterError
+from .base import Group, Operation, module_names, register
+
+
+def _separable(block: nn.Module, name: str) -> Iterator[Operation]:
+    if type(block) is not DepthwiseSeparableConv or block.conv_s2d is not None:
+        raise AdapterError(
+            f"{name} is a {type(block).__name__}; expected timm's DepthwiseSeparableConv (MobileNetV1).",
+            "Other networks of timm's EfficientNet family have no adapter yet.",
+        )
+    depthwise, pointwise = f"{name}.conv_dw", f"{name}.conv_pw"
+    yield Operation(
+        depthwise, lambda s: (block.conv_dw(s[0]), s[0]), Group(depthwise, (f"{depthwise}.weight",), "depthwise")
+    )
+    yield Operation(f"{depthwise} > activation", lambda s: (block.se(block.aa(block.bn1(s[0]))), s[1]))
+    yield Operation(
+        pointwise, lambda s: (block.conv_pw(s[0]), s[1]), Group(pointwise, (f"{pointwise}.weight",), "pointwise")
+    )
+    yield Operation(
+        f"{pointwise} > activation", lambda s: (block.bn2(s[0]) + s[1] if block.has_skip else block.bn2(s[0]),)
+    )
+
+
+@register(EfficientNet, family="mobilenet")
+def mobilenet(model: nn.Module) -> list[Operation]:
+    """Operations of a timm MobileNetV1."""
+    names = module_names(model)
+    operations = [
+        Operation("conv_stem", lambda s: (model.conv_stem(s[0]),)),
+        Operation("conv_stem > activation", lambda s: (model.bn1(s[0]),)),
+    ]
+    for stage in model.blocks:
+        for block in stage:
+            operations += _separable(block, names[block])
+    return [
+        *operations,
+        Operation("classifier", lambda s: (model.forward_head(model.bn2(model.conv_head(s[0]))),)),
+    ]

@@ -1,0 +1,150 @@
+"""Vision Transformers with pre-norm blocks: transformers ViT and DeiT, timm VisionTransformer (DeiT included).
+
+Operations of one block (A.3.8): attention output before the out-projection (k = 0 for the joint QKV group), residual
+stream after the out-projection, MLP0, activation, residual stream after MLP3. LayerNorms are absorbed into the
+operation that reads them, as batch norms are in CNNs (A.3.2).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Mlp
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ViTForImageClassification
+
+from ..errors import AdapterError
+from .base import Group, Operation, State, module_names, register
+
+
+@dataclass(frozen=True)
+class TransformerBlock:
+    """What a pre-norm block computes, x → x + out(attend(norm(x))) → x + mlp3(act(mlp0(norm(x)))), as callables on
+    token sequences (n, tokens, width), with the live names of the prunable layers."""
+
+    name: str
+    attend: Callable[[Tensor], Tensor]
+    qkv: Group
+    project: Callable[[Tensor], Tensor]
+    projection: str
+    mlp0: Callable[[Tensor], Tensor]
+    mlp0_name: str
+    activation: Callable[[Tensor], Tensor]
+    mlp3: Callable[[Tensor], Tensor]
+    mlp3_name: str
+
+    def operations(self) -> Iterator[Operation]:
+        yield Operation(f"{self.qkv.name} > attention", lambda s: (self.attend(s[0]), s[0]), self.qkv)
+        yield Operation(
+            f"{self.projection} > residual",
+            lambda s: (s[1] + self.project(s[0]),),
+            Group(self.projection, (f"{self.projection}.weight",), "proj"),
+        )
+        yield Operation(
+            self.mlp0_name,
+            lambda s: (self.mlp0(s[0]), s[0]),
+            Group(self.mlp0_name, (f"{self.mlp0_name}.weight",), "mlp0"),
+        )
+        yield Operation(f"{self.mlp0_name} > activation", lambda s: (self.activation(s[0]), s[1]))
+        yield Operation(
+            f"{self.mlp3_name} > residual",
+            lambda s: (s[1] + self.mlp3(s[0]),),
+            Group(self.mlp3_name, (f"{self.mlp3_name}.weight",), "mlp3"),
+        )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale·q kᵀ) v for (n, heads, tokens, d), heads merged to (n, tokens, heads·d).
+
+    Written out because fused attention has neither a double backward nor a forward-mode rule.
+    """
+    weights = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def _transformers_block(layer: nn.Module, name: str) -> TransformerBlock:
+    attn = layer.attention
+
+    def attend(x: Tensor) -> Tensor:
+        x = layer.layernorm_before(x)
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+            for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        return attention(q, k, v, attn.scaling)
+
+    qkv = tuple(f"{name}.attention.{part}_proj.weight" for part in "qkv")
+    return TransformerBlock(
+        name=name,
+        attend=attend,
+        qkv=Group(f"{name}.attention.qkv", qkv, "qkv"),
+        project=attn.o_proj,
+        projection=f"{name}.attention.o_proj",
+        mlp0=lambda x: layer.mlp.fc1(layer.layernorm_after(x)),
+        mlp0_name=f"{name}.mlp.fc1",
+        activation=layer.mlp.activation_fn,
+        mlp3=layer.mlp.fc2,
+        mlp3_name=f"{name}.mlp.fc2",
+    )
+
+
+@register(ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, family="vit")
+def transformers_vit(model: nn.Module) -> list[Operation]:
+    """Operations of a transformers ViT or DeiT classifier."""
+    base, names = model.base_model, module_names(model)
+    operations = [Operation(names[base.embeddings], lambda s: (base.embeddings(s[0]),))]
+    for layer in base.layers:
+        operations += _transformers_block(layer, names[layer]).operations()
+
+    def head(s: State) -> State:
+        x = base.layernorm(s[0])
+        if isinstance(model, DeiTForImageClassificationWithTeacher):
+            return ((model.cls_classifier(x[:, 0]) + model.distillation_classifier(x[:, 1])) / 2,)
+        return (model.classifier(x[:, 0]),)
+
+    return [*operations, Operation("classifier", head)]
+
+
+def _timm_block(block: nn.Module, name: str) -> TransformerBlock:
+    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+        raise AdapterError(
+            f"{name} is a {type(block).__name__} with {type(block.attn).__name__} and {type(block.mlp).__name__}; "
+            f"expected timm's plain pre-norm Block with Attention and Mlp.",
+            "This variant of timm's VisionTransformer has no adapter yet.",
+        )
+    attn, mlp = block.attn, block.mlp
+
+    def attend(x: Tensor) -> Tensor:
+        x = block.norm1(x)
+        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        a = attn.norm(attention(attn.q_norm(q), attn.k_norm(k), v, attn.scale))
+        return a if attn.gate is None else a * attn.gate(x).sigmoid()
+
+    return TransformerBlock(
+        name=name,
+        attend=attend,
+        qkv=Group(f"{name}.attn.qkv", (f"{name}.attn.qkv.weight",), "qkv"),
+        project=lambda a: block.ls1(attn.proj(a)),
+        projection=f"{name}.attn.proj",
+        mlp0=lambda x: mlp.fc1(block.norm2(x)),
+        mlp0_name=f"{name}.mlp.fc1",
+        activation=mlp.act,
+        mlp3=lambda h: block.ls2(mlp.fc2(mlp.norm(h))),
+        mlp3_name=f"{name}.mlp.fc2",
+    )
+
+
+@register(VisionTransformer, family="vit")
+def timm_vit(model: nn.Module) -> list[Operation]:
+    """Operations of a timm VisionTransformer, distilled ones included."""
+    names = module_names(model)
+
+    def embed(s: State) -> State:
+        return (model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(s[0])))),)
+
+    operations = [Operation("patch_embed", embed)]
+    for block in model.blocks:
+        operations += _timm_block(block, names[block]).operations()
+    return [*operations, Operation("head", lambda s: (model.forward_head(model.norm(s[0])),))]

@@ -1,0 +1,41 @@
+"""The command line: one file per command; this one only mounts them and turns errors into messages."""
+
+import sys
+
+import typer
+
+from ..errors import SnowsError
+from ..version import __version__
+from . import demo, evaluate, inspect, prune
+from .sink import Sink
+
+
+app = typer.Typer(
+    name="snows-hf",
+    help="Make vision models sparse, one-shot, at nearly the same accuracy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("prune")(prune.command)
+app.command("eval")(evaluate.command)
+app.command("inspect")(inspect.command)
+app.command("demo")(demo.command)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: a :class:`SnowsError` becomes one message on stderr and exit code 1, Ctrl-C exit code 130."""
+    try:
+        app()
+    except SnowsError as error:
+        Sink.from_arguments(sys.argv).error(error)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

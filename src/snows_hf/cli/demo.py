@@ -1,0 +1,49 @@
+"""``snows-hf demo``: the main job on a model and data that come with the package."""
+
+import shlex
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json, Quiet
+from .progress import LayerProgress
+from .prune import show_report
+from .sink import Sink, calm_libraries
+
+
+def command(
+    model: Annotated[str, typer.Option(help="vit or resnet.")] = "vit",
+    pattern: Annotated[str, typer.Option(help="As for prune.")] = "2:4",
+    output: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("snows-demo"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a small model that comes with the package, on real scanned digits, with nothing to download."""
+    if model not in ("vit", "resnet"):
+        raise typer.BadParameter("expected vit or resnet", param_hint="--model")
+    from ..prune import prune
+
+    calm_libraries()
+    sink = Sink(as_json, quiet)
+    with as_file(files("snows_hf") / "embedded") as embedded, LayerProgress(sink) as progress:
+        digits = str(embedded / "digits")
+        result = prune(
+            str(embedded / f"{model}_digits"),
+            pattern,
+            data=digits,
+            eval_data=digits,
+            output=output,
+            on_progress=progress.update,
+            on_stage=sink.stage,
+        )
+    show_report(sink, result.report)
+    sink.text("Try next:")
+    for line in (
+        f"snows-hf inspect {shlex.quote(str(output))}",
+        "snows-hf prune google/vit-base-patch16-224 --pattern 2:4",
+        "snows-hf prune timm/resnet50.a1_in1k --pattern 2:4 --samples 1000",
+    ):
+        sink.text(f"  {line}")
+    sink.json(result.report)

@@ -1,0 +1,36 @@
+"""``snows-hf eval``"""
+
+from typing import Annotated
+
+import typer
+
+from .options import Device, Json, Model, Quiet, Revision
+from .sink import Sink, calm_libraries
+
+
+def command(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Labelled images: Hub data set, image folder or parquet.")],
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a checkpoint's top-1 and top-5 accuracy, dense or pruned."""
+    from ..data import open_images
+    from ..evaluate import evaluate
+    from ..hub.load import load
+    from ..prune import find_device
+
+    calm_libraries()
+    sink = Sink(as_json, quiet)
+    target = find_device(device)
+    checkpoint = load(model, revision)
+    source = open_images(data, split)
+    accuracy = evaluate(checkpoint.model.to(target), source, checkpoint.preprocess, checkpoint.class_names)
+    sink.text(
+        f"{model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % on {accuracy.images} images of {data} "
+        f"({split})"
+    )
+    sink.json(accuracy.to_dict())

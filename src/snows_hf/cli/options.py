@@ -1,0 +1,12 @@
+"""Options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+
+Model = Annotated[str, typer.Argument(help="Hub id or folder of a transformers or timm image classifier.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the object of --json).")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

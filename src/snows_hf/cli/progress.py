@@ -1,0 +1,57 @@
+"""Progress of a cascade on stderr: layer n of N, CG iterations, loss before → after, time left."""
+
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..cascade import Progress as CascadeProgress
+from .sink import Sink
+
+
+class LayerProgress:
+    """A bar while the cascade runs, and a line for each finished layer."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.bar = Progress(
+            TextColumn("layer"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=sink.err,
+            disable=sink.quiet,
+            transient=True,
+        )
+        self.task = None
+
+    def __enter__(self) -> "LayerProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def update(self, progress: CascadeProgress) -> None:
+        if self.task is None:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=progress.total)
+        report = progress.report
+        if report is not None:
+            self.bar.update(self.task, completed=progress.index + 1, description=report.name)
+            self.sink.stage(
+                f"{progress.index + 1:3d}/{progress.total} {report.name}: loss {report.loss_masked:.4g} → "
+                f"{report.loss_pruned:.4g}, {report.cg_iterations} CG iterations, {report.seconds:.1f} s"
+                + ("" if report.status == "improved" else f" [{report.status}]")
+            )
+            if progress.index + 1 == progress.total:
+                self.bar.stop()
+        elif progress.loss is not None:
+            self.bar.update(
+                self.task,
+                description=f"{progress.name}: {progress.cg_iterations} CG iterations, loss "
+                f"{progress.loss_masked:.4g} → {progress.loss:.4g}",
+            )
+        else:
+            self.bar.update(self.task, description=progress.name)

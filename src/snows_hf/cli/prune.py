@@ -1,0 +1,123 @@
+"""``snows-hf prune``"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from ..errors import ConfigError
+from .options import Device, Json, Model, Quiet, Revision
+from .progress import LayerProgress
+from .sink import Sink, calm_libraries
+
+
+def command(
+    model: Model,
+    pattern: Annotated[str, typer.Option(help="N:M (N of M weights kept), or a fraction of zeros such as 0.7.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Calibration images: Hub data set, image folder or parquet. Default: timm/mini-imagenet."),
+    ] = None,
+    data_split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
+    samples: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="K: later operations whose outputs are kept (Eq. 3).")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Mask criterion (magnitude), or a safetensors file of booleans.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Prune only layers that match this wildcard; may be repeated.")
+    ] = None,
+    curvature: Annotated[str | None, typer.Option(help="gauss-newton or hessian.")] = None,
+    preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (Table 7).")] = "default",
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options override it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the result. Default: NAME-PATTERN here.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure accuracy on.")] = None,
+    eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int | None, typer.Option(help="Of the choice and order of calibration images.")] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
+    sink = Sink(as_json, quiet)
+    settings = read_settings(config)
+    chosen = {"samples": samples, "k": k, "mask": mask, "curvature": curvature, "seed": seed}
+    settings |= {name: value for name, value in chosen.items() if value is not None}
+    if layers:
+        settings["layers"] = tuple(layers)
+
+    from ..prune import prune
+
+    calm_libraries()
+    with LayerProgress(sink) as progress:
+        result = prune(
+            model,
+            pattern,
+            data=data,
+            data_split=data_split,
+            eval_data=eval_data,
+            eval_split=eval_split,
+            output=output or default_output(model, pattern),
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            preset=preset,
+            on_progress=progress.update,
+            on_stage=sink.stage,
+            **settings,
+        )
+    show_report(sink, result.report)
+    sink.json(result.report)
+
+
+def default_output(model: str, pattern: str) -> Path:
+    """``google/vit-base-patch16-224``, ``2:4`` → ``vit-base-patch16-224-2to4``."""
+    name = Path(model.removeprefix("hf-hub:").removeprefix("local-dir:")).name or "model"
+    return Path(f"{name}-{re.sub('[^0-9.]', 'to', pattern)}")
+
+
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """Settings from a YAML file: one mapping, by the names of PruneConfig and SolverConfig.
+
+    Raises:
+        ConfigError: unreadable, or not a mapping.
+    """
+    if path is None:
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"Settings file {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"Settings file {path}: expected a mapping of settings, got {type(settings).__name__}.")
+    if "layers" in settings:
+        settings["layers"] = tuple(settings["layers"])
+    return settings
+
+
+def show_report(sink: Sink, report: dict[str, Any]) -> None:
+    """The outcome for people: accuracy side by side, layers that need a look, and where the result is."""
+    for layer in report["dense_layers"]:
+        sink.text(f"Left dense: {layer['name']} {tuple(layer['shape'])}: {layer['reason']}.")
+    for layer in report["layers"]:
+        if layer["status"] != "improved":
+            sink.text(f"Not improved: {layer['name']}: {layer['status']}. {layer['remedy']}")
+        if layer["rejected_steps"]:
+            sink.text(f"Rejected {layer['rejected_steps']} of {layer['steps']} Newton steps: {layer['name']}.")
+    if report["pruned"]:
+        images = report["pruned"]["images"]
+        rows = [
+            (what, f"{report[key]['top1']:.2f}", f"{report[key]['top5']:.2f}")
+            for what, key in (("dense", "dense"), ("mask alone", "masked"), ("SNOWS", "pruned"))
+        ]
+        sink.table(["", "top-1 (%)", "top-5 (%)"], rows, title=f"{report['pattern']} on {images} images")
+    sink.text(
+        f"{len(report['layers'])} layers pruned to {report['pattern']} ({100 * report['sparsity']:.1f} % zeros) with "
+        f"{report['samples']} images in {report['seconds']:.0f} s."
+    )
+    if report["output"]:
+        sink.text(f"Saved to {report['output']}")

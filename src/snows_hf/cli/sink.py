@@ -1,0 +1,77 @@
+"""The one place that writes to the terminal: results on stdout, diagnostics on stderr."""
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import SnowsError
+
+
+@dataclass
+class Sink:
+    """Output in one of three modes: for people, ``as_json`` (one object on stdout), or ``quiet`` (errors alone)."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @classmethod
+    def from_arguments(cls, argv: Sequence[str]) -> "Sink":
+        """The mode that a command line asks for, for errors raised before its options are parsed."""
+        return cls("--json" in argv, "--quiet" in argv)
+
+    def stage(self, text: str) -> None:
+        """A line about what happens now, on stderr."""
+        if not self.quiet:
+            self.err.print(text, markup=False)
+
+    def text(self, text: str) -> None:
+        """A line of the result for people."""
+        if not (self.quiet or self.as_json):
+            self.out.print(text, markup=False)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+        """A table of the result for people; the first column is text, the others are numbers."""
+        if self.quiet or self.as_json:
+            return
+        table = Table(title=title, title_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.out.print(table)
+
+    def json(self, result: dict[str, Any]) -> None:
+        """The whole result as one JSON object on stdout, in JSON mode."""
+        if self.as_json:
+            print(json.dumps(result, indent=2, allow_nan=False, default=str))  # noqa: T201  the sink prints
+
+    def error(self, error: SnowsError) -> None:
+        """The message of an error on stderr, in every mode."""
+        self.err.print(f"Error: {error.message}", markup=False, style="bold red")
+        if error.remedy:
+            self.err.print(error.remedy, markup=False)
+
+
+def calm_libraries() -> None:
+    """Keeps the libraries' own bars, notices and warnings off the terminal."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,153 @@
+"""Settings as frozen, validated dataclasses, and the paper's presets (Table 7)."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .errors import ConfigError
+
+
+def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"Setting {name} = {value!r}: expected {expected}.")
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """How one layer is optimised (Algorithms 1 and 2).
+
+    Attributes:
+        curvature: ``gauss-newton`` (positive semi-definite, cheaper) or ``hessian`` (the paper's exact products).
+        damping: λ of Eq. 10. Table 7: 1e-4.
+        beta: Armijo constant. A.1.3: 1e-5.
+        backtrack: factor between two trial steps of the line search.
+        max_backtracks: trial steps after the first before a step is rejected.
+        passes: passes over the calibration batches.
+        pass_ratio: no further pass once one leaves the held-out loss above this share of what it was.
+        cg_rtol: conjugate gradients stop at ‖r‖ ≤ cg_rtol·‖g‖.
+        cg_atol: … or at ‖r‖ ≤ cg_atol, the paper's test (Table 7: 1e-3 CNN, 5e-4 ViT).
+        cg_max_iter: most products per Newton step.
+        cg_stall: … or when the quadratic model stalls (Martens 2010, section 4.4); 0 switches the test off.
+    """
+
+    curvature: str = "gauss-newton"
+    damping: float = 1e-4
+    beta: float = 1e-5
+    backtrack: float = 0.5
+    max_backtracks: int = 10
+    passes: int = 1
+    pass_ratio: float = 0.995
+    cg_rtol: float = 1e-3
+    cg_atol: float = 0.0
+    cg_max_iter: int = 10
+    cg_stall: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(
+            self.curvature in ("gauss-newton", "hessian"), "curvature", self.curvature, "'gauss-newton' or 'hessian'"
+        )
+        _check(self.damping >= 0, "damping", self.damping, "a number ≥ 0")
+        _check(0 < self.beta < 0.5, "beta", self.beta, "a number between 0 and 0.5")
+        _check(0 < self.backtrack < 1, "backtrack", self.backtrack, "a number between 0 and 1")
+        _check(self.max_backtracks >= 0, "max_backtracks", self.max_backtracks, "an integer ≥ 0")
+        _check(self.passes >= 1, "passes", self.passes, "an integer ≥ 1")
+        _check(self.cg_max_iter >= 1, "cg_max_iter", self.cg_max_iter, "an integer ≥ 1")
+        _check(0 <= self.cg_rtol < 1, "cg_rtol", self.cg_rtol, "a number from 0 to below 1")
+        _check(self.cg_atol >= 0, "cg_atol", self.cg_atol, "a number ≥ 0")
+        _check(self.cg_stall >= 0, "cg_stall", self.cg_stall, "a number ≥ 0")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Everything that decides what a prune does, besides the model and the images.
+
+    Attributes:
+        pattern: ``N:M`` or a fraction of zeros, as text.
+        k: K of Eq. 3, the operations after the layer whose outputs are kept. Values past the last operation mean
+            K_max.
+        mask: name of a criterion, or a safetensors file of booleans.
+        layers: names of the layers to prune, with wildcards; empty means all.
+        samples: calibration images, held-out ones included.
+        batch_size: images per Newton step.
+        held_out: share of the calibration images that only judge the steps.
+        targets: ``dense`` (the dense network's own activations) or ``cascaded`` (the paper's: the dense layers run on
+            the pruned network's activations).
+        seed: decides which images are drawn, and their order.
+        solver: see :class:`SolverConfig`.
+    """
+
+    pattern: str
+    k: int = 5
+    mask: str = "magnitude"
+    layers: tuple[str, ...] = ()
+    samples: int = 512
+    batch_size: int = 256
+    held_out: float = 0.1
+    targets: str = "dense"
+    seed: int = 0
+    solver: SolverConfig = field(default_factory=SolverConfig)
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.k, int) and self.k >= 0, "k", self.k, "an integer ≥ 0")
+        _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
+        _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
+        _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def updated(self, **changes: Any) -> "PruneConfig":
+        """A copy with some settings changed; names of :class:`SolverConfig` reach into ``solver``.
+
+        Raises:
+            ConfigError: a name that is no setting, or a value out of range.
+        """
+        own = {f.name for f in fields(self)} - {"solver"}
+        inner = {f.name for f in fields(SolverConfig)}
+        for name in changes:
+            if name not in own | inner:
+                raise ConfigError(f"Unknown setting {name!r}.", f"Known: {', '.join(sorted(own | inner))}.")
+        solver = replace(self.solver, **{n: v for n, v in changes.items() if n in inner})
+        return replace(self, solver=solver, **{n: v for n, v in changes.items() if n in own})
+
+
+_PAPER = {
+    "curvature": "hessian",
+    "targets": "cascaded",
+    "damping": 1e-4,
+    "cg_rtol": 0.0,
+    "backtrack": 0.9,
+    "max_backtracks": 50,
+    "batch_size": 128,
+}
+_PAPER_CNN = {**_PAPER, "cg_atol": 1e-3, "cg_max_iter": 1000, "passes": 3, "samples": 3000}
+_PAPER_VIT = {**_PAPER, "cg_atol": 5e-4, "cg_max_iter": 500, "passes": 1, "samples": 5000}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # What measured best here (docs/results.md).
+    "default": {
+        "vit": {"k": 5},
+        "cifar_resnet": {"k": 40},
+        "resnet": {"k": 30},
+        "mobilenet": {"k": 60},
+    },
+    # Table 7, and what A.1.3 and the paper's own code add to it.
+    "paper": {
+        "vit": {**_PAPER_VIT, "k": 3},
+        "cifar_resnet": {**_PAPER_CNN, "k": 40},
+        "resnet": {**_PAPER_CNN, "k": 30},
+        "mobilenet": {**_PAPER_CNN, "k": 60, "samples": 1000},
+    },
+}
+"""Settings by preset and family of architectures."""
+
+
+def preset(name: str, family: str, pattern: str) -> PruneConfig:
+    """The settings of a preset for a family.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"Preset {name!r}: expected one of {', '.join(PRESETS)}.")
+    return PruneConfig(pattern).updated(**PRESETS[name].get(family, {}))

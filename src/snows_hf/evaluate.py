@@ -1,0 +1,68 @@
+"""Accuracy on a labelled split."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import ImageSource, Preprocess, label_map, labelled_batches
+from .errors import DataError
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of images, in per cent, whose class is the highest, or among the five highest, logits."""
+
+    top1: float
+    top5: float
+    images: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (n, classes), whichever way the library wraps them."""
+    output = model(images)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    source: ImageSource,
+    preprocess: Preprocess,
+    class_names: tuple[str, ...] | None = None,
+    batch_size: int = 256,
+) -> Accuracy:
+    """Top-1 and top-5 accuracy of a classifier on all images of a split.
+
+    Raises:
+        DataError: no labels, labels that do not match the model's classes, or no image.
+    """
+    training = model.training
+    parameter = next(model.parameters())
+    classes: Tensor | None = None
+    top1 = top5 = images = 0
+    model.eval()
+    try:
+        for pixels, labels in labelled_batches(source, preprocess, batch_size):
+            logits = logits_of(model, pixels.to(parameter.device, parameter.dtype))
+            if classes is None:
+                classes = label_map(source.class_names, class_names, logits.shape[1], source.name)
+            if labels.min() < 0 or labels.max() >= len(classes):
+                raise DataError(
+                    f"Data {source.name} ({source.split}): a label lies outside 0 … {len(classes) - 1}; "
+                    "images without a label cannot be scored."
+                )
+            ranked = logits.float().topk(min(5, logits.shape[1])).indices.cpu()
+            hits = ranked == classes[labels][:, None]
+            top1 += int(hits[:, 0].sum())
+            top5 += int(hits.any(1).sum())
+            images += len(labels)
+    finally:
+        model.train(training)
+    if images == 0:
+        raise DataError(f"Data {source.name} ({source.split}) is empty.")
+    return Accuracy(100 * top1 / images, 100 * top5 / images, images)

@@ -1,0 +1,225 @@
+"""From a Hub id or a folder to a model with its preprocessing, of transformers or timm."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
+from ..data import Preprocess
+from ..errors import LoadError, NumericsError
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass
+class Checkpoint:
+    """A loaded classifier.
+
+    Attributes:
+        source: what the user asked for.
+        folder: where its files are.
+        library: ``transformers`` or ``timm``.
+        config: the contents of its config.json.
+        model: the network, in evaluation mode.
+        preprocess: RGB PIL images → pixel values (n, 3, height, width).
+        processor: the transformers image processor; None for timm, which keeps preprocessing in its config.
+        class_names: names of the classes by logit, or None.
+    """
+
+    source: str
+    folder: Path
+    library: str
+    config: dict[str, Any]
+    model: nn.Module
+    preprocess: Preprocess
+    processor: Any
+    class_names: tuple[str, ...] | None
+
+
+def find_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional).
+
+    Raises:
+        LoadError: neither exists, or the Hub refuses.
+    """
+    name = source.removeprefix("local-dir:")
+    local = Path(name).expanduser()
+    if not source.startswith("hf-hub:") and local.is_dir():
+        return local
+    if source.startswith("local-dir:") or local.is_file() or name.startswith((".", "/", "~")):
+        raise LoadError(f"Model folder {name} does not exist.", "Give a folder with config.json and *.safetensors.")
+    name = source.removeprefix("hf-hub:")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except GatedRepoError as error:
+        raise LoadError(
+            f"Model {name} is gated.", f"Accept its terms on the Hub page of {name}, then set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise LoadError(f"Model {name} has no revision {revision!r}.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise LoadError(
+            f"Model {source} is neither a folder here nor a repository on the Hub.",
+            "Check the spelling; for a private repository set HF_TOKEN.",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise LoadError(
+            f"Model {name} is no folder here, and the Hub cannot be reached: {_first_line(error)}",
+            "Check the connection, or give a folder.",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of a checkpoint's config.json.
+
+    Raises:
+        LoadError: missing or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(f"{folder} has no config.json.", "Expected a transformers or timm checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} is not valid JSON: {_first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise LoadError(f"{path}: expected a JSON object, got {type(config).__name__}.")
+    return config
+
+
+def library_of(config: dict[str, Any], folder: Path) -> str:
+    """``timm`` or ``transformers``, by what config.json says: timm names an ``architecture``, transformers a
+    ``model_type``. (timm models wrapped by transformers have both, and are timm's.)
+
+    Raises:
+        LoadError: it says neither.
+    """
+    if "architecture" in config:
+        return "timm"
+    if "model_type" in config:
+        return "transformers"
+    raise LoadError(
+        f"{folder / 'config.json'} has neither 'architecture' (timm) nor 'model_type' (transformers).",
+        "Only checkpoints of these two libraries can be pruned.",
+    )
+
+
+def check_weights(folder: Path) -> None:
+    """Refuses folders without safetensors, and safetensors files whose header does not fit their size.
+
+    Raises:
+        LoadError: only pickles, nothing at all, or a corrupt or truncated file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise LoadError(
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read.",
+                "Convert it to safetensors first: load it where you trust it, and `save_pretrained`.",
+            )
+        raise LoadError(f"{folder} has no *.safetensors file.")
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise LoadError(
+                f"{path} is corrupt or truncated: {_first_line(error)}", "Download or copy it again."
+            ) from error
+
+
+def load(source: str, revision: str | None = None) -> Checkpoint:
+    """Loads a classifier and its preprocessing.
+
+    Args:
+        source: Hub id or folder; ``hf-hub:`` and ``local-dir:`` say which, as in timm.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        LoadError: not found, not safetensors, corrupt, or not an image classifier.
+        NumericsError: a weight is NaN or infinite.
+    """
+    folder = find_folder(source, revision)
+    config = read_config(folder)
+    library = library_of(config, folder)
+    check_weights(folder)
+    load_one = _load_timm if library == "timm" else _load_transformers
+    checkpoint = load_one(source, folder, config)
+    checkpoint.model.eval()
+    for name, tensor in checkpoint.model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NumericsError(
+                f"Weight {name} of {source} holds NaN or infinite values.", "The checkpoint is damaged."
+            )
+    return checkpoint
+
+
+def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise LoadError(f"transformers cannot load {source} as an image classifier: {_first_line(error)}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+        raise LoadError(
+            f"{source} lacks weights of {type(model).__name__}: {', '.join(lacking[:3])}"
+            f"{', …' if len(lacking) > 3 else ''}.",
+            "Expected a checkpoint with a trained classification head.",
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{source} has no usable preprocessor_config.json: {_first_line(error)}",
+            "Without it the images cannot be prepared as the model expects.",
+        ) from error
+
+    def preprocess(images: Sequence[Any]) -> Tensor:
+        return processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    return Checkpoint(source, folder, "transformers", config, model, preprocess, processor, names)
+
+
+def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
+    if not (folder / "model.safetensors").is_file():
+        raise LoadError(f"{folder} has no model.safetensors, the file that timm reads.")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError, SafetensorError) as error:
+        raise LoadError(f"timm cannot load {source}: {_first_line(error)}") from error
+    transform = create_transform(**resolve_data_config(model=model), is_training=False)
+
+    def preprocess(images: Sequence[Any]) -> Tensor:
+        return torch.stack([transform(image) for image in images])
+
+    names = config.get("label_names") or model.pretrained_cfg.get("label_names")
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]
+    return Checkpoint(source, folder, "timm", config, model, preprocess, None, tuple(names) if names else None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,79 @@
+"""What a checkpoint is: its prunable layers, their sparsity and pattern, and its operations."""
+
+from typing import Any
+
+from .adapters import build_chain
+from .errors import PatternError
+from .hub.load import load
+from .masks import NM, parse_pattern
+
+
+COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
+
+
+def inspect(source: str, operations: bool = False, revision: str | None = None) -> dict[str, Any]:
+    """Measures a checkpoint's sparsity on its tensors; the metadata only say which pattern to look for.
+
+    Args:
+        source: Hub id or folder.
+        operations: also list the operations, each a k of Eq. 3.
+        revision: on the Hub.
+
+    Returns:
+        ``pattern`` (claimed in config.json, else the tightest common N:M that all sparse layers follow, else None),
+        ``pattern_ok`` (all sparse layers follow it, and there are some), ``sparsity`` over all prunable weights,
+        ``architecture``, ``library``, ``layers`` with name, shape, sparsity and pattern_ok (None where dense), and
+        ``operations`` if asked for.
+    """
+    checkpoint = load(source, revision)
+    chain = build_chain(checkpoint.model)
+    groups = chain.groups()
+    weights = {name: chain.weight(name).detach() for _, group in groups for name in group.parameters}
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    # A trained weight is hardly ever exactly zero: a layer counts as sparse from one zero in ten on.
+    sparse = {name: weight for name, weight in weights.items() if zeros[name] >= 0.1 * weight.numel()}
+
+    claimed = checkpoint.config.get("snows", {})
+    pattern = _parsed(claimed.get("pattern") if isinstance(claimed, dict) else None)
+    if pattern is None and sparse:
+        pattern = next((p for p in COMMON_PATTERNS if all(p.holds(weight) for weight in sparse.values())), None)
+
+    total_sparsity = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
+    layers = []
+    for _, group in groups:
+        own = [weights[name] for name in group.parameters]
+        is_sparse = any(name in sparse for name in group.parameters)
+        layers.append(
+            {
+                "name": group.name,
+                "parameters": list(group.parameters),
+                "shape": [sum(weight.shape[0] for weight in own), *own[0].shape[1:]],
+                "sparsity": sum(zeros[name] for name in group.parameters) / sum(weight.numel() for weight in own),
+                "pattern_ok": pattern is not None and all(map(pattern.holds, own)) if is_sparse else None,
+            }
+        )
+    verdicts = [layer["pattern_ok"] for layer in layers if layer["pattern_ok"] is not None]
+    result = {
+        "source": source,
+        "library": checkpoint.library,
+        "architecture": type(checkpoint.model).__name__,
+        "pattern": str(pattern) if pattern is not None else None,
+        "pattern_ok": bool(verdicts) and all(verdicts),
+        "sparsity": total_sparsity,
+        "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
+        "layers": layers,
+    }
+    if operations:
+        result["operations"] = [
+            {"index": i, "name": operation.name, "group": operation.group.name if operation.group else None}
+            for i, operation in enumerate(chain.operations)
+        ]
+    return result
+
+
+def _parsed(text: object) -> Any:
+    try:
+        return parse_pattern(str(text)) if text is not None else None
+    except PatternError:
+        return None
+

@@ -1,0 +1,77 @@
+"""From a pattern and a criterion, or a file, to one boolean mask per parameter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import MaskError, PatternError
+from .pattern import NM, Pattern
+from .scores import criterion
+
+
+Masks = dict[str, Tensor]
+
+
+def split_by_fit(weights: Mapping[str, Tensor], pattern: Pattern) -> tuple[list[str], list[str]]:
+    """Names of the weights that the pattern fits, and of those that stay dense because it does not.
+
+    Raises:
+        PatternError: it fits none.
+    """
+    fitting = [name for name, weight in weights.items() if pattern.fits(weight.shape)]
+    if not fitting:
+        widths = sorted({weight.shape[1] for weight in weights.values()})
+        raise PatternError(
+            f"Pattern {pattern} fits no layer: the input widths are {', '.join(map(str, widths))}.",
+            "Choose an M that divides them, or an unstructured sparsity such as 0.5.",
+        )
+    return fitting, [name for name in weights if name not in fitting]
+
+
+def choose_masks(weights: Mapping[str, Tensor], pattern: Pattern, mask: str) -> Masks:
+    """Masks (True: kept) for every weight that the pattern fits.
+
+    Args:
+        weights: prunable weights by parameter name.
+        pattern: what the masks obey.
+        mask: name of a criterion, or the path of a safetensors file of booleans.
+    """
+    fitting, _ = split_by_fit(weights, pattern)
+    if mask.endswith(".safetensors"):
+        return load_masks(Path(mask), weights, pattern)
+    scores = criterion(mask)({name: weights[name].detach() for name in fitting})
+    if isinstance(pattern, NM):
+        return {name: pattern.mask(score) for name, score in scores.items()}
+    return pattern.masks(scores)
+
+
+def load_masks(path: Path, weights: Mapping[str, Tensor], pattern: Pattern) -> Masks:
+    """Masks from a safetensors file of booleans, keyed by live parameter names; weights that it omits stay dense.
+
+    Raises:
+        MaskError: unreadable file, unknown name, wrong type or shape, or a mask that breaks the pattern.
+    """
+    try:
+        masks = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise MaskError(f"Mask file {path} cannot be read: {error}.", "Expected a safetensors file.") from error
+    for name, mask in masks.items():
+        if name not in weights:
+            raise MaskError(
+                f"Mask file {path}: {name!r} is no prunable weight of this model.",
+                "`snows-hf inspect MODEL` lists the names.",
+            )
+        if mask.dtype != torch.bool or mask.shape != weights[name].shape:
+            raise MaskError(
+                f"Mask file {path}: {name} is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape "
+                f"{tuple(weights[name].shape)}."
+            )
+        if isinstance(pattern, NM) and not pattern.holds(mask):
+            raise MaskError(f"Mask file {path}: {name} does not follow the pattern {pattern}.")
+    if not masks:
+        raise MaskError(f"Mask file {path} holds no mask.")
+    return {name: masks[name].to(weights[name].device) for name in weights if name in masks}

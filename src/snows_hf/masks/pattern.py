@@ -1,0 +1,157 @@
+"""Sparsity patterns: which weights may stay, along which axis, and the check that a tensor obeys.
+
+Convention: N of every M consecutive weights are KEPT, along dimension 1 of the weight: the input features of a Linear
+(out, in), the input channels of a Conv2d (out, in / groups, height, width) for each filter and kernel position.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PatternError
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M sparsity: n of every m consecutive weights kept.
+
+    Raises:
+        PatternError: unless 0 < n < m.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise PatternError(
+                f"Pattern {self}: expected N:M with 0 < N < M, where N weights of every M are kept.",
+                "2:4 keeps half of the weights, 1:4 a quarter.",
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.n / self.m
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether dimension 1 divides by M."""
+        return len(shape) >= 2 and shape[1] % self.m == 0
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """The mask, bool and shaped like ``scores``, that keeps the N highest scores of every group of M.
+
+        Ties keep the earlier weight, so that a mask is the same on every device.
+        """
+        if not self.fits(scores.shape):
+            raise PatternError(
+                f"Pattern {self} does not fit a weight of shape {tuple(scores.shape)}: dimension 1 must divide by "
+                f"{self.m}."
+            )
+        groups = scores.movedim(1, -1).unflatten(-1, (-1, self.m))
+        kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
+        return mask.flatten(-2).movedim(-1, 1).contiguous()
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether no group of M weights has more than N that are not zero."""
+        if not self.fits(weight.shape):
+            return False
+        groups = (weight != 0).movedim(1, -1).unflatten(-1, (-1, self.m))
+        return bool((groups.sum(-1) <= self.n).all())
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A fraction ``sparsity`` of the weights zero, anywhere.
+
+    Attributes:
+        sparsity: between 0 and 1, exclusive.
+        scope: ``global`` ranks the weights of all layers together, ``layer`` those of each layer.
+        layer_cap: with ``global``, the most that one layer may lose; None means 0.9 (as the paper's code), or half of
+            the way from ``sparsity`` to 1 where that is more.
+
+    Raises:
+        PatternError: a sparsity or cap outside its range.
+    """
+
+    sparsity: float
+    scope: str = "global"
+    layer_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise PatternError(
+                f"Sparsity {self.sparsity}: expected a fraction of zeros between 0 and 1.", "0.7 zeroes 70 %."
+            )
+        if self.scope not in ("global", "layer"):
+            raise PatternError(f"Scope {self.scope!r}: expected 'global' or 'layer'.")
+        if self.layer_cap is not None and not self.sparsity <= self.layer_cap <= 1:
+            raise PatternError(f"Layer cap {self.layer_cap}: expected a value from {self.sparsity} (sparsity) to 1.")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}"
+
+    @property
+    def cap(self) -> float:
+        return max(0.9, (1 + self.sparsity) / 2) if self.layer_cap is None else self.layer_cap
+
+    def fits(self, shape: torch.Size) -> bool:
+        return len(shape) >= 2
+
+    def masks(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Masks, bool and shaped like the ``scores``, with ``round(sparsity · weights)`` zeros.
+
+        ``global``: the lowest scores of all layers go, but never more than ``cap`` of one layer; what a capped layer
+        cannot give, the others do.
+        """
+        if self.scope == "layer":
+            return {name: _keep_highest(s, s.numel() - round(self.sparsity * s.numel())) for name, s in scores.items()}
+        names = list(scores)
+        budget = round(self.sparsity * sum(s.numel() for s in scores.values()))
+        # A weight can go only if it is among the lowest `cap` of its own layer; of those, the lowest go.
+        candidates, owners = [], []
+        for i, name in enumerate(names):
+            lowest = scores[name].flatten().sort(stable=True).values[: math.ceil(self.cap * scores[name].numel())]
+            candidates.append(lowest)
+            owners.append(torch.full((lowest.numel(),), i, device=lowest.device))
+        order = torch.cat(candidates).argsort(stable=True)[:budget]
+        removed = torch.cat(owners)[order].bincount(minlength=len(names)).tolist()
+        return {n: _keep_highest(scores[n], scores[n].numel() - removed[i]) for i, n in enumerate(names)}
+
+    def holds(self, weight: Tensor) -> bool:
+        """Any weight is allowed by itself: what counts is the sparsity over all layers."""
+        return True
+
+
+Pattern = NM | Unstructured
+
+
+def _keep_highest(scores: Tensor, keep: int) -> Tensor:
+    order = scores.flatten().argsort(descending=True, stable=True)[:keep]
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[order] = True
+    return mask.view_as(scores)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """``"2:4"`` → ``NM(2, 4)``; ``"0.7"`` → ``Unstructured(0.7)``.
+
+    Raises:
+        PatternError: neither form, or numbers out of range.
+    """
+    if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+        return NM(int(match[1]), int(match[2]))
+    try:
+        return Unstructured(float(text))
+    except ValueError:
+        raise PatternError(
+            f"Pattern {text!r}: expected N:M (2:4, 1:4) or a fraction of zeros (0.7).",
+            "2:4 is the pattern that sparse tensor cores run.",
+        ) from None

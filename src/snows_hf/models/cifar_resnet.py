@@ -1,0 +1,125 @@
+"""CIFAR ResNets of He et al. (2015), section 4.2, registered with timm as ``resnet20_cifar`` … ``resnet110_cifar``.
+
+Three stages of n basic blocks with 16, 32 and 64 channels, 6n + 2 layers, option A shortcuts (every second pixel,
+zero-padded channels, no parameters).
+"""
+
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+
+class OptionAShortcut(nn.Module):
+    """Identity, or for a change of width: every ``stride``-th pixel, channels padded with zeros on both sides."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.extra = stride, out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)) if self.extra else x
+
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)) with 3x3 convolutions."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.act2 = nn.ReLU()
+        self.shortcut = OptionAShortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.act1(self.bn1(self.conv1(x)))
+        return self.act2(self.bn2(self.conv2(z)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32x32 images: logits (n, num_classes) from images (n, in_chans, 32, 32)."""
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, 64
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.act1 = nn.ReLU()
+        blocks, width = (depth - 2) // 6, 16
+        for stage, out_width in enumerate((16, 32, 64), start=1):
+            strides = [1 if stage == 1 else 2] + [1] * (blocks - 1)
+            layer = nn.Sequential()
+            for stride in strides:
+                layer.append(BasicBlock(width, out_width, stride))
+                width = out_width
+            self.add_module(f"layer{stage}", layer)
+        self.linear = nn.Linear(64, num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        return self.linear
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.linear = nn.Linear(64, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.act1(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = x.mean((-2, -1))
+        return x if pre_logits else self.linear(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+_CFG = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "fixed_input_size": True,
+    "pool_size": (8, 8),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "first_conv": "conv1",
+    "classifier": "linear",
+}
+_DEPTHS = (20, 32, 44, 56, 110)
+default_cfgs = generate_default_cfgs({f"resnet{depth}_cifar": dict(_CFG) for depth in _DEPTHS})
+
+
+def _create(depth: int, pretrained: bool, **kwargs: object) -> nn.Module:
+    # timm passes the configured image size on to the class; a convolutional network has no use for it.
+    return build_model_with_cfg(
+        CifarResNet, f"resnet{depth}_cifar", pretrained, depth=depth, kwargs_filter=("img_size",), **kwargs
+    )
+
+
+@register_model
+def resnet20_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+    return _create(20, pretrained, **kwargs)
+
+
+@register_model
+def resnet32_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+    return _create(32, pretrained, **kwargs)
+
+
+@register_model
+def resnet44_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+    return _create(44, pretrained, **kwargs)
+
+
+@register_model
+def resnet56_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+    return _create(56, pretrained, **kwargs)
+
+
+@register_model
+def resnet110_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+    return _create(110, pretrained, **kwargs)

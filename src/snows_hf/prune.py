@@ -1,0 +1,282 @@
+"""The main job: load, choose masks, cascade, measure, save."""
+
+import fnmatch
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import safetensors
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .adapters import Chain, Group, build_chain, frozen
+from .cascade import LayerReport, Progress, prune_chain
+from .config import PruneConfig
+from .config import preset as preset_for
+from .data import ImageSource, calibration_images, open_images
+from .errors import AdapterError, ConfigError, DataError, MaskError
+from .evaluate import Accuracy, evaluate, logits_of
+from .hub.card import write_card
+from .hub.load import Checkpoint, load
+from .hub.save import check_output, save_checkpoint, whole_folder
+from .masks import Masks, Pattern, choose_masks, parse_pattern, split_by_fit
+from .version import __version__
+
+
+DEFAULT_DATA = "timm/mini-imagenet"
+"""Calibration images where none are named: 50,000 images of ImageNet's training set, openly on the Hub."""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The pruned model (on the CPU, in its checkpoint's own dtype), where it was saved, and the report."""
+
+    model: nn.Module
+    output: Path | None
+    report: dict[str, Any]
+
+
+def prune(
+    model: str,
+    pattern: str,
+    *,
+    data: str | None = None,
+    data_split: str = "train",
+    eval_data: str | None = None,
+    eval_split: str = "test",
+    output: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    revision: str | None = None,
+    preset: str = "default",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    **settings: Any,
+) -> PruneResult:
+    """Prunes a checkpoint one-shot, and saves the result as an ordinary checkpoint.
+
+    Args:
+        model: Hub id or folder, of transformers or timm.
+        pattern: ``"2:4"``, ``"1:4"``, any ``"N:M"`` (N kept of M), or a fraction of zeros such as ``"0.7"``.
+        data: calibration images: Hub data set, image folder or folder of parquet; labels are not used.
+        data_split: split of ``data``.
+        eval_data: labelled images on which dense, masked and pruned accuracy are measured; None measures nothing.
+        eval_split: split of ``eval_data``.
+        output: folder to save to, absent or empty; None saves nothing.
+        device: ``auto`` (what accelerate finds), ``cpu`` or ``cuda``.
+        dtype: in which the solver computes; the result is saved in the checkpoint's own dtypes.
+        revision: of the model on the Hub.
+        preset: ``default``, or ``paper`` for the paper's own settings.
+        on_progress: called as the cascade goes on.
+        on_stage: called with a line of text when a new stage begins.
+        **settings: changes to the preset, by the names of PruneConfig and SolverConfig.
+
+    Raises:
+        SnowsError: bad settings, model, data or output; see snows_hf.errors.
+    """
+    started = time.perf_counter()
+    sparsity_pattern = parse_pattern(pattern)
+    preset_for(preset, "", pattern).updated(**settings)  # refuses bad settings before anything is loaded
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    target_device = find_device(device)
+    calibration_name = data or DEFAULT_DATA
+    if eval_data is not None and (calibration_name, data_split) == (eval_data, eval_split):
+        raise DataError(
+            f"Calibration and evaluation would use the same split {eval_split!r} of {eval_data}.",
+            "Give --data-split or --eval-split: images that calibrate cannot measure.",
+        )
+    if output is not None:
+        check_output(Path(output), size=0)
+
+    on_stage(f"Loading {model}")
+    checkpoint = load(model, revision)
+    network = checkpoint.model
+    if output is not None:
+        check_output(Path(output), sum(t.numel() * t.element_size() for t in network.state_dict().values()))
+    original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    chain = build_chain(network)
+    config = preset_for(preset, chain.family, pattern).updated(**settings)
+    layers = select_layers(chain, config.layers)
+    weights = {name: chain.weight(name).detach() for group in layers for name in group.parameters}
+    masks = choose_masks(weights, sparsity_pattern, config.mask)
+
+    on_stage(f"Reading {config.samples} calibration images of {calibration_name}")
+    source = open_images(calibration_name, data_split)
+    evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
+    images = calibration_images(source, config.samples, config.seed, checkpoint.preprocess)
+    images = images.to(DTYPES[dtype])
+
+    def measure(what: str) -> Accuracy | None:
+        if evaluation is None:
+            return None
+        on_stage(f"Measuring the {what} model on {eval_data} ({eval_split})")
+        return evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+
+    network.to(target_device)
+    dense = measure("dense")
+    with torch.no_grad():
+        for name, mask in masks.items():
+            chain.weight(name).mul_(mask.to(target_device))
+        masked = measure("masked")
+        for name in masks:
+            chain.weight(name).copy_(original[name])
+
+    network.to(DTYPES[dtype])
+    check_chain(chain, images[:2].to(target_device))
+    on_stage(f"Pruning {len(layers)} layers to {pattern}")
+    reports = prune_chain(chain, images, masks, config, target_device, on_progress)
+    restore_untouched(network, original, masks)
+    pruned = measure("pruned")
+    network.to("cpu")
+
+    report = make_report(checkpoint, chain, layers, masks, sparsity_pattern, config, reports)
+    report |= {
+        "output": str(output) if output is not None else None,
+        "samples": len(images),
+        "calibration_data": {"name": _shown(calibration_name), "split": data_split},
+        "eval_data": {"name": _shown(eval_data), "split": eval_split} if eval_data is not None else None,
+        "dense": dense.to_dict() if dense else None,
+        "masked": masked.to_dict() if masked else None,
+        "pruned": pruned.to_dict() if pruned else None,
+        "device": str(target_device),
+        "dtype": dtype,
+        "hardware": describe_hardware(target_device),
+        "seconds": time.perf_counter() - started,
+    }
+    if output is None:
+        return PruneResult(network, None, report)
+    on_stage(f"Saving to {output}")
+    report["name"] = Path(output).absolute().name
+    summary = {"version": __version__, "pattern": str(sparsity_pattern), "sparsity": round(report["sparsity"], 6)}
+    with whole_folder(Path(output)) as folder:
+        save_checkpoint(checkpoint, folder, summary, report)
+        write_card(checkpoint, folder, report)
+    return PruneResult(network, Path(output), report)
+
+
+def find_device(device: str) -> torch.device:
+    """``auto`` is what accelerate finds.
+
+    Raises:
+        ConfigError: an unknown name, or a device that this machine has not.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"Device {device!r}: expected auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("Device cuda was asked for, and torch finds none here.", "Use --device cpu.")
+    return accelerate.Accelerator(cpu=device == "cpu").device
+
+
+def select_layers(chain: Chain, globs: tuple[str, ...]) -> list[Group]:
+    """Groups whose name, or that of one of their parameters, matches one of the wildcards; all for none.
+
+    Raises:
+        MaskError: a wildcard matches nothing.
+    """
+    groups = [group for _, group in chain.groups()]
+    for glob in globs:
+        if not any(_matches(group, glob) for group in groups):
+            raise MaskError(
+                f"--layers {glob!r} matches no prunable layer.", "`snows-hf inspect MODEL` lists their names."
+            )
+    return [group for group in groups if not globs or any(_matches(group, glob) for glob in globs)]
+
+
+def _matches(group: Group, glob: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for name in (group.name, *group.parameters))
+
+
+def check_chain(chain: Chain, images: Tensor) -> None:
+    """Makes sure that the adapter computes what the model does, on real images.
+
+    Raises:
+        AdapterError: the logits differ by more than rounding.
+    """
+    with torch.no_grad(), frozen(chain.model):
+        expected = logits_of(chain.model, images).double()
+        got = chain.logits(images).double()
+    tolerance = 1e3 * torch.finfo(images.dtype).eps * max(1.0, float(expected.abs().max()))
+    if not float((got - expected).abs().max()) <= tolerance:
+        raise AdapterError(
+            f"The adapter for {type(chain.model).__name__} does not reproduce this model: logits differ by "
+            f"{float((got - expected).abs().max()):.2g}, expected at most {tolerance:.2g}.",
+            "This variant of the architecture has an option that the adapter does not know.",
+        )
+
+
+@torch.no_grad()
+def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Masks) -> None:
+    """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned."""
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        source = original[name]
+        tensor.data = tensor.data.to(source.dtype) if name in masks else source.to(tensor.device)
+
+
+def make_report(
+    checkpoint: Checkpoint,
+    chain: Chain,
+    layers: list[Group],
+    masks: Masks,
+    pattern: Pattern,
+    config: PruneConfig,
+    reports: list[LayerReport],
+) -> dict[str, Any]:
+    """The part of the report that does not depend on measurements. Layer names are live names of the library."""
+    pruned = [chain.weight(name) for report in reports for name in report.parameters]
+    zeros = sum(int((weight == 0).sum()) for weight in pruned)
+    weights = {name: chain.weight(name) for group in layers for name in group.parameters}
+    _, unfit = split_by_fit(weights, pattern)
+    dense_layers = [
+        {
+            "name": group.name,
+            "shape": list(chain.weight(group.parameters[0]).shape),
+            "reason": f"{pattern} does not fit its input width"
+            if any(name in unfit for name in group.parameters)
+            else "the mask file has no mask for it",
+        }
+        for group in layers
+        if not any(name in masks for name in group.parameters)
+    ]
+    return {
+        "source": _shown(checkpoint.source),
+        "library": checkpoint.library,
+        "architecture": type(checkpoint.model).__name__,
+        "pattern": str(pattern),
+        "sparsity": zeros / sum(weight.numel() for weight in pruned),
+        "settings": config.to_dict(),
+        "layers": [report.to_dict() for report in reports],
+        "dense_layers": dense_layers,
+        "namespace": "live parameter names of the loaded model",
+        "versions": {
+            "snows-hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "timm": timm.__version__,
+            "datasets": datasets.__version__,
+            "accelerate": accelerate.__version__,
+            "safetensors": safetensors.__version__,
+            "python": platform.python_version(),
+        },
+        "seed": config.seed,
+    }
+
+
+def _shown(name: str | None) -> str | None:
+    """A Hub id as it is; of a local path only the last part, so that cards carry no path of the machine."""
+    return name if name is None or not Path(name).expanduser().exists() else Path(name).expanduser().resolve().name
+
+
+def describe_hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"

@@ -1,0 +1,105 @@
+"""Algorithm 1: conjugate gradients for one Newton direction, from curvature products alone.
+
+Knows vectors and one callable; no network, no mask. The vectors hold the active weights only, so the system solved
+is the reduced one of Eq. 9/10, of size m.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class CGStatus(str, Enum):
+    """Why conjugate gradients stopped."""
+
+    CONVERGED = "converged"
+    STALLED = "stalled"
+    MAX_ITER = "max_iter"
+    NEGATIVE_CURVATURE = "negative_curvature"
+    NON_FINITE = "non_finite"
+
+
+@dataclass(frozen=True)
+class CGResult:
+    """Direction ``delta`` (m,), why the iteration stopped, how many products it took, and the final ‖r‖/‖g‖."""
+
+    delta: Tensor
+    status: CGStatus
+    iterations: int
+    residual: float
+
+
+def cg(
+    product: Callable[[Tensor], Tensor],
+    g: Tensor,
+    *,
+    damping: float = 1e-4,
+    rtol: float = 1e-3,
+    atol: float = 0.0,
+    max_iter: int = 100,
+    stall: float = 0.0,
+    preconditioner: Tensor | None = None,
+) -> CGResult:
+    """Solves ``(H + λI) δ = -g`` (Eq. 10) without forming H.
+
+    Args:
+        product: ``p -> H p`` for vectors of shape (m,).
+        g: gradient on the active weights, shape (m,).
+        damping: λ of Eq. 10 (Table 7: 1e-4).
+        rtol: stop when ‖r‖ ≤ rtol·‖g‖. The paper tests ‖r‖ < tol, absolutely; a relative test does not depend on how
+            the loss is scaled.
+        atol: stop when ‖r‖ ≤ atol: the paper's test.
+        max_iter: most products to spend.
+        stall: stop once the quadratic model's decrease over the last ten per cent of the iterations (ten at least) is
+            below ``stall`` times its whole decrease per iteration (Martens 2010, section 4.4); 0 switches it off.
+        preconditioner: positive diagonal M of shape (m,); the system is solved in the norm of M⁻¹.
+
+    Returns:
+        The last iterate. Directions of negative curvature end the iteration: the iterate before them is returned, or
+        the (preconditioned) negative gradient when it is the first direction that turns out so.
+    """
+    inverse = 1.0 if preconditioner is None else 1.0 / preconditioner
+    delta, r = g.new_zeros(g.shape), -g
+    z = inverse * r
+    p, rz = z, r @ z
+    g_norm = g.norm()
+    stop_at = max(atol, rtol * float(g_norm))
+    model_values: list[float] = []
+    status, iteration = CGStatus.MAX_ITER, 0
+
+    def result() -> CGResult:
+        return CGResult(delta, status, iteration, float(r.norm() / g_norm) if g_norm > 0 else 0.0)
+
+    if float(g_norm) <= stop_at:
+        status = CGStatus.CONVERGED
+        return result()
+    for iteration in range(1, max_iter + 1):
+        Bp = product(p) + damping * p
+        curvature = float(p @ Bp)
+        if curvature != curvature or curvature in (float("inf"), float("-inf")):
+            status = CGStatus.NON_FINITE
+            break
+        if curvature <= 0:
+            status = CGStatus.NEGATIVE_CURVATURE
+            if iteration == 1:
+                delta = z
+            break
+        eta = rz / curvature
+        delta = delta + eta * p
+        r = r - eta * Bp
+        if float(r.norm()) <= stop_at:
+            status = CGStatus.CONVERGED
+            break
+        # q(δ) = ½ δᵀ(H + λI)δ + gᵀδ = ½ δᵀ(g - r), since r = -g - (H + λI)δ.
+        model_values.append(0.5 * float(delta @ (g - r)))
+        window = max(10, iteration // 10)
+        if stall and iteration > window and model_values[-1] - model_values[-1 - window] > window * stall * model_values[-1]:
+            status = CGStatus.STALLED
+            break
+        z = inverse * r
+        rz_new = r @ z
+        gamma = rz_new / rz
+        p, rz = z + gamma * p, rz_new
+    return result()
