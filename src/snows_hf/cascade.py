@@ -95,7 +95,17 @@ class Batches:
         source = self.streams.dense[index] if self.config.targets == "dense" else pruned
         with torch.no_grad():
             targets = self.segment.outputs(send_to_device(source, self.device))
-        return KStepObjective(self.segment, self.active, pruned, targets, self.config.solver.curvature)
+        solver = self.config.solver
+        return KStepObjective(
+            self.segment,
+            self.active,
+            pruned,
+            targets,
+            solver.curvature,
+            solver.preconditioner,
+            solver.damping,
+            relative=self.config.weighting == "relative",
+        )
 
     def __iter__(self) -> Iterator[KStepObjective]:
         return (self.objective(i) for i in self.indices)
@@ -144,12 +154,11 @@ def prune_chain(
             if index in todo:
                 position = Progress(len(reports), len(todo), todo[index].name)
                 on_progress(position)
-                report, weights = _solve_layer(
-                    chain, index, masks, streams, config, device, position, on_progress
-                )
+                report, weights = _solve_layer(chain, index, masks, streams, config, device, position, on_progress)
                 reports.append(report)
                 on_progress(Progress(position.index, position.total, report.name, report=report))
-            streams.advance(operation.run, "dense", device)
+            if config.targets == "dense":
+                streams.advance(operation.run, "dense", device)
             for name, weight in weights.items():
                 chain.weight(name).data.copy_(weight)
             streams.advance(operation.run, "pruned", device)

@@ -17,12 +17,14 @@ class SolverConfig:
 
     Attributes:
         curvature: ``gauss-newton`` (positive semi-definite, cheaper) or ``hessian`` (the paper's exact products).
+        preconditioner: of conjugate gradients: ``gram`` (preconditioner.py) or ``none`` (the paper's).
         damping: λ of Eq. 10. Table 7: 1e-4.
         beta: Armijo constant. A.1.3: 1e-5.
         backtrack: factor between two trial steps of the line search.
         max_backtracks: trial steps after the first before a step is rejected.
         passes: passes over the calibration batches.
-        pass_ratio: no further pass once one leaves the held-out loss above this share of what it was.
+        patience: Newton steps in a row that may gain less than ``min_gain`` on the held-out loss before a layer is done.
+        min_gain: relative.
         cg_rtol: conjugate gradients stop at ‖r‖ ≤ cg_rtol·‖g‖.
         cg_atol: … or at ‖r‖ ≤ cg_atol, the paper's test (Table 7: 1e-3 CNN, 5e-4 ViT).
         cg_max_iter: most products per Newton step.
@@ -30,12 +32,14 @@ class SolverConfig:
     """
 
     curvature: str = "gauss-newton"
+    preconditioner: str = "gram"
     damping: float = 1e-4
     beta: float = 1e-5
     backtrack: float = 0.5
     max_backtracks: int = 10
     passes: int = 1
-    pass_ratio: float = 0.995
+    patience: int = 5
+    min_gain: float = 0.005
     cg_rtol: float = 1e-3
     cg_atol: float = 0.0
     cg_max_iter: int = 10
@@ -45,11 +49,14 @@ class SolverConfig:
         _check(
             self.curvature in ("gauss-newton", "hessian"), "curvature", self.curvature, "'gauss-newton' or 'hessian'"
         )
+        _check(self.preconditioner in ("gram", "none"), "preconditioner", self.preconditioner, "'gram' or 'none'")
         _check(self.damping >= 0, "damping", self.damping, "a number ≥ 0")
         _check(0 < self.beta < 0.5, "beta", self.beta, "a number between 0 and 0.5")
         _check(0 < self.backtrack < 1, "backtrack", self.backtrack, "a number between 0 and 1")
         _check(self.max_backtracks >= 0, "max_backtracks", self.max_backtracks, "an integer ≥ 0")
         _check(self.passes >= 1, "passes", self.passes, "an integer ≥ 1")
+        _check(self.patience >= 1, "patience", self.patience, "an integer ≥ 1")
+        _check(0 <= self.min_gain < 1, "min_gain", self.min_gain, "a number from 0 to below 1")
         _check(self.cg_max_iter >= 1, "cg_max_iter", self.cg_max_iter, "an integer ≥ 1")
         _check(0 <= self.cg_rtol < 1, "cg_rtol", self.cg_rtol, "a number from 0 to below 1")
         _check(self.cg_atol >= 0, "cg_atol", self.cg_atol, "a number ≥ 0")
@@ -71,6 +78,8 @@ class PruneConfig:
         held_out: share of the calibration images that only judge the steps.
         targets: ``dense`` (the dense network's own activations) or ``cascaded`` (the paper's: the dense layers run on
             the pruned network's activations).
+        weighting: of the operations in Eq. 3: ``mean`` (mean squared errors) or ``relative`` (these over the variance
+            of their targets).
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
     """
@@ -83,6 +92,7 @@ class PruneConfig:
     batch_size: int = 256
     held_out: float = 0.1
     targets: str = "dense"
+    weighting: str = "mean"
     seed: int = 0
     solver: SolverConfig = field(default_factory=SolverConfig)
 
@@ -91,6 +101,7 @@ class PruneConfig:
         _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
+        _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
         _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,6 +124,7 @@ class PruneConfig:
 
 _PAPER = {
     "curvature": "hessian",
+    "preconditioner": "none",
     "targets": "cascaded",
     "damping": 1e-4,
     "cg_rtol": 0.0,

@@ -1,26 +1,33 @@
 """Images from a Hub dataset, an image folder or a folder of parquet, through the model's own preprocessing."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
+import PIL.Image
 import torch
 from datasets import ClassLabel, Image, Value
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, one_line
 
 
 Preprocess = Callable[[Sequence[Any]], Tensor]
 """RGB PIL images → pixel values (n, 3, height, width)."""
 
+T = TypeVar("T")
+
 SHUFFLE_BUFFER = 10_000
 """Images among which a streamed dataset is shuffled; local data are shuffled whole."""
+
+HUB_REMEDY = "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder."
 
 
 @dataclass(frozen=True)
@@ -56,28 +63,52 @@ def open_images(name: str, split: str) -> ImageSource:
         DataError: nothing there, no such split, no image column, or no access.
     """
     local = Path(name).expanduser()
+    if local.is_file():
+        raise DataError(f"Data {name} is a file.", "Give the folder that holds it, or a Hub dataset as USER/NAME.")
     if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise DataError(f"Data folder {name} does not exist.", "Give a folder, or a Hub dataset as USER/NAME.")
+    rows = _load_folder(name, local) if local.exists() else _load_from_hub(name)
+    if split not in rows:
+        raise DataError(f"Data {name} has no split {split!r}.", f"It has {', '.join(rows)}.")
+    return describe_rows(name, split, rows[split])
+
+
+def _load_folder(name: str, folder: Path) -> Any:
     try:
-        rows = datasets.load_dataset(str(local) if local.exists() else name, streaming=not local.exists())
+        return datasets.load_dataset(str(folder))
+    except (datasets.exceptions.DataFilesNotFoundError, FileNotFoundError) as error:
+        raise DataError(
+            f"Data folder {name} holds no images.", "Expected image files in one folder per class, or parquet."
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"Data folder {name} cannot be read as a dataset: {one_line(error)}",
+            "Expected image files in one folder per class, or parquet.",
+        ) from error
+
+
+def _load_from_hub(name: str) -> Any:
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            # Downloads nothing, and says at once what datasets says after many retries.
+            snapshot_download(name, repo_type="dataset", allow_patterns=[])
+        return datasets.load_dataset(name, streaming=True)
     except GatedRepoError as error:
         raise DataError(
             f"Dataset {name} is gated.",
             f"Accept its terms on the Hub page of datasets/{name}, then set HF_TOKEN or run `hf auth login`.",
         ) from error
-    except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, datasets.exceptions.DataFilesNotFoundError | FileNotFoundError) and local.exists():
-            raise DataError(
-                f"Data folder {name} holds no images.", "Expected image files in one folder per class, or parquet."
-            ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise DataError(
-            f"Dataset {name} cannot be opened: {_first_line(error)}", "Check the name and the connection."
+            f"Data {name} is neither a folder here nor a dataset on the Hub.",
+            "Check the spelling; for a private dataset set HF_TOKEN.",
         ) from error
-    except (ValueError, RuntimeError) as error:
-        raise DataError(f"Data {name} cannot be read as a dataset: {_first_line(error)}") from error
-    if split not in rows:
-        raise DataError(f"Data {name} has no split {split!r}; it has {', '.join(rows)}.")
-    return describe_rows(name, split, rows[split])
+    except (HfHubHTTPError, OSError) as error:
+        raise DataError(
+            f"Data {name} is no folder here, and cannot be read from the Hub: {one_line(error)}", HUB_REMEDY
+        ) from error
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"Dataset {name} cannot be read: {one_line(error)}") from error
 
 
 def describe_rows(name: str, split: str, rows: Any) -> ImageSource:
@@ -92,7 +123,7 @@ def describe_rows(name: str, split: str, rows: Any) -> ImageSource:
         raise DataError(f"Data {name} ({split}) has no image column; its columns are {', '.join(features)}.")
     labels = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
     if not labels:
-        labels = [c for c, kind in features.items() if isinstance(kind, Value) and c in ("label", "labels")]
+        labels = [c for c in ("label", "labels") if isinstance(features.get(c), Value)]
     # Data sets with coarse and fine classes: the finer ones are what classifiers are trained on.
     label = max(labels, key=lambda column: getattr(features[column], "num_classes", 0), default=None)
     names = tuple(features[label].names) if label and isinstance(features[label], ClassLabel) else None
@@ -105,11 +136,12 @@ def calibration_images(source: ImageSource, samples: int, seed: int, preprocess:
     Raises:
         DataError: no image at all, or an unreadable one.
     """
+    rows: Iterable[tuple[int, dict[str, Any]]]
     if source.size is None:
-        rows = source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples)
+        rows = enumerate(source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples))
     else:
-        order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples]
-        rows = (source.rows[int(i)] for i in order)
+        order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+        rows = ((i, source.rows[i]) for i in order)
     chunks = [preprocess([_decode(row, source, i) for i, row in chunk]) for chunk in _chunks(rows, 256)]
     if not chunks:
         raise DataError(f"Data {source.name} ({source.split}) is empty.")
@@ -120,29 +152,41 @@ def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: in
     """All images of a split in order, with the data's own labels: (b, 3, height, width) and (b,).
 
     Raises:
-        DataError: no label column, or an unreadable image.
+        DataError: no label column, labels that are no numbers, or an unreadable image.
     """
     if source.label_column is None:
-        raise DataError(f"Data {source.name} ({source.split}) has no labels, which measuring accuracy needs.")
-    for chunk in _chunks(source.rows, batch_size):
-        images = preprocess([_decode(row, source, i) for i, row in chunk])
-        yield images, torch.tensor([row[source.label_column] for _, row in chunk])
+        raise DataError(
+            f"Data {source.name} ({source.split}) has no labels, which measuring accuracy needs.",
+            "Expected one folder per class, or a column 'label'.",
+        )
+    for chunk in _chunks(enumerate(source.rows), batch_size):
+        labels = [row[source.label_column] for _, row in chunk]
+        for (i, _), label in zip(chunk, labels, strict=True):
+            if not isinstance(label, int):
+                raise DataError(
+                    f"Image number {i} of {source.name} ({source.split}) has the label {label!r}; expected the number "
+                    "of a class."
+                )
+        yield preprocess([_decode(row, source, i) for i, row in chunk]), torch.tensor(labels)
 
 
-def _chunks(rows: Any, size: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    numbered = enumerate(rows)
-    while chunk := list(islice(numbered, size)):
+def _chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, size)):
         yield chunk
 
 
-def _decode(row: dict[str, Any], source: ImageSource, position: int) -> Any:
-    value = row[source.image_column]
+def _decode(row: dict[str, Any], source: ImageSource, position: int) -> PIL.Image.Image:
+    value = row[source.image_column] or {"path": None, "bytes": None}
     try:
-        return Image(mode="RGB").decode_example(value)
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
-        which = (value or {}).get("path") or f"number {position}"
+        image = Image().decode_example(value)
+        # Pillow would clip 16-bit greys at 255, which turns all but the darkest into white.
+        grey = image.point(lambda v: v / 257, "L") if image.mode.startswith("I;16") else image
+        return grey.convert("RGB")
+    except (OSError, ValueError, SyntaxError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise DataError(
-            f"Image {which} of {source.name} ({source.split}) cannot be read: {_first_line(error)}",
+            f"Image {value.get('path') or f'number {position}'} of {source.name} ({source.split}) cannot be read: "
+            f"{one_line(error)}",
             "Remove or replace it.",
         ) from error
 
@@ -152,24 +196,31 @@ def label_map(
 ) -> Tensor:
     """Class of the model for each label of the data, (data classes,).
 
-    Names are matched exactly, then without case, then through ImageNet's synset identifiers; labels without names, or
-    with names that match nothing, are taken as the model's own only where the number of classes is the same.
+    Names are matched exactly, then without case, then through ImageNet's synset identifiers. Labels without names are
+    the model's own; so are those with other names, where there are as many and no name stands at another place.
 
     Raises:
         DataError: the classes cannot be matched.
     """
     if data_names is None:
         return torch.arange(num_classes)
+    candidates: list[tuple[Sequence[str], Sequence[str]]] = []
     if model_names is not None:
-        for key in (str, _folded):
-            index = {key(name): i for i, name in enumerate(model_names)}
-            if all(key(name) in index for name in data_names):
-                return torch.tensor([index[key(name)] for name in data_names])
+        candidates.append((model_names, data_names))
+        candidates.append(([_folded(name) for name in model_names], [_folded(name) for name in data_names]))
     if num_classes == 1000:
-        index = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
-        if all(name in index for name in data_names):
-            return torch.tensor([index[name] for name in data_names])
-    if len(data_names) == num_classes:
+        candidates.append((ImageNetInfo().label_names(), data_names))
+    same_order = len(data_names) == num_classes
+    for names, wanted in candidates:
+        if list(names) == list(wanted):
+            return torch.arange(num_classes)
+        # A name that stands for two classes (ImageNet has two cranes) decides nothing.
+        count = Counter(names)
+        index = {name: i for i, name in enumerate(names) if count[name] == 1}
+        if all(name in index for name in wanted):
+            return torch.tensor([index[name] for name in wanted])
+        same_order &= all(index.get(name, i) == i for i, name in enumerate(wanted))
+    if same_order:
         return torch.arange(num_classes)
     raise DataError(
         f"The {len(data_names)} classes of {source} ({', '.join(data_names[:3])}, …) cannot be matched to the model's "
@@ -180,7 +231,3 @@ def label_map(
 
 def _folded(name: str) -> str:
     return name.casefold().replace("_", " ").strip()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

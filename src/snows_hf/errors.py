@@ -45,3 +45,9 @@ class NumericsError(SnowsError):
 
 class SaveError(SnowsError):
     """The result cannot be written where it was asked for."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Another library's message, for use within one of ours: on one line, and not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} …"

@@ -5,7 +5,7 @@ from typing import Any
 from .adapters import build_chain
 from .errors import PatternError
 from .hub.load import load
-from .masks import NM, parse_pattern
+from .masks import NM, Pattern, Unstructured, parse_pattern
 
 
 COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
@@ -34,31 +34,36 @@ def inspect(source: str, operations: bool = False, revision: str | None = None) 
     sparse = {name: weight for name, weight in weights.items() if zeros[name] >= 0.1 * weight.numel()}
 
     claimed = checkpoint.config.get("snows", {})
-    pattern = _parsed(claimed.get("pattern") if isinstance(claimed, dict) else None)
+    pattern: Pattern | None = _parsed(claimed.get("pattern") if isinstance(claimed, dict) else None)
     if pattern is None and sparse:
         pattern = next((p for p in COMMON_PATTERNS if all(p.holds(weight) for weight in sparse.values())), None)
+
+    holds = {name: pattern is not None and pattern.holds(weight) for name, weight in sparse.items()}
+    if isinstance(pattern, Unstructured):  # it binds all pruned weights together, to within the rounding of one
+        pruned = sum(weight.numel() for weight in sparse.values())
+        enough = sum(zeros[name] for name in sparse) >= pattern.sparsity * pruned - 1
+        holds = dict.fromkeys(sparse, enough)
 
     total_sparsity = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
     layers = []
     for _, group in groups:
         own = [weights[name] for name in group.parameters]
-        is_sparse = any(name in sparse for name in group.parameters)
+        verdicts = [holds[name] for name in group.parameters if name in sparse]
         layers.append(
             {
                 "name": group.name,
                 "parameters": list(group.parameters),
                 "shape": [sum(weight.shape[0] for weight in own), *own[0].shape[1:]],
                 "sparsity": sum(zeros[name] for name in group.parameters) / sum(weight.numel() for weight in own),
-                "pattern_ok": pattern is not None and all(map(pattern.holds, own)) if is_sparse else None,
+                "pattern_ok": all(verdicts) if verdicts else None,
             }
         )
-    verdicts = [layer["pattern_ok"] for layer in layers if layer["pattern_ok"] is not None]
     result = {
         "source": source,
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
         "pattern": str(pattern) if pattern is not None else None,
-        "pattern_ok": bool(verdicts) and all(verdicts),
+        "pattern_ok": bool(holds) and all(holds.values()),
         "sparsity": total_sparsity,
         "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
         "layers": layers,
@@ -71,9 +76,8 @@ def inspect(source: str, operations: bool = False, revision: str | None = None) 
     return result
 
 
-def _parsed(text: object) -> Any:
+def _parsed(text: object) -> Pattern | None:
     try:
         return parse_pattern(str(text)) if text is not None else None
     except PatternError:
         return None
-

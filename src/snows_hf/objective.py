@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from .adapters.base import Chain, Group, State
+from .preconditioner import recorded, row_preconditioner
 from .solver.newton import Expansion
 
 
@@ -72,13 +73,25 @@ class KStepObjective:
         state: what enters the layer in the pruned network.
         targets: Y^{l+k}, one tensor per operation of the segment.
         curvature: ``hessian`` or ``gauss-newton``.
+        preconditioner: ``gram`` (see preconditioner.py) or ``none``.
+        damping: λ, which the preconditioner shares with the system it is for.
+        relative: divide each operation's mean squared error by the variance of its targets.
     """
 
     def __init__(
-        self, segment: Segment, active: ActiveWeights, state: State, targets: Sequence[Tensor], curvature: str
+        self,
+        segment: Segment,
+        active: ActiveWeights,
+        state: State,
+        targets: Sequence[Tensor],
+        curvature: str,
+        preconditioner: str = "none",
+        damping: float = 0.0,
+        relative: bool = False,
     ) -> None:
-        self.segment, self.active, self.state = segment, active, state
-        self.targets, self.curvature = targets, curvature
+        self.segment, self.active, self.state, self.targets = segment, active, state, targets
+        self.curvature, self.preconditioner, self.damping = curvature, preconditioner, damping
+        self.weights = [1 / (y.numel() * (float(y.var()) + 1e-12 if relative else 1)) for y in targets]
 
     def _outputs(self, w: Tensor) -> list[Tensor]:
         return self.segment.outputs(self.state, self.active.scatter(w))
@@ -89,30 +102,37 @@ class KStepObjective:
         return float(self._loss(self._outputs(w)))
 
     def _loss(self, outputs: Sequence[Tensor]) -> Tensor:
-        return sum((o - y).square().mean() for o, y in zip(outputs, self.targets, strict=True))
+        terms = zip(self.weights, outputs, self.targets, strict=True)
+        return sum((c * (o - y).square().sum() for c, o, y in terms), start=torch.zeros((), device=outputs[0].device))
 
     def expand(self, w: Tensor) -> Expansion:
         """Value, gradient and curvature product at w (Eq. 4, 5, 7), on graphs that are built once and kept."""
         w = w.detach().requires_grad_()
-        outputs = self._outputs(w)
+        with recorded(self.segment.chain, self.active.masks) as seen:
+            outputs = self._outputs(w)
         loss = self._loss(outputs)
+        # Outputs that w does not reach (a shortcut's convolution beside it) have no part in the derivatives.
+        moving = [(2 * c, o) for c, o in zip(self.weights, outputs, strict=True) if o.requires_grad]
+        precondition = None
+        if self.preconditioner == "gram":
+            precondition = row_preconditioner(self.active.masks, seen, moving, self.damping)
         if self.curvature == "hessian":
             (gradient,) = grad(loss, w, create_graph=True)
 
-            def product(p: Tensor) -> Tensor:
+            def hessian(p: Tensor) -> Tensor:
                 return grad(gradient, w, p, retain_graph=True)[0]
 
-            return Expansion(float(loss.detach()), gradient.detach(), product)
+            return Expansion(float(loss.detach()), gradient.detach(), hessian, precondition)
 
         (gradient,) = grad(loss, w, retain_graph=True)
         # Jᵀu is linear in u, so its derivative along u is J: the tangent pass by reverse mode alone, over a graph that
         # is built once per batch, where forward mode would run the primal again for every product.
-        moving = [o for o in outputs if o.requires_grad]
-        u = [torch.zeros_like(o).requires_grad_() for o in moving]
-        (pullback,) = grad(moving, w, u, create_graph=True)
+        f = [o for _, o in moving]
+        u = [torch.zeros_like(o).requires_grad_() for o in f]
+        (pullback,) = grad(f, w, u, create_graph=True)
 
         def gauss_newton(p: Tensor) -> Tensor:
             Jp = grad(pullback, u, p, retain_graph=True)
-            return grad(moving, w, [2 / t.numel() * t for t in Jp], retain_graph=True)[0]
+            return grad(f, w, [h * t for (h, _), t in zip(moving, Jp, strict=True)], retain_graph=True)[0]
 
-        return Expansion(float(loss.detach()), gradient, gauss_newton)
+        return Expansion(float(loss.detach()), gradient, gauss_newton, precondition)

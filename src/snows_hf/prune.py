@@ -1,6 +1,7 @@
 """The main job: load, choose masks, cascade, measure, save."""
 
 import fnmatch
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -20,13 +21,14 @@ from .adapters import Chain, Group, build_chain, frozen
 from .cascade import LayerReport, Progress, prune_chain
 from .config import PruneConfig
 from .config import preset as preset_for
-from .data import ImageSource, calibration_images, open_images
+from .data import calibration_images, open_images
 from .errors import AdapterError, ConfigError, DataError, MaskError
 from .evaluate import Accuracy, evaluate, logits_of
 from .hub.card import write_card
-from .hub.load import Checkpoint, load
+from .hub.load import Checkpoint, load, short_name
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .masks import Masks, Pattern, choose_masks, parse_pattern, split_by_fit
+from .masks.scores import criterion
 from .version import __version__
 
 
@@ -85,12 +87,12 @@ def prune(
     """
     started = time.perf_counter()
     sparsity_pattern = parse_pattern(pattern)
-    preset_for(preset, "", pattern).updated(**settings)  # refuses bad settings before anything is loaded
+    check_mask(preset_for(preset, "", pattern).updated(**settings).mask)  # bad settings, before anything is loaded
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     target_device = find_device(device)
     calibration_name = data or DEFAULT_DATA
-    if eval_data is not None and (calibration_name, data_split) == (eval_data, eval_split):
+    if eval_data is not None and data_split == eval_split and _place(calibration_name) == _place(eval_data):
         raise DataError(
             f"Calibration and evaluation would use the same split {eval_split!r} of {eval_data}.",
             "Give --data-split or --eval-split: images that calibrate cannot measure.",
@@ -115,6 +117,8 @@ def prune(
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     images = calibration_images(source, config.samples, config.seed, checkpoint.preprocess)
     images = images.to(DTYPES[dtype])
+    if len(images) < config.samples:
+        on_stage(f"{calibration_name} ({data_split}) has only {len(images)} images: all of them are used")
 
     def measure(what: str) -> Accuracy | None:
         if evaluation is None:
@@ -141,10 +145,9 @@ def prune(
 
     report = make_report(checkpoint, chain, layers, masks, sparsity_pattern, config, reports)
     report |= {
-        "output": str(output) if output is not None else None,
         "samples": len(images),
-        "calibration_data": {"name": _shown(calibration_name), "split": data_split},
-        "eval_data": {"name": _shown(eval_data), "split": eval_split} if eval_data is not None else None,
+        "calibration_data": {"name": short_name(calibration_name), "split": data_split},
+        "eval_data": {"name": short_name(eval_data), "split": eval_split} if eval_data is not None else None,
         "dense": dense.to_dict() if dense else None,
         "masked": masked.to_dict() if masked else None,
         "pruned": pruned.to_dict() if pruned else None,
@@ -153,15 +156,43 @@ def prune(
         "hardware": describe_hardware(target_device),
         "seconds": time.perf_counter() - started,
     }
+    report = finite(report)
     if output is None:
-        return PruneResult(network, None, report)
+        return PruneResult(network, None, {"output": None, **report})
     on_stage(f"Saving to {output}")
-    report["name"] = Path(output).absolute().name
+    report["name"] = Path(output).resolve().name
     summary = {"version": __version__, "pattern": str(sparsity_pattern), "sparsity": round(report["sparsity"], 6)}
     with whole_folder(Path(output)) as folder:
         save_checkpoint(checkpoint, folder, summary, report)
         write_card(checkpoint, folder, report)
-    return PruneResult(network, Path(output), report)
+    return PruneResult(network, Path(output), {"output": str(output), **report})
+
+
+def _place(data: str) -> Path:
+    # The same for every spelling of a folder; a Hub id names a folder that does not exist.
+    return Path(data).expanduser().resolve()
+
+
+def check_mask(mask: str) -> None:
+    """Refuses a mask file that does not exist, and an unknown criterion.
+
+    Raises:
+        ConfigError: no such criterion.
+        MaskError: no such file.
+    """
+    if not mask.endswith(".safetensors"):
+        criterion(mask)
+    elif not Path(mask).is_file():
+        raise MaskError(f"Mask file {mask} does not exist.", "Expected a safetensors file of booleans.")
+
+
+def finite(value: Any) -> Any:
+    """The same report with None for numbers that JSON cannot hold (the loss of a layer that overflowed)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def find_device(device: str) -> torch.device:
@@ -248,12 +279,12 @@ def make_report(
         if not any(name in masks for name in group.parameters)
     ]
     return {
-        "source": _shown(checkpoint.source),
+        "source": short_name(checkpoint.source),
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
         "pattern": str(pattern),
         "sparsity": zeros / sum(weight.numel() for weight in pruned),
-        "settings": config.to_dict(),
+        "settings": config.to_dict() | {"mask": Path(config.mask).name},
         "layers": [report.to_dict() for report in reports],
         "dense_layers": dense_layers,
         "namespace": "live parameter names of the loaded model",
@@ -269,11 +300,6 @@ def make_report(
         },
         "seed": config.seed,
     }
-
-
-def _shown(name: str | None) -> str | None:
-    """A Hub id as it is; of a local path only the last part, so that cards carry no path of the machine."""
-    return name if name is None or not Path(name).expanduser().exists() else Path(name).expanduser().resolve().name
 
 
 def describe_hardware(device: torch.device) -> str:

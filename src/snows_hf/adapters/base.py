@@ -109,16 +109,37 @@ def build_chain(model: nn.Module) -> Chain:
     """Cuts a model into its chain of operations.
 
     Raises:
-        AdapterError: no adapter knows the model's class.
+        AdapterError: no adapter knows the model's class, or its parts are not what the adapter expects.
     """
     for cls in type(model).__mro__:
         if cls in _BUILDERS:
             builder, family = _BUILDERS[cls]
-            return Chain(model, builder(model), family)
+            chain = Chain(model, builder(model), family)
+            _check_groups(chain)
+            return chain
     raise AdapterError(
         f"No adapter for the architecture {type(model).__module__.split('.')[0]}.{type(model).__name__}.",
         f"Supported: {', '.join(supported())}. A new one is one file in snows_hf/adapters/ (CONTRIBUTING.md).",
     )
+
+
+def _check_groups(chain: Chain) -> None:
+    """Makes sure that every group names plain weights of the model, and none twice.
+
+    Raises:
+        AdapterError: a parametrised (LoRA, weight norm), replaced or shared layer.
+    """
+    plain = {name for name, parameter in chain.model.named_parameters() if parameter.ndim in (2, 4)}
+    seen: set[str] = set()
+    for _, group in chain.groups():
+        for name in group.parameters:
+            if name not in plain or name in seen:
+                fault = "in two layers" if name in seen else "not a plain weight (output, input, …) of the model"
+                raise AdapterError(
+                    f"Layer {group.name} of {type(chain.model).__name__}: {name} is {fault}.",
+                    "Merge or remove parametrisations such as LoRA or weight norm, and untie shared layers, first.",
+                )
+            seen.add(name)
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
@@ -128,21 +149,27 @@ def module_names(model: nn.Module) -> dict[nn.Module, str]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients and no in-place activations for the time of the block.
+    """For the time of the block: evaluation mode, no parameter gradients, no in-place activations, no fused attention.
 
-    In-place ReLUs would overwrite outputs that the objective still compares. Everything is put back afterwards.
+    In-place ReLUs would overwrite outputs that the objective still compares, and fused attention (timm's attention
+    pooling has it in the head) has no second derivative. Everything is put back afterwards.
     """
     training = {module: module.training for module in model.modules()}
-    inplace = [module for module in model.modules() if getattr(module, "inplace", False) is True]
+    switches = [
+        (module, switch)
+        for module in model.modules()
+        for switch in ("inplace", "fused_attn")
+        if getattr(module, switch, False) is True
+    ]
     gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)
-    for module in inplace:
-        module.inplace = False
+    for module, switch in switches:
+        setattr(module, switch, False)
     try:
         yield
     finally:
-        for module in inplace:
-            module.inplace = True
+        for module, switch in switches:
+            setattr(module, switch, True)
         for module, mode in training.items():
             module.training = mode
         for parameter, flag in gradients.items():

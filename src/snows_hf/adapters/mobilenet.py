@@ -44,7 +44,13 @@ def mobilenet(model: nn.Module) -> list[Operation]:
     for stage in model.blocks:
         for block in stage:
             operations += _separable(block, names[block])
-    return [
-        *operations,
-        Operation("classifier", lambda s: (model.forward_head(model.bn2(model.conv_head(s[0]))),)),
-    ]
+    if isinstance(model.conv_head, nn.Conv2d):  # mobilenetv1_100h: one more pointwise convolution before pooling
+        operations += [
+            Operation(
+                "conv_head",
+                lambda s: (model.conv_head(s[0]),),
+                Group("conv_head", ("conv_head.weight",), "pointwise"),
+            ),
+            Operation("conv_head > activation", lambda s: (model.bn2(s[0]),)),
+        ]
+    return [*operations, Operation("classifier", lambda s: (model.forward_head(s[0]),))]

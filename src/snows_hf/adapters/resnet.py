@@ -2,16 +2,18 @@
 
 Operations of one unit (A.3.2): each convolution's output, each ReLU's output with the batch norm before it absorbed,
 and the ReLU after the residual addition. A downsampling convolution on the shortcut is one more operation, right
-before that addition. The stem stays dense: three input channels divide by no M of interest, and it holds few weights.
+before that addition. The stem stays dense, deep ones as a whole: three input channels divide by no M of interest, and
+it holds few weights. So do the gates of squeeze-excitation, which act with the norm before the addition.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from transformers import ResNetForImageClassification
 
+from ..errors import AdapterError
 from ..models.cifar_resnet import CifarResNet
 from .base import Group, Operation, State, module_names, register
 
@@ -38,7 +40,7 @@ class Shortcut:
 
     before: Function
     convolution: Convolution | None = None
-    after: Function = nn.Identity()
+    after: Function = field(default_factory=nn.Identity)
 
 
 def residual_unit(
@@ -134,7 +136,12 @@ def timm_resnet(model: nn.Module) -> list[Operation]:
         Operation("conv1", lambda s: (model.conv1(s[0]),)),
         Operation("conv1 > activation", lambda s: (model.maxpool(model.act1(model.bn1(s[0]))),)),
     ]
-    for unit in (module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)):
+    for unit in (*model.layer1, *model.layer2, *model.layer3, *model.layer4):
+        if type(unit) not in (BasicBlock, Bottleneck):
+            raise AdapterError(
+                f"{names[unit]} is a {type(unit).__name__}; expected timm's BasicBlock or Bottleneck.",
+                "This variant of timm's ResNet has no adapter yet.",
+            )
         if isinstance(unit, BasicBlock):
             convs, last_act = [unit.conv1, unit.conv2], unit.act2
             afters = [_present(unit.bn1, unit.drop_block, unit.act1, unit.aa), _present(unit.bn2, unit.se)]

@@ -108,12 +108,14 @@ def transformers_vit(model: nn.Module) -> list[Operation]:
 
 
 def _timm_block(block: nn.Module, name: str) -> TransformerBlock:
-    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
-        raise AdapterError(
-            f"{name} is a {type(block).__name__} with {type(block.attn).__name__} and {type(block.mlp).__name__}; "
-            f"expected timm's plain pre-norm Block with Attention and Mlp.",
-            "This variant of timm's VisionTransformer has no adapter yet.",
-        )
+    parts = {"": Block, ".attn": Attention, ".mlp": Mlp}
+    for part, expected in parts.items():
+        found = type(block.get_submodule(part[1:]))
+        if found is not expected:
+            raise AdapterError(
+                f"{name}{part} is a {found.__name__}; expected timm's {expected.__name__}.",
+                "This variant of timm's VisionTransformer has no adapter yet.",
+            )
     attn, mlp = block.attn, block.mlp
 
     def attend(x: Tensor) -> Tensor:

@@ -26,8 +26,10 @@ def command(
     calm_libraries()
     sink = Sink(as_json, quiet)
     target = find_device(device)
+    sink.stage(f"Loading {model}")
     checkpoint = load(model, revision)
     source = open_images(data, split)
+    sink.stage(f"Measuring it on {data} ({split})")
     accuracy = evaluate(checkpoint.model.to(target), source, checkpoint.preprocess, checkpoint.class_names)
     sink.text(
         f"{model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % on {accuracy.images} images of {data} "

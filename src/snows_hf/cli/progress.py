@@ -2,7 +2,8 @@
 
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..cascade import Progress as CascadeProgress
 from .sink import Sink
@@ -20,10 +21,10 @@ class LayerProgress:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=sink.err,
-            disable=sink.quiet,
             transient=True,
         )
-        self.task = None
+        self.shown = sink.err.is_terminal and not sink.quiet
+        self.task: TaskID | None = None
 
     def __enter__(self) -> "LayerProgress":
         return self
@@ -31,27 +32,34 @@ class LayerProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.task is not None:
+            self.bar.stop()
 
     def update(self, progress: CascadeProgress) -> None:
-        if self.task is None:
+        if self.shown and self.task is None:
             self.bar.start()
             self.task = self.bar.add_task("", total=progress.total)
         report = progress.report
         if report is not None:
-            self.bar.update(self.task, completed=progress.index + 1, description=report.name)
+            self._describe(report.name, completed=progress.index + 1)
             self.sink.stage(
                 f"{progress.index + 1:3d}/{progress.total} {report.name}: loss {report.loss_masked:.4g} → "
                 f"{report.loss_pruned:.4g}, {report.cg_iterations} CG iterations, {report.seconds:.1f} s"
                 + ("" if report.status == "improved" else f" [{report.status}]")
             )
             if progress.index + 1 == progress.total:
-                self.bar.stop()
+                self._stop()
         elif progress.loss is not None:
-            self.bar.update(
-                self.task,
-                description=f"{progress.name}: {progress.cg_iterations} CG iterations, loss "
-                f"{progress.loss_masked:.4g} → {progress.loss:.4g}",
+            self._describe(
+                f"{progress.name}: {progress.cg_iterations} CG iterations, loss "
+                f"{progress.loss_masked:.4g} → {progress.loss:.4g}"
             )
         else:
-            self.bar.update(self.task, description=progress.name)
+            self._describe(progress.name)
+
+    def _describe(self, text: str, completed: int | None = None) -> None:
+        if self.task is not None:
+            self.bar.update(self.task, description=escape(text), completed=completed)

@@ -1,13 +1,15 @@
 """``snows-hf prune``"""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from ..errors import ConfigError
+from ..config import PruneConfig, SolverConfig
+from ..errors import ConfigError, one_line
 from .options import Device, Json, Model, Quiet, Revision
 from .progress import LayerProgress
 from .sink import Sink, calm_libraries
@@ -61,7 +63,7 @@ def command(
             data_split=data_split,
             eval_data=eval_data,
             eval_split=eval_split,
-            output=output or default_output(model, pattern),
+            output=default_output(model, pattern) if output is None else output,
             device=device,
             dtype=dtype,
             revision=revision,
@@ -76,7 +78,9 @@ def command(
 
 def default_output(model: str, pattern: str) -> Path:
     """``google/vit-base-patch16-224``, ``2:4`` → ``vit-base-patch16-224-2to4``."""
-    name = Path(model.removeprefix("hf-hub:").removeprefix("local-dir:")).name or "model"
+    from ..hub.load import short_name
+
+    name = short_name(model).rpartition("/")[2] or "model"
     return Path(f"{name}-{re.sub('[^0-9.]', 'to', pattern)}")
 
 
@@ -84,19 +88,44 @@ def read_settings(path: Path | None) -> dict[str, Any]:
     """Settings from a YAML file: one mapping, by the names of PruneConfig and SolverConfig.
 
     Raises:
-        ConfigError: unreadable, or not a mapping.
+        ConfigError: unreadable, no mapping, or a setting that is unknown or of the wrong type.
     """
     if path is None:
         return {}
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"Settings file {path} cannot be read: {error}") from error
+        raise ConfigError(f"Settings file {path} cannot be read: {one_line(error)}", "Expected YAML.") from error
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise ConfigError(f"Settings file {path}: expected a mapping of settings, got {type(settings).__name__}.")
-    if "layers" in settings:
-        settings["layers"] = tuple(settings["layers"])
+        raise ConfigError(
+            f"Settings file {path}: expected a mapping of settings, got {type(settings).__name__}.",
+            "One setting a line, as in `k: 5`.",
+        )
+    types = {f.name: f.type for cls in (PruneConfig, SolverConfig) for f in fields(cls)}
+    known = sorted(types.keys() - {"pattern", "solver"})
+    for name, value in settings.items():
+        if name not in known:
+            raise ConfigError(
+                f"Settings file {path}: unknown setting {name!r}.",
+                f"Known: {', '.join(known)}. Pattern, model, data and output are options of the command.",
+            )
+        settings[name] = _typed(path, name, value, types[name])
     return settings
+
+
+def _typed(path: Path, name: str, value: Any, kind: Any) -> Any:
+    if name == "layers" and isinstance(value, str | list):
+        return (value,) if isinstance(value, str) else tuple(map(str, value))
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if not isinstance(value, kind if isinstance(kind, type) else ()) or isinstance(value, bool):
+        wanted = {int: "a whole number", float: "a number", str: "text"}.get(kind, "a list of names")
+        raise ConfigError(f"Settings file {path}: {name} = {value!r}: expected {wanted}.")
+    return value
 
 
 def show_report(sink: Sink, report: dict[str, Any]) -> None:

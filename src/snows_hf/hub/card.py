@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .load import Checkpoint
+from .load import Checkpoint, local_folder
 
 
 def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
@@ -17,25 +17,24 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         folder: where README.md goes.
         report: the prune's report, as in snows_config.json.
     """
-    pruned, evaluated = report.get("pruned"), report.get("eval_data")
     results = None
-    if pruned:
+    if report["pruned"]:
         results = [
             EvalResult(
                 task_type="image-classification",
-                dataset_type=evaluated["name"],
-                dataset_name=evaluated["name"],
-                dataset_split=evaluated["split"],
+                dataset_type=report["eval_data"]["name"],
+                dataset_name=report["eval_data"]["name"],
+                dataset_split=report["eval_data"]["split"],
                 metric_type="accuracy",
                 metric_name=metric,
-                metric_value=round(pruned[key], 4),
+                metric_value=round(report["pruned"][key], 4),
             )
             for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5"))
         ]
-    is_hub_id = not Path(checkpoint.source).exists()
+    is_hub_id = local_folder(checkpoint.source) is None
     data = ModelCardData(
         model_name=report["name"],
-        base_model=checkpoint.source.removeprefix("hf-hub:") if is_hub_id else None,
+        base_model=report["source"] if is_hub_id else None,
         library_name=checkpoint.library,
         pipeline_tag="image-classification",
         tags=["snows-hf", "sparse", "pruned", *([] if ":" not in report["pattern"] else [report["pattern"]])],
@@ -47,7 +46,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         template_str=template,
         report=report,
         library=checkpoint.library,
-        source=checkpoint.source if is_hub_id else Path(checkpoint.source).name,
+        source=report["source"],
         architecture=checkpoint.config.get("architecture", ""),
     )
     card.save(folder / "README.md")

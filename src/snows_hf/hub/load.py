@@ -18,13 +18,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
-from ..data import Preprocess
-from ..errors import LoadError, NumericsError
+from ..data import HUB_REMEDY, Preprocess
+from ..errors import LoadError, NumericsError, one_line
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -55,24 +56,39 @@ class Checkpoint:
     class_names: tuple[str, ...] | None
 
 
+def local_folder(source: str) -> Path | None:
+    """The folder that a model's name means, whether or not it exists; None for a repository on the Hub."""
+    folder = Path(source.removeprefix("local-dir:")).expanduser()
+    if source.startswith("hf-hub:"):
+        return None
+    return folder if folder.exists() or source.startswith(("local-dir:", ".", "/", "~")) else None
+
+
+def short_name(source: str) -> str:
+    """A Hub id as it is; of a folder only the last part, so that what is published names no path of the machine."""
+    folder = local_folder(source)
+    return source.removeprefix("hf-hub:") if folder is None else folder.resolve().name
+
+
 def find_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional).
 
     Raises:
         LoadError: neither exists, or the Hub refuses.
     """
-    name = source.removeprefix("local-dir:")
-    local = Path(name).expanduser()
-    if not source.startswith("hf-hub:") and local.is_dir():
+    local = local_folder(source)
+    if local is not None:
+        if not local.is_dir():
+            fault = "is a file" if local.exists() else "does not exist"
+            raise LoadError(f"Model folder {local} {fault}.", "Give a folder with config.json and *.safetensors.")
         return local
-    if source.startswith("local-dir:") or local.is_file() or name.startswith((".", "/", "~")):
-        raise LoadError(f"Model folder {name} does not exist.", "Give a folder with config.json and *.safetensors.")
     name = source.removeprefix("hf-hub:")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     except GatedRepoError as error:
         raise LoadError(
-            f"Model {name} is gated.", f"Accept its terms on the Hub page of {name}, then set HF_TOKEN."
+            f"Model {name} is gated.",
+            f"Accept its terms on the Hub page of {name}, then set HF_TOKEN or run `hf auth login`.",
         ) from error
     except RevisionNotFoundError as error:
         raise LoadError(f"Model {name} has no revision {revision!r}.") from error
@@ -83,8 +99,7 @@ def find_folder(source: str, revision: str | None = None) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise LoadError(
-            f"Model {name} is no folder here, and the Hub cannot be reached: {_first_line(error)}",
-            "Check the connection, or give a folder.",
+            f"Model {name} is no folder here, and cannot be read from the Hub: {one_line(error)}", HUB_REMEDY
         ) from error
 
 
@@ -100,7 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise LoadError(f"{folder} has no config.json.", "Expected a transformers or timm checkpoint.") from None
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path} is not valid JSON: {_first_line(error)}") from error
+        raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise LoadError(f"{path}: expected a JSON object, got {type(config).__name__}.")
     return config
@@ -137,14 +152,14 @@ def check_weights(folder: Path) -> None:
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read.",
                 "Convert it to safetensors first: load it where you trust it, and `save_pretrained`.",
             )
-        raise LoadError(f"{folder} has no *.safetensors file.")
+        raise LoadError(f"{folder} has no *.safetensors file.", "Pickles (.bin, .pth) are never read.")
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 file.keys()
         except (SafetensorError, OSError) as error:
             raise LoadError(
-                f"{path} is corrupt or truncated: {_first_line(error)}", "Download or copy it again."
+                f"{path} is corrupt or truncated: {one_line(error)}", "Download or copy it again."
             ) from error
 
 
@@ -180,7 +195,7 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
             folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise LoadError(f"transformers cannot load {source} as an image classifier: {_first_line(error)}") from error
+        raise LoadError(f"transformers cannot load {source} as an image classifier: {one_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
         raise LoadError(
@@ -192,7 +207,7 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise LoadError(
-            f"{source} has no usable preprocessor_config.json: {_first_line(error)}",
+            f"{source} has no usable preprocessor_config.json: {one_line(error)}",
             "Without it the images cannot be prepared as the model expects.",
         ) from error
 
@@ -206,10 +221,24 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
 def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     if not (folder / "model.safetensors").is_file():
         raise LoadError(f"{folder} has no model.safetensors, the file that timm reads.")
+    model: Any
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        stored = load_file(folder / "model.safetensors")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError, SafetensorError) as error:
-        raise LoadError(f"timm cannot load {source}: {_first_line(error)}") from error
+        raise LoadError(f"timm cannot load {source}: {one_line(error)}") from error
+    heads = model.pretrained_cfg.get("classifier") or ()
+    state = model.state_dict(keep_vars=True)
+    for head in (heads,) if isinstance(heads, str) else heads:
+        name = f"{head}.weight"
+        if name not in state or name not in stored or state[name].shape != stored[name].shape:
+            raise LoadError(
+                f"{source} lacks weights of {type(model).__name__}: {name}, for {model.num_classes} classes.",
+                "Expected a checkpoint with a trained classification head.",
+            )
+    for name, tensor in state.items():
+        if name in stored:  # timm computes in float32 whatever the file has
+            tensor.data = tensor.data.to(stored[name].dtype)
     transform = create_transform(**resolve_data_config(model=model), is_training=False)
 
     def preprocess(images: Sequence[Any]) -> Tensor:
@@ -219,7 +248,3 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     if isinstance(names, dict):
         names = [names[key] for key in sorted(names, key=int)]
     return Checkpoint(source, folder, "timm", config, model, preprocess, None, tuple(names) if names else None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,7 @@
 """From a pruned model to a folder that stock transformers and timm load: complete, or not there at all."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from ..errors import SaveError
+from ..errors import SaveError, one_line
 from .load import Checkpoint
 
 
@@ -29,16 +30,18 @@ def check_output(output: Path, size: int) -> None:
     Raises:
         SaveError: it exists and is not empty, its parent cannot be written, or the disk has no room.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise SaveError(f"Output {output} exists and is not empty.", "Choose another --output, or remove it.")
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
     try:
-        with tempfile.TemporaryFile(dir=parent):
-            free = shutil.disk_usage(parent).free
+        if output.exists() and not output.is_dir():
+            raise SaveError(f"Output {output} exists and is a file.", "Choose another --output.")
+        if output.exists() and any(output.iterdir()):
+            raise SaveError(f"Output {output} exists and is not empty.", "Choose another --output, or remove it.")
+        place = output.absolute()
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            free = shutil.disk_usage(place).free
     except OSError as error:
-        raise SaveError(f"Output {output} cannot be written: {error.strerror}.", "Choose another --output.") from error
+        raise SaveError(f"Output {output} cannot be written: {error}.", "Choose another --output.") from error
     if free < size:
         raise SaveError(
             f"Output {output} needs {size / 1e6:.1f} MB, and its disk has {free / 1e6:.1f} MB left.",
@@ -48,26 +51,33 @@ def check_output(output: Path, size: int) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A fresh folder beside ``output`` that becomes it when the block ends well, and is removed when it does not.
+    """A fresh folder whose files are in ``output`` when the block ends well, and gone when it does not.
+
+    An ``output`` that exists already, empty, stays the folder that it is (a mount point, say) and is filled.
 
     Raises:
         SaveError: the disk is full or refuses.
     """
-    output = output.absolute()
-    partial: Path | None = None
+    output = output.resolve()
+    partial = output if output.exists() else output.parent
+    partial /= f".{output.name}.partial-{os.getpid()}"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        partial.mkdir(parents=True)
         yield partial
-        partial.chmod(0o755)
+        mode = partial.stat().st_mode & 0o666  # what the umask allows; safetensors would keep its file to the owner
+        for path in partial.iterdir():
+            path.chmod(mode)
         if output.exists():
-            output.rmdir()
-        partial.rename(output)
+            for path in partial.iterdir():
+                path.rename(output / path.name)
+        else:
+            partial.rename(output)
     except (OSError, SafetensorError) as error:
-        raise SaveError(f"Output {output} cannot be written: {error}.", "Nothing was left behind there.") from error
+        raise SaveError(
+            f"Output {output} cannot be written: {one_line(error)}.", "Nothing was left behind there."
+        ) from error
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any], report: dict[str, Any]) -> None:
@@ -79,19 +89,23 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
         summary: small; goes into config.json under ``snows``.
         report: everything; goes into snows_config.json.
     """
+    model: Any = checkpoint.model
+    config = deepcopy(checkpoint.config)
     if checkpoint.library == "transformers":
-        checkpoint.model.config.snows = summary
-        checkpoint.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         checkpoint.processor.save_pretrained(folder)
     else:
-        config = deepcopy(checkpoint.config)
-        save_for_hf(checkpoint.model, str(folder), model_config={**config, "snows": summary}, safe_serialization=True)
-        _drop_duplicate_num_classes(folder / "config.json")
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
+        if "pretrained_cfg" not in config:  # an old, flat file, which can hold no other key
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["pretrained_cfg"].pop("label_offset", None)  # done on loading
+        # transformers would pass this to timm twice, and fail.
+        if "num_classes" in config.get("model_args", {}):
+            config["num_classes"] = config["model_args"].pop("num_classes")
+    # The libraries' own rewriting of the configuration depends on their versions: only ``snows`` is new.
+    write_json(folder / "config.json", {**config, "snows": summary})
+    write_json(folder / REPORT_FILE, report)
 
 
-def _drop_duplicate_num_classes(path: Path) -> None:
-    # transformers passes both the config's num_classes and model_args to timm, which then gets it twice and fails.
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("model_args", {}).pop("num_classes", None) is not None:
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

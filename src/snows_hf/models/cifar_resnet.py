@@ -44,6 +44,8 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3) -> None:
         super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth {depth}: expected 6n + 2, such as 20, 32, 44, 56 or 110.")
         self.num_classes, self.num_features = num_classes, 64
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

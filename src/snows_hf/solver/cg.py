@@ -6,12 +6,12 @@ is the reduced one of Eq. 9/10, of size m.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from torch import Tensor
 
 
-class CGStatus(str, Enum):
+class CGStatus(StrEnum):
     """Why conjugate gradients stopped."""
 
     CONVERGED = "converged"
@@ -40,7 +40,7 @@ def cg(
     atol: float = 0.0,
     max_iter: int = 100,
     stall: float = 0.0,
-    preconditioner: Tensor | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
 ) -> CGResult:
     """Solves ``(H + λI) δ = -g`` (Eq. 10) without forming H.
 
@@ -54,15 +54,15 @@ def cg(
         max_iter: most products to spend.
         stall: stop once the quadratic model's decrease over the last ten per cent of the iterations (ten at least) is
             below ``stall`` times its whole decrease per iteration (Martens 2010, section 4.4); 0 switches it off.
-        preconditioner: positive diagonal M of shape (m,); the system is solved in the norm of M⁻¹.
+        preconditioner: r -> M⁻¹ r for some M close to H + λI, symmetric and positive definite; None is the paper's.
 
     Returns:
         The last iterate. Directions of negative curvature end the iteration: the iterate before them is returned, or
         the (preconditioned) negative gradient when it is the first direction that turns out so.
     """
-    inverse = 1.0 if preconditioner is None else 1.0 / preconditioner
+    precondition = preconditioner or (lambda r: r)
     delta, r = g.new_zeros(g.shape), -g
-    z = inverse * r
+    z = precondition(r)
     p, rz = z, r @ z
     g_norm = g.norm()
     stop_at = max(atol, rtol * float(g_norm))
@@ -95,10 +95,14 @@ def cg(
         # q(δ) = ½ δᵀ(H + λI)δ + gᵀδ = ½ δᵀ(g - r), since r = -g - (H + λI)δ.
         model_values.append(0.5 * float(delta @ (g - r)))
         window = max(10, iteration // 10)
-        if stall and iteration > window and model_values[-1] - model_values[-1 - window] > window * stall * model_values[-1]:
+        if (
+            stall
+            and iteration > window
+            and model_values[-1] - model_values[-1 - window] > window * stall * model_values[-1]
+        ):
             status = CGStatus.STALLED
             break
-        z = inverse * r
+        z = precondition(r)
         rz_new = r @ z
         gamma = rz_new / rz
         p, rz = z + gamma * p, rz_new

@@ -6,7 +6,8 @@ Knows objectives only through :class:`Objective`: a value, and a second-order ex
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
+from itertools import chain, repeat
 from typing import Protocol
 
 import torch
@@ -20,13 +21,13 @@ from .cg import CGStatus, cg
 class Expansion:
     """Eq. 7 around one point: loss ``value``, ``gradient`` (m,), and ``product``: p -> H p for p of shape (m,).
 
-    ``preconditioner`` is a positive diagonal (m,), or None.
+    ``preconditioner``: r -> M⁻¹ r with M close to H, or None.
     """
 
     value: float
     gradient: Tensor
     product: Callable[[Tensor], Tensor]
-    preconditioner: Tensor | None = None
+    preconditioner: Callable[[Tensor], Tensor] | None = None
 
 
 class Objective(Protocol):
@@ -37,7 +38,7 @@ class Objective(Protocol):
     def expand(self, w: Tensor) -> Expansion: ...
 
 
-class NewtonStatus(str, Enum):
+class NewtonStatus(StrEnum):
     """How a layer's optimisation ended."""
 
     IMPROVED = "improved"
@@ -74,19 +75,18 @@ class NewtonResult:
 
 def armijo(
     value: Callable[[Tensor], float], w: Tensor, delta: Tensor, loss: float, slope: float, config: SolverConfig
-) -> tuple[float, float]:
+) -> float:
     """Largest α ≤ 1 of a backtracking sequence with L(w + αδ) ≤ L(w) + αβ δᵀg (A.1.3), on one and the same batch.
 
     Returns:
-        α and the loss there; α = 0 and the old loss when no step of the sequence qualifies.
+        α; 0 when no step of the sequence qualifies.
     """
     alpha = 1.0
     for _ in range(config.max_backtracks + 1):
-        trial = value(w + alpha * delta)
-        if trial <= loss + alpha * config.beta * slope:
-            return alpha, trial
+        if value(w + alpha * delta) <= loss + alpha * config.beta * slope:
+            return alpha
         alpha *= config.backtrack
-    return 0.0, loss
+    return 0.0
 
 
 def newton(
@@ -99,53 +99,55 @@ def newton(
     """Minimises the mean of ``batches`` from w by one Newton step per batch and pass.
 
     The weights returned are the best of all iterates, the start included, by the ``held_out`` loss: a layer never
-    comes out worse than it came in.
+    comes out worse than it came in. The run ends early once ``patience`` steps in a row have brought less than
+    ``min_gain`` together.
 
     Args:
         batches: one objective per mini-batch, at least one; iterated once per pass.
         held_out: objective on images that no batch holds.
         w: active weights to start from, shape (m,).
         config: passes, CG and line-search settings.
-        progress: called after each step with the products spent so far, the held-out loss at the start and the best one.
+        progress: called after each step with the products so far, and the held-out loss at the start and at best.
     """
     start = held_out.value(w)
     result = NewtonResult(w, NewtonStatus.KEPT_MASKED, loss_start=start, loss_end=start)
     if not math.isfinite(start):
         result.status = NewtonStatus.NON_FINITE
         return result
-    for sweep in range(config.passes):
-        best_before = result.loss_end
-        for batch in batches:
-            local = batch.expand(w)
-            if not math.isfinite(local.value) or not torch.isfinite(local.gradient).all():
-                result.status = NewtonStatus.NON_FINITE
-                return result
-            direction = cg(
-                local.product,
-                local.gradient,
-                damping=config.damping,
-                rtol=config.cg_rtol,
-                atol=config.cg_atol,
-                max_iter=config.cg_max_iter,
-                stall=config.cg_stall,
-                preconditioner=local.preconditioner,
-            )
-            result.steps += 1
-            result.cg_iterations += direction.iterations
-            result.cg_statuses.append(direction.status)
-            slope = float(direction.delta @ local.gradient)
-            alpha = 0.0
-            if slope < 0:
-                alpha, _ = armijo(batch.value, w, direction.delta, local.value, slope, config)
-            if alpha == 0.0:
-                result.rejected += 1
-                continue
+    milestone, stale = start, 0
+    for batch in chain.from_iterable(repeat(batches, config.passes)):
+        local = batch.expand(w)
+        if not math.isfinite(local.value) or not torch.isfinite(local.gradient).all():
+            result.status = NewtonStatus.NON_FINITE
+            break
+        direction = cg(
+            local.product,
+            local.gradient,
+            damping=config.damping,
+            rtol=config.cg_rtol,
+            atol=config.cg_atol,
+            max_iter=config.cg_max_iter,
+            stall=config.cg_stall,
+            preconditioner=local.preconditioner,
+        )
+        result.steps += 1
+        result.cg_iterations += direction.iterations
+        result.cg_statuses.append(direction.status)
+        slope = float(direction.delta @ local.gradient)
+        alpha = armijo(batch.value, w, direction.delta, local.value, slope, config) if slope < 0 else 0.0
+        if alpha == 0.0:
+            result.rejected += 1
+        else:
             w = w + alpha * direction.delta
             loss = held_out.value(w)
             if loss < result.loss_end:
                 result.w, result.loss_end, result.status = w, loss, NewtonStatus.IMPROVED
-            if progress is not None:
-                progress(result.cg_iterations, start, result.loss_end)
-        if sweep and result.loss_end > config.pass_ratio * best_before:
-            break
+        if progress is not None:
+            progress(result.cg_iterations, start, result.loss_end)
+        if result.loss_end <= (1 - config.min_gain) * milestone:
+            milestone, stale = result.loss_end, 0
+        else:
+            stale += 1
+            if stale == config.patience:
+                break
     return result
