@@ -71,22 +71,30 @@ class Case:
     parameters: tuple[str, ...]
     pattern: tuple[int, int]
     k: int
+    weighting: str = "mean"
 
     @property
     def id(self) -> str:
-        return f"{self.model.__name__}-{self.group}-K{self.k}"
+        return f"{self.model.__name__}-{self.group}-K{self.k}-{self.weighting}"
 
 
 QKV = tuple(f"vit.layers.0.attention.{part}_proj.weight" for part in "qkv")
 
 
-def _case(model: str, group: str, pattern: tuple[int, int], k: int, parameters: tuple[str, ...] = ()) -> Case:
+def _case(
+    model: str,
+    group: str,
+    pattern: tuple[int, int],
+    k: int,
+    parameters: tuple[str, ...] = (),
+    weighting: str = "mean",
+) -> Case:
     make, sites = {
         "vit": (tiny.transformers_vit, vit_sites),
         "timm": (tiny.timm_vit, timm_vit_sites),
         "cifar": (tiny.cifar_resnet, cifar_sites),
     }[model]
-    return Case(make, sites, group, parameters or (f"{group}.weight",), pattern, k)
+    return Case(make, sites, group, parameters or (f"{group}.weight",), pattern, k, weighting)
 
 
 CASES = [
@@ -100,6 +108,8 @@ CASES = [
     _case("cifar", "layer1.0.conv1", (1, 16), 3),
     _case("cifar", "layer2.0.conv2", (1, 32), 5),
     _case("cifar", "layer2.0.conv1", (1, 16), BEYOND),
+    _case("vit", "vit.layers.0.attention.qkv", (2, 4), 3, QKV, "relative"),
+    _case("cifar", "layer1.0.conv1", (1, 16), 3, (), "relative"),
 ]
 
 
@@ -113,22 +123,37 @@ class Built:
     w: Tensor
     state: tuple[Tensor, ...]
     targets: list[Tensor]
+    relative: bool
     reference_outputs: Callable[[Tensor], list[Tensor]]
     reference_targets: list[Tensor]
 
-    def objective(self, curvature: str) -> KStepObjective:
-        return KStepObjective(self.segment, self.active, self.state, self.targets, curvature)
+    def objective(self, curvature: str, preconditioner: str = "none", damping: float = 0.0) -> KStepObjective:
+        return KStepObjective(
+            self.segment,
+            self.active,
+            self.state,
+            self.targets,
+            curvature,
+            preconditioner=preconditioner,
+            damping=damping,
+            relative=self.relative,
+        )
+
+    def entries(self, y: Tensor) -> float:
+        """What the squared error of an operation is divided by: its entries, times their variance where relative."""
+        return y.numel() * (float(((y - y.mean()) ** 2).sum() / (y.numel() - 1)) if self.relative else 1.0)
 
     def reference_loss(self, w: Tensor) -> Tensor:
         """Eq. 3 with the mean over the entries of each operation."""
         total = torch.zeros((), dtype=torch.float64)
         for y, o in zip(self.reference_targets, self.reference_outputs(w), strict=True):
-            total = total + ((y - o) ** 2).sum() / y.numel()
+            total = total + ((y - o) ** 2).sum() / self.entries(y)
         return total
 
-    def reference_vector(self, w: Tensor) -> Tensor:
-        """All outputs end to end, scaled so that Eq. 3 is a sum of squared differences."""
-        return torch.cat([o.flatten() / o.numel() ** 0.5 for o in self.reference_outputs(w)])
+    def joined(self, outputs: list[Tensor]) -> Tensor:
+        """All outputs in one (images, entries), scaled so that Eq. 3 is a sum of squared differences."""
+        scales = [self.entries(y) ** 0.5 for y in self.reference_targets]
+        return torch.cat([o.flatten(1) / scale for o, scale in zip(outputs, scales, strict=True)], dim=1)
 
 
 def build(case: Case) -> Built:
@@ -181,7 +206,15 @@ def build(case: Case) -> Built:
     w = active.gather({name: model.get_parameter(name) for name in masks})
     w = w + 0.1 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype)
     return Built(
-        chain, segment, active, w, state, segment.outputs(state), reference_outputs, reference_outputs(None)
+        chain=chain,
+        segment=segment,
+        active=active,
+        w=w,
+        state=state,
+        targets=segment.outputs(state),
+        relative=case.weighting == "relative",
+        reference_outputs=reference_outputs,
+        reference_targets=reference_outputs(None),
     )
 
 
@@ -232,7 +265,7 @@ def test_hessian_product_equals_the_dense_hessian(built):
 
 
 def test_gauss_newton_product_equals_dense_jacobians(built):
-    J = torch.func.jacfwd(built.reference_vector)(built.w)
+    J = torch.func.jacfwd(lambda w: built.joined(built.reference_outputs(w)))(built.w).flatten(0, 1)
     G = 2 * J.T @ J
     expansion = built.objective("gauss-newton").expand(built.w)
     for p in probes(len(built.w)):
@@ -245,15 +278,10 @@ class FlatSegment(nn.Module):
 
     def __init__(self, built: Built) -> None:
         super().__init__()
-        self.w = nn.Parameter(built.w.clone())
-        self.outputs = built.reference_outputs
-
-    @staticmethod
-    def joined(outputs: list[Tensor]) -> Tensor:
-        return torch.cat([o.flatten(1) / o.numel() ** 0.5 for o in outputs], dim=1)
+        self.w, self.built = nn.Parameter(built.w.clone()), built
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.joined(self.outputs(self.w))
+        return self.built.joined(self.built.reference_outputs(self.w))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +289,7 @@ class FlatSegment(nn.Module):
 )
 def test_products_equal_those_of_curvlinops(built, curvature, operator):
     network = FlatSegment(built)
-    data = [(IMAGES, FlatSegment.joined(built.reference_targets))]
+    data = [(IMAGES, built.joined(built.reference_targets))]
     curvlinop = operator(network, nn.MSELoss(reduction="sum"), [network.w], data, check_deterministic=False)
     expansion = built.objective(curvature).expand(built.w)
     for p in probes(len(built.w), 2):
@@ -275,6 +303,22 @@ def test_products_are_symmetric_linear_and_repeatable(built, curvature):
     assert float(p @ product(q)) == pytest.approx(float(q @ product(p)), rel=1e-9, abs=1e-12)
     torch.testing.assert_close(product(2 * p - q), 2 * product(p) - product(q), rtol=1e-9, atol=1e-12)
     assert torch.equal(product(p), product(p))
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_preconditioner_is_symmetric_positive_definite_and_leaves_the_derivatives_alone(built, curvature):
+    plain = built.objective(curvature).expand(built.w)
+    expansion = built.objective(curvature, "gram", damping=1e-3).expand(built.w)
+    assert plain.preconditioner is None
+    assert expansion.value == plain.value
+    p, q, *_ = probes(len(built.w))
+    torch.testing.assert_close(expansion.gradient, plain.gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(expansion.product(p), plain.product(p), rtol=1e-12, atol=1e-12)
+    solve = expansion.preconditioner
+    assert solve(p).shape == p.shape
+    assert float(p @ solve(q)) == pytest.approx(float(q @ solve(p)), rel=1e-8, abs=1e-10)
+    assert float(p @ solve(p)) > 0
+    torch.testing.assert_close(solve(2 * p - q), 2 * solve(p) - solve(q), rtol=1e-8, atol=1e-10)
 
 
 def test_nothing_of_the_model_changes(built):
@@ -352,6 +396,7 @@ def test_k_0_on_a_linear_layer_is_masked_least_squares(bias, curvature):
         curvature=curvature,
         damping=0.0,
         passes=1,
+        patience=1,
         cg_rtol=1e-14,
         cg_atol=0.0,
         cg_max_iter=500,

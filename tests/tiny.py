@@ -1,13 +1,20 @@
 """Tiny random networks in float64 whose every part matters: no zero biases, no unit scales, no identical heads."""
 
+import copy
+from dataclasses import dataclass
+
 import torch
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from snows_hf.masks import NM, Masks
+from snows_hf.adapters import State, build_chain, frozen
+from snows_hf.cascade import LayerReport, prune_chain, split_images
+from snows_hf.config import PruneConfig, SolverConfig
+from snows_hf.masks import NM, Masks, choose_masks
 from snows_hf.models.cifar_resnet import CifarResNet
+from snows_hf.objective import ActiveWeights, KStepObjective, Segment
 
 
 SIZE = 8  # images are 3 x 8 x 8
@@ -74,3 +81,89 @@ def timm_resnet(seed: int = 0) -> ResNet:
 def nm_masks(model: nn.Module, parameters: tuple[str, ...], n: int, m: int) -> Masks:
     """N:M masks by magnitude."""
     return {name: NM(n, m).mask(model.get_parameter(name).detach().abs()) for name in parameters}
+
+
+def config(**changes: object) -> PruneConfig:
+    """Every setting given, so that no test depends on defaults; names of SolverConfig reach into ``solver``."""
+    solver = SolverConfig(
+        curvature="gauss-newton",
+        preconditioner="none",
+        damping=1e-4,
+        beta=1e-5,
+        backtrack=0.5,
+        max_backtracks=10,
+        passes=1,
+        patience=1000,
+        min_gain=0.0,
+        cg_rtol=1e-3,
+        cg_atol=0.0,
+        cg_max_iter=5,
+        cg_stall=0.0,
+    )
+    base = PruneConfig(
+        "2:4",
+        k=3,
+        mask="magnitude",
+        batch_size=250,
+        held_out=0.25,
+        targets="dense",
+        weighting="mean",
+        seed=0,
+        solver=solver,
+    )
+    return base.updated(**changes)
+
+
+def magnitude_masks(model: nn.Module, n: int = 2, m: int = 4) -> Masks:
+    """N:M masks for every prunable weight that they fit."""
+    groups = [group for _, group in build_chain(model).groups()]
+    weights = {name: model.get_parameter(name) for group in groups for name in group.parameters}
+    return choose_masks(weights, NM(n, m), "magnitude")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A dense network, its pruned copy, and what the cascade said about it."""
+
+    dense: nn.Module
+    pruned: nn.Module
+    masks: Masks
+    images: Tensor
+    config: PruneConfig
+    reports: list[LayerReport]
+
+    def held_out_objective(self, report: LayerReport) -> KStepObjective:
+        """The objective that judged a layer, rebuilt from the two networks alone.
+
+        Layers before it are read from the pruned network, layers after it from the dense one: those were still dense.
+        """
+        before, chain = build_chain(self.pruned), build_chain(self.dense)
+        index = next(i for i, group in chain.groups() if group.name == report.name)
+        held_out = split_images(self.images, self.config.batch_size, self.config.held_out)[-1]
+        state: State = (held_out,)
+        dense_state: State = (held_out,)
+        with torch.no_grad(), frozen(self.dense), frozen(self.pruned):
+            for ours, theirs in zip(before.operations[:index], chain.operations[:index], strict=True):
+                state, dense_state = ours.run(state), theirs.run(dense_state)
+            segment = Segment.cut(chain, index, self.config.k)
+            targets = segment.outputs(dense_state if self.config.targets == "dense" else state)
+        active = ActiveWeights({name: self.masks[name] for name in report.parameters})
+        relative = self.config.weighting == "relative"
+        return KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
+
+    def losses(self, report: LayerReport) -> tuple[float, float]:
+        """Held-out losses with the dense network's masked weights, and with the weights the pruned network has."""
+        objective = self.held_out_objective(report)
+        with torch.no_grad(), frozen(self.dense), frozen(self.pruned):
+            return tuple(  # type: ignore[return-value]
+                objective.value(objective.active.gather({n: net.get_parameter(n) for n in report.parameters}))
+                for net in (self.dense, self.pruned)
+            )
+
+
+def prune(model: nn.Module, count: int = 8, n: int = 2, m: int = 4, **changes: object) -> Run:
+    """Prunes a copy of a tiny network on random images, by magnitude masks."""
+    pruned, masks, settings = copy.deepcopy(model), magnitude_masks(model, n, m), config(**changes)
+    calibration = images(count, seed=7)
+    reports = prune_chain(build_chain(pruned), calibration, masks, settings, torch.device("cpu"))
+    return Run(model, pruned, masks, calibration, settings, reports)

@@ -23,8 +23,8 @@ class SolverConfig:
         backtrack: factor between two trial steps of the line search.
         max_backtracks: trial steps after the first before a step is rejected.
         passes: passes over the calibration batches.
-        patience: Newton steps in a row that may gain less than ``min_gain`` on the held-out loss before a layer is done.
-        min_gain: relative.
+        patience: Newton steps in a row that may gain less than ``min_gain`` before a layer is done.
+        min_gain: relative decrease of the held-out loss.
         cg_rtol: conjugate gradients stop at ‖r‖ ≤ cg_rtol·‖g‖.
         cg_atol: … or at ‖r‖ ≤ cg_atol, the paper's test (Table 7: 1e-3 CNN, 5e-4 ViT).
         cg_max_iter: most products per Newton step.
@@ -138,10 +138,10 @@ _PAPER_VIT = {**_PAPER, "cg_atol": 5e-4, "cg_max_iter": 500, "passes": 1, "sampl
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # What measured best here (docs/results.md).
     "default": {
-        "vit": {"k": 5},
-        "cifar_resnet": {"k": 40},
-        "resnet": {"k": 30},
-        "mobilenet": {"k": 60},
+        "vit": {"k": 5, "batch_size": 128, "cg_max_iter": 5, "passes": 2},
+        "cifar_resnet": {"k": 40, "weighting": "relative"},
+        "resnet": {"k": 30, "weighting": "relative"},
+        "mobilenet": {"k": 60, "weighting": "relative"},
     },
     # Table 7, and what A.1.3 and the paper's own code add to it.
     "paper": {

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -192,16 +193,21 @@ def load(source: str, revision: str | None = None) -> Checkpoint:
 def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, local_files_only=True
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, StrictDataclassError, SafetensorError) as error:
         raise LoadError(f"transformers cannot load {source} as an image classifier: {one_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
         raise LoadError(
-            f"{source} lacks weights of {type(model).__name__}: {', '.join(lacking[:3])}"
-            f"{', …' if len(lacking) > 3 else ''}.",
-            "Expected a checkpoint with a trained classification head.",
+            f"{source} lacks weights of {type(model).__name__}, or has them in another shape: "
+            f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}.",
+            "Expected a checkpoint with a trained classification head, and the config.json that belongs to it.",
         )
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -231,9 +237,12 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     state = model.state_dict(keep_vars=True)
     for head in (heads,) if isinstance(heads, str) else heads:
         name = f"{head}.weight"
-        if name not in state or name not in stored or state[name].shape != stored[name].shape:
+        # timm puts a random head in the place of one for another number of classes.
+        trained = name in state and name in stored and state[name].shape == stored[name].shape
+        if not trained or model.num_classes != model.pretrained_cfg["num_classes"]:
             raise LoadError(
-                f"{source} lacks weights of {type(model).__name__}: {name}, for {model.num_classes} classes.",
+                f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {name} for "
+                f"{model.num_classes} classes.",
                 "Expected a checkpoint with a trained classification head.",
             )
     for name, tensor in state.items():

@@ -41,7 +41,9 @@ def check_output(output: Path, size: int) -> None:
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free
     except OSError as error:
-        raise SaveError(f"Output {output} cannot be written: {error}.", "Choose another --output.") from error
+        raise SaveError(
+            f"Output {output} cannot be written: {error.strerror or error}.", "Choose another --output."
+        ) from error
     if free < size:
         raise SaveError(
             f"Output {output} needs {size / 1e6:.1f} MB, and its disk has {free / 1e6:.1f} MB left.",

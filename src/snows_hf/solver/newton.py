@@ -144,7 +144,7 @@ def newton(
                 result.w, result.loss_end, result.status = w, loss, NewtonStatus.IMPROVED
         if progress is not None:
             progress(result.cg_iterations, start, result.loss_end)
-        if result.loss_end <= (1 - config.min_gain) * milestone:
+        if result.loss_end < (1 - config.min_gain) * milestone:
             milestone, stale = result.loss_end, 0
         else:
             stale += 1

@@ -1,0 +1,369 @@
+"""Whatever is wrong: one message that says what and where, exit code 1, no traceback, and nothing left behind."""
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from datasets import Dataset
+from embedded import DIGITS, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import ConvNextConfig, ConvNextForImageClassification, ViTModel
+
+
+JOB = import_module("snows_hf.prune")  # the module: the package has a function of that name
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Options of ``prune`` (made in the test's own folder) and the parts that the message must have.
+
+    Options override a good command's. ``expected`` may name ``{tmp}``.
+    """
+
+    name: str
+    options: Callable[[Path], dict[str, object]]
+    expected: tuple[str, ...]
+
+
+def fails(run, tmp_path: Path, fault: Fault) -> None:
+    """Runs ``prune`` with a fault in it and checks everything that every failure must have."""
+    options = {"pattern": "2:4", "data": DIGITS, "samples": 16, "k": 0, "output": "out"} | fault.options(tmp_path)
+    model = options.pop("model", VIT)
+    before = sorted(tmp_path.rglob("*"))
+    result = run("prune", model, *(word for name, value in options.items() for word in (f"--{name}", value)))
+    assert result.code == 1
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    message = result.err[result.err.index("Error: ") :]
+    for part in fault.expected:
+        assert part.format(tmp=tmp_path) in message
+    made = [path for path in tmp_path.rglob("*") if path not in before and tmp_path / "cache" not in path.parents]
+    assert made in ([], [tmp_path / "cache"])
+
+
+def setting(expected: str, **options: object) -> Fault:
+    """A fault in the options alone, ``_`` for ``-``."""
+    given = {name.replace("_", "-"): value for name, value in options.items()}
+    return Fault(" ".join(f"{n}={v}" for n, v in given.items()), lambda tmp: dict(given), (expected,))
+
+
+def yaml(name: str, content: str | bytes, *expected: str) -> Fault:
+    return Fault(name, lambda tmp: {"config": write(tmp / "s.yaml", content)}, ("{tmp}/s.yaml", *expected))
+
+
+SETTINGS = [
+    *(setting("0 < N < M", pattern=text) for text in ("5:4", "0:4", "4:4", "2:0")),
+    *(setting("between 0 and 1", pattern=text) for text in ("1.2", "0", "1", "-0.5", "nan", "inf")),
+    *(setting("expected N:M (2:4, 1:4) or a fraction", pattern=text) for text in ("half", "", "2:4:8", "2/4", "-2:4")),
+    setting("Setting k = -1: expected an integer ≥ 0", k=-1),
+    setting("Setting samples = 0: expected an integer ≥ 1", samples=0),
+    setting("Setting samples = -5", samples=-5),
+    setting("Mask criterion 'sparkle': expected one of ", mask="sparkle"),
+    setting("Mask file no.safetensors does not exist", mask="no.safetensors"),
+    setting("'gauss-newton' or 'hessian'", curvature="newton"),
+    setting("expected one of float32", dtype="int8"),
+    setting("Device 'tpu': expected auto, cpu or cuda", device="tpu"),
+    setting("Preset 'fast': expected one of default, paper", preset="fast"),
+    setting("same split 'train'", eval_data=DIGITS, eval_split="train"),
+    setting("same split 'test'", data_split="test", eval_data=f"{DIGITS}/../digits"),
+    yaml("unknown YAML setting", "colour: red", "unknown setting 'colour'", "cg_max_iter"),
+    yaml("pattern in YAML", "pattern: 2:4", "unknown setting 'pattern'"),
+    yaml("YAML list", "- k", "expected a mapping of settings, got list"),
+    yaml("YAML false", "false", "got bool"),
+    yaml("broken YAML", "k: [1", "cannot be read"),
+    yaml("YAML not UTF-8", b"\xff\xfe\xfa", "cannot be read"),
+    yaml("YAML number as text", "k: five", "k = 'five': expected a whole number"),
+    yaml("YAML fraction for a whole number", "samples: 1.5", "samples = 1.5: expected a whole number"),
+    yaml("YAML truth for a number", "damping: true", "damping = True: expected a number"),
+    yaml("YAML text for a number", "damping: much", "damping = 'much': expected a number"),
+    yaml("YAML layers", "layers: 3", "layers = 3: expected a list of names"),
+    Fault("YAML out of range", lambda tmp: {"config": write(tmp / "s.yaml", "held_out: 2")}, ("held_out = 2.0",)),
+    setting("no.yaml cannot be read", config="no.yaml"),
+    Fault(
+        "output is a file",
+        lambda tmp: {"output": write(tmp / "result", "")},
+        ("Output {tmp}/result exists and is a file",),
+    ),
+    Fault(
+        "output is not empty",
+        lambda tmp: {"output": write(tmp / "result/x", "").parent},
+        ("Output {tmp}/result exists and is not empty",),
+    ),
+    Fault(
+        "output below a file",
+        lambda tmp: {"output": write(tmp / "result", "") / "here"},
+        ("Output {tmp}/result/here cannot be written",),
+    ),
+    setting("Output /proc/snows/out cannot be written", output="/proc/snows/out"),
+]
+
+
+@pytest.mark.parametrize("fault", SETTINGS, ids=lambda fault: fault.name)
+def test_settings_are_refused_before_anything_is_loaded(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(JOB, "load", never)
+    monkeypatch.setattr(JOB, "open_images", never)
+    fails(run, tmp_path, fault)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(run, tmp_path: Path) -> None:
+    fails(run, tmp_path, setting("Use --device cpu", device="cuda"))
+
+
+@pytest.mark.parametrize("option", ["--samples=many", "--k=1.5", "--no-such-option", "--config"])
+def test_usage_errors(run, option: str) -> None:
+    result = run("prune", VIT, "--pattern", "2:4", option)
+    assert result.code == 2
+    assert option.split("=")[0] in result.err
+    assert "Traceback" not in result.err
+
+
+def edited(**changes: object) -> Callable[[Path], Path]:
+    return lambda tmp: edit_config(copy_of(VIT, tmp / "m"), **changes)
+
+
+def broken_weights(content: bytes) -> Callable[[Path], Path]:
+    return lambda tmp: write(copy_of(VIT, tmp / "m") / "model.safetensors", content).parent
+
+
+def with_config(text: str) -> Callable[[Path], Path]:
+    return lambda tmp: write(copy_of(VIT, tmp / "m") / "config.json", text).parent
+
+
+def pickled(tmp: Path) -> Path:
+    folder = copy_of(VIT, tmp / "m", without=("model.safetensors",))
+    torch.save({}, folder / "pytorch_model.bin")
+    return folder
+
+
+def damaged(tmp: Path) -> Path:
+    folder = copy_of(VIT, tmp / "m")
+    tensors = tensors_of(folder)
+    tensors["classifier.weight"][0, 0] = float("nan")
+    return write_tensors(folder, tensors)
+
+
+def headless(tmp: Path) -> Path:
+    ViTModel.from_pretrained(VIT).save_pretrained(tmp / "m")
+    return tmp / "m"
+
+
+def other_classes(tmp: Path) -> Path:
+    folder = copy_of(VIT, tmp / "m")
+    tensors = tensors_of(folder)
+    tensors["classifier.weight"] = tensors["classifier.weight"][:5].clone()
+    return write_tensors(folder, tensors)
+
+
+def convnext(tmp: Path) -> Path:
+    folder = copy_of(VIT, tmp / "m")
+    config = ConvNextConfig(num_labels=10, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], image_size=32)
+    ConvNextForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def timm_folder(tmp: Path, architecture: str = "vit_tiny_patch16_224", **arguments: object) -> Path:
+    arguments = {"num_classes": 10} | arguments
+    if architecture.startswith("vit"):
+        arguments |= {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = timm.create_model(architecture, **arguments)
+    timm.models.save_for_hf(model, str(tmp / "m"), safe_serialization=True)
+    return tmp / "m"
+
+
+LYING = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,160]}}'
+MODELS = [
+    ("no folder", lambda tmp: tmp / "nothing", "Model folder {tmp}/nothing does not exist"),
+    ("local-dir:", lambda tmp: "local-dir:nothing", "Model folder nothing does not exist"),
+    ("a file", lambda tmp: write(tmp / "m.safetensors", b""), "Model folder {tmp}/m.safetensors is a file"),
+    ("no config.json", lambda tmp: copy_of(VIT, tmp / "m", ("config.json",)), "{tmp}/m has no config.json"),
+    ("config.json no JSON", with_config("{'a'"), "{tmp}/m/config.json is not valid JSON"),
+    ("config.json a list", with_config("[]"), "{tmp}/m/config.json: expected a JSON object, got list"),
+    ("neither library", edited(model_type=None), "neither 'architecture' (timm) nor 'model_type'"),
+    ("unknown model_type", edited(model_type="vitt"), "transformers cannot load {tmp}/m as an image classifier"),
+    ("no image model", edited(model_type="bert"), "transformers cannot load {tmp}/m as an image classifier"),
+    ("wrong type in config", edited(hidden_size="wide"), "transformers cannot load {tmp}/m as an image classifier"),
+    ("wrong size in config", edited(intermediate_size=64), "vit.layers.0.mlp.fc1.bias, "),
+    ("garbage", broken_weights(b"garbage" * 100), "{tmp}/m/model.safetensors is corrupt or truncated"),
+    ("empty file", broken_weights(b""), "{tmp}/m/model.safetensors is corrupt or truncated"),
+    ("lying header", broken_weights(struct.pack("<Q", len(LYING)) + LYING + b"\0" * 16), "corrupt or truncated"),
+    ("truncated", broken_weights((VIT / "model.safetensors").read_bytes()[:-100]), "corrupt or truncated"),
+    ("pickle", pickled, "as a pickle (pytorch_model.bin)"),
+    ("no weights", lambda tmp: copy_of(VIT, tmp / "m", ("model.safetensors",)), "{tmp}/m has no *.safetensors file"),
+    ("no processor", lambda tmp: copy_of(VIT, tmp / "m", ("preprocessor_config.json",)), "preprocessor_config.json"),
+    ("NaN", damaged, "Weight classifier.weight of {tmp}/m holds NaN"),
+    ("no head", headless, "lacks weights of ViTForImageClassification, or has them in another shape: classifier.bias"),
+    ("head of other classes", other_classes, "in another shape: classifier.weight"),
+    ("unsupported", convnext, "No adapter for the architecture transformers.ConvNextForImageClassification"),
+    ("timm unsupported", lambda tmp: timm_folder(tmp, "test_convnext"), "No adapter for the architecture timm.ConvNeXt"),
+    ("timm unknown", lambda tmp: edit_config(timm_folder(tmp), architecture="vitt"), "timm cannot load {tmp}/m"),
+    ("timm without head", lambda tmp: timm_folder(tmp, num_classes=0), "lacks weights of VisionTransformer"),
+    ("timm head of other classes", lambda tmp: edit_config(timm_folder(tmp), num_classes=7), "head.weight"),
+    ("timm other file", lambda tmp: (timm_folder(tmp) / "model.safetensors").rename(tmp / "m/a.safetensors").parent,
+     "{tmp}/m has no model.safetensors"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model, expected", [m[1:] for m in MODELS], ids=[m[0] for m in MODELS])
+@pytest.mark.filterwarnings("ignore")
+def test_model(run, tmp_path: Path, model: Callable[[Path], object], expected: str) -> None:
+    fails(run, tmp_path, Fault("", lambda tmp: {"model": model(tmp)}, (expected,)))
+
+
+@pytest.mark.parametrize("model", ["nobody/nothing", "hf-hub:nobody/nothing", "nothing"])
+def test_model_that_is_not_here_and_no_hub(run, tmp_path: Path, model: str) -> None:
+    name = model.removeprefix("hf-hub:")
+    fails(run, tmp_path, Fault("", lambda tmp: {"model": model}, (f"Model {name} is no folder here", "connection")))
+
+
+@pytest.mark.timeout(60)
+def test_data_that_is_not_here_and_no_hub(run, tmp_path: Path) -> None:
+    fails(run, tmp_path, Fault("", lambda tmp: {"data": "nobody/nothing"}, ("nobody/nothing is no folder here",)))
+
+
+def test_offline_mode_is_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for option in ("model", "data"):
+        fails(run, tmp_path, Fault("", lambda tmp, o=option: {o: "nobody/nothing"}, ("nothing", "HF_HUB_OFFLINE")))
+
+
+def picture(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+    return path
+
+
+def folder_of(tmp: Path, *paths: str) -> Path:
+    for path in paths:
+        picture(tmp / "d" / path)
+    return tmp / "d"
+
+
+def with_broken_image(tmp: Path) -> Path:
+    write(tmp / "d/train/a/broken.png", b"no image")
+    return tmp / "d"
+
+
+def columns(tmp: Path) -> Path:
+    (tmp / "d").mkdir()
+    Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp / "d/train.parquet")
+    return tmp / "d"
+
+
+def empty(tmp: Path) -> Path:
+    (tmp / "d").mkdir()
+    return tmp / "d"
+
+
+DATA = [
+    ("no folder", lambda tmp: {"data": tmp / "nothing"}, "Data folder {tmp}/nothing does not exist"),
+    ("no name", lambda tmp: {"data": "nothing"}, "Data folder nothing does not exist"),
+    ("a file", lambda tmp: {"data": write(tmp / "d.parquet", b"")}, "Data {tmp}/d.parquet is a file"),
+    ("empty folder", lambda tmp: {"data": empty(tmp)}, "Data folder {tmp}/d holds no images"),
+    ("broken image", lambda tmp: {"data": with_broken_image(tmp)}, "broken.png of {tmp}/d (train) cannot be read"),
+    ("no image column", lambda tmp: {"data": columns(tmp)}, "has no image column; its columns are text, label"),
+    ("broken parquet", lambda tmp: {"data": write(tmp / "d/train.parquet", b"x").parent}, "cannot be read as a dataset"),
+    ("no split", lambda tmp: {"data-split": "valid"}, "has no split 'valid'.\nIt has train, test"),
+    ("no evaluation split", lambda tmp: {"eval-data": DIGITS, "eval-split": "dev"}, "has no split 'dev'"),
+    ("other classes", lambda tmp: {"eval-data": folder_of(tmp, "test/cat/1.png", "test/dog/1.png")},
+     "The 2 classes of {tmp}/d (cat, dog, …) cannot be matched to the model's 10 classes (0, 1, 2, …)"),
+    ("no labels", lambda tmp: {"eval-data": folder_of(tmp, "test/1.png")}, "{tmp}/d (test) has no labels"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, expected", [d[1:] for d in DATA], ids=[d[0] for d in DATA])
+def test_data(run, tmp_path: Path, options: Callable[[Path], dict[str, object]], expected: str) -> None:
+    fails(run, tmp_path, Fault("", options, (expected,)))
+
+
+def mask_file(**tensors: torch.Tensor) -> Callable[[Path], dict[str, object]]:
+    def options(tmp: Path) -> dict[str, object]:
+        save_file(dict(tensors), tmp / "m.safetensors")
+        return {"mask": tmp / "m.safetensors"}
+
+    return options
+
+
+FC1 = "vit.layers.0.mlp.fc1.weight"
+LAYERS = [
+    ("M divides no width", lambda tmp: {"pattern": "2:7"}, "Pattern 2:7 fits no layer: the input widths are 48, 96"),
+    ("unknown layer", lambda tmp: {"layers": "blocks.*"}, "--layers 'blocks.*' matches no prunable layer"),
+    ("mask: garbage", lambda tmp: {"mask": write(tmp / "m.safetensors", b"x")}, "Mask file {tmp}/m.safetensors cannot"),
+    ("mask: none", mask_file(), "Mask file {tmp}/m.safetensors holds no mask"),
+    ("mask: name", mask_file(nothing=torch.ones(4, 4, dtype=torch.bool)), "'nothing' is no prunable weight"),
+    ("mask: type", mask_file(**{FC1: torch.ones(96, 48)}), f"{FC1} is torch.float32"),
+    ("mask: shape", mask_file(**{FC1: torch.ones(48, 96, dtype=torch.bool)}), "expected torch.bool of shape (96, 48)"),
+    ("mask: pattern", mask_file(**{FC1: torch.ones(96, 48, dtype=torch.bool)}), "does not follow the pattern 2:4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, expected", [f[1:] for f in LAYERS], ids=[f[0] for f in LAYERS])
+def test_layers_and_masks(run, tmp_path: Path, options: Callable[[Path], dict[str, object]], expected: str) -> None:
+    fails(run, tmp_path, Fault("", options, (expected,)))
+
+
+def test_pattern_that_fits_no_resnet_layer(run, tmp_path: Path) -> None:
+    fails(run, tmp_path, Fault("", lambda tmp: {"model": RESNET, "pattern": "2:7"}, ("input widths are 16, 32, 64",)))
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_other_commands_refuse_the_same_model(run, tmp_path: Path, command: str) -> None:
+    options = ["--data", DIGITS] if command == "eval" else []
+    result = run(command, pickled(tmp_path), *options, "--json", "--quiet")
+    assert (result.code, result.out) == (1, "")
+    assert "pytorch_model.bin" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--data", "nothing"], "Data folder nothing does not exist"),
+    (["--data", DIGITS, "--split", "dev"], "no split 'dev'"),
+    (["--data", DIGITS, "--device", "tpu"], "Device 'tpu'"),
+])  # fmt: skip
+def test_evaluation(run, options: list[object], expected: str) -> None:
+    result = run("eval", VIT, *options)
+    assert (result.code, result.out) == (1, "")
+    assert expected in result.err
+
+
+def test_ctrl_c_leaves_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JOB, "write_card", interrupted)
+    result = run("prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--k", 0, "--output", "out")
+    assert result.code == 130
+    assert "Traceback" not in result.err
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_layer_that_overflows_is_reported_as_null(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = JOB.prune_chain
+
+    def overflowing(*arguments: object) -> list[object]:
+        return [replace(report, loss_masked=float("inf")) for report in real(*arguments)]
+
+    monkeypatch.setattr(JOB, "prune_chain", overflowing)
+    result = run(
+        "prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--k", 0, "--output", "o", "--json"
+    )
+    assert result.code == 0
+    assert json.loads(result.out)["layers"][0]["loss_masked"] is None

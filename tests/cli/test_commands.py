@@ -1,0 +1,232 @@
+"""Every command on the embedded checkpoints, for people, as JSON and quietly."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from embedded import DIGITS, RESNET, VIT, copy_of, tensors_of
+from PIL import Image
+from safetensors.torch import save_file
+
+from snows_hf import __version__
+from snows_hf.masks import NM
+
+
+QUICK = ("--data", DIGITS, "--samples", 64, "--k", 1)
+MEASURED = (*QUICK, "--eval-data", DIGITS)
+
+
+@pytest.mark.parametrize("model, layers", [(VIT, 16), (RESNET, 8)], ids=["vit", "resnet"])
+def test_prune_as_json(run, model: Path, layers: int) -> None:
+    result = run("prune", model, "--pattern", "2:4", *MEASURED, "--output", "out", "--json")
+    assert result.code == 0
+    report = json.loads(result.out)
+    keys = {"output", "pattern", "samples", "seconds", "dense", "masked", "pruned", "layers"}
+    assert keys <= report.keys()
+    assert (report["output"], report["pattern"], report["samples"]) == ("out", "2:4", 64)
+    assert report["seconds"] > 0
+    for what in ("dense", "masked", "pruned"):
+        accuracy = report[what]
+        assert accuracy.keys() == {"top1", "top5", "images"}
+        assert accuracy["images"] == 597
+        assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 100
+    assert len(report["layers"]) == layers
+    for layer in report["layers"]:
+        keys = {"name", "shape", "sparsity", "loss_masked", "loss_pruned", "cg_iterations", "seconds", "status"}
+        assert keys <= layer.keys()
+        assert layer["sparsity"] == 0.5
+        assert 0 <= layer["loss_pruned"] <= layer["loss_masked"]
+    for line in ("Loading", "Reading 64", f"Pruning {layers} layers to 2:4", f"{layers}/{layers}", "Saving to out"):
+        assert line in result.err
+
+    evaluated = run("eval", "out", "--data", DIGITS, "--json")
+    assert evaluated.code == 0
+    assert json.loads(evaluated.out) == report["pruned"]
+
+    inspected = run("inspect", "out", "--json")
+    assert inspected.code == 0
+    found = json.loads(inspected.out)
+    assert (found["pattern"], found["pattern_ok"]) == ("2:4", True)
+    assert 0.5 <= found["sparsity"] < 0.51
+    for layer in found["layers"]:
+        assert {"name", "shape", "sparsity", "pattern_ok"} <= layer.keys()
+        assert layer["pattern_ok"] is True
+    assert [layer["name"] for layer in found["layers"]] == [layer["name"] for layer in report["layers"]]
+
+
+def test_prune_for_people(run) -> None:
+    result = run("prune", VIT, "--pattern", "2:4", *MEASURED, "--output", "out")
+    assert result.code == 0
+    for text in ("2:4 on 597 images", "dense", "mask alone", "SNOWS", "50.0 % zeros", "Saved to out"):
+        assert text in result.out
+    assert "Loading" in result.err
+    assert "\n\n" not in result.err
+    assert "Loading" not in result.out
+
+
+@pytest.mark.parametrize("flags", [["--quiet"], ["--quiet", "--json"]], ids=" ".join)
+def test_prune_quietly(run, flags: list[str]) -> None:
+    result = run("prune", VIT, "--pattern", "2:4", *QUICK, "--output", "out", *flags)
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out)["output"] == "out" if "--json" in flags else result.out == ""
+
+
+def test_eval_for_people_and_quietly(run) -> None:
+    result = run("eval", VIT, "--data", DIGITS)
+    assert result.code == 0
+    assert re.search(r"top-1 98\.99 %, top-5 100\.00 % on 597 images", result.out)
+    assert "Measuring" in result.err
+    result = run("eval", VIT, "--data", DIGITS, "--quiet")
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+def test_inspect_of_a_dense_model(run) -> None:
+    result = run("inspect", RESNET, "--json", "--operations")
+    found = json.loads(result.out)
+    assert (result.code, result.err) == (0, "")
+    assert (found["pattern"], found["pattern_ok"]) == (None, False)
+    assert {layer["pattern_ok"] for layer in found["layers"]} == {None}
+    assert [operation["index"] for operation in found["operations"]] == list(range(len(found["operations"])))
+    solved = [operation["group"] for operation in found["operations"] if operation["group"]]
+    assert solved == [layer["name"] for layer in found["layers"]]
+    people = run("inspect", RESNET, "--operations")
+    assert "no pattern, 0.0 %" in people.out
+    assert found["operations"][-1]["name"] in people.out
+
+
+def test_inspect_does_not_believe_the_metadata(run) -> None:
+    run("prune", VIT, "--pattern", "2:4", *QUICK, "--output", "out")
+    tensors = tensors_of(Path("out"))
+    name = next(name for name in tensors if name.endswith("intermediate.dense.weight") or "fc1.weight" in name)
+    tensors[name][0, :4] = 1
+    save_file(tensors, "out/model.safetensors", metadata={"format": "pt"})
+    result = run("inspect", "out", "--json")
+    found = json.loads(result.out)
+    assert (found["pattern"], found["pattern_ok"]) == ("2:4", False)
+    assert [layer["pattern_ok"] for layer in found["layers"]].count(False) == 1
+    assert "NO" in run("inspect", "out").out
+
+
+def test_unstructured(run) -> None:
+    result = run("prune", VIT, "--pattern", "0.7", *QUICK, "--json")
+    report = json.loads(result.out)
+    assert report["pattern"] == "0.7"
+    assert report["output"] == "vit_digits-0.7"
+    assert report["sparsity"] == pytest.approx(0.7, abs=1e-4)
+    found = json.loads(run("inspect", "vit_digits-0.7", "--json").out)
+    assert (found["pattern"], found["pattern_ok"]) == ("0.7", True)
+    assert found["sparsity"] == pytest.approx(0.7, abs=1e-4)
+
+
+def test_inspect_counts_unstructured_zeros(run) -> None:
+    run("prune", VIT, "--pattern", "0.7", *QUICK, "--output", "out")
+    config = json.loads(Path("out/config.json").read_text())
+    config["snows"]["pattern"] = "0.8"
+    Path("out/config.json").write_text(json.dumps(config))
+    found = json.loads(run("inspect", "out", "--json").out)
+    assert (found["pattern"], found["pattern_ok"]) == ("0.8", False)
+
+
+def test_default_output(run, elsewhere: Path) -> None:
+    assert run("prune", VIT, "--pattern", "1:4", *QUICK, "--quiet").code == 0
+    assert [path.name for path in elsewhere.iterdir()] == ["vit_digits-1to4"]
+
+
+def test_default_output_for_the_folder_here(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy_of(VIT, elsewhere / "mine"))
+    assert json.loads(run("prune", ".", "--pattern", "2:4", *QUICK, "--json").out)["output"] == "mine-2to4"
+
+
+def test_settings_file_and_options_on_top(run) -> None:
+    Path("s.yaml").write_text("samples: 48\nk: 2\ndamping: 1e-3\nlayers: '*.mlp.fc2'\n")
+    result = run("prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--config", "s.yaml", "--k", 0, "--json")
+    report = json.loads(result.out)
+    settings = report["settings"]
+    assert (report["samples"], settings["k"], settings["solver"]["damping"]) == (48, 0, 1e-3)
+    assert [layer["name"] for layer in report["layers"]] == [f"vit.layers.{i}.mlp.fc2" for i in range(4)]
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "{}"])
+def test_empty_settings_file(run, content: str) -> None:
+    Path("s.yaml").write_text(content)
+    result = run("prune", VIT, "--pattern", "2:4", *QUICK, "--config", "s.yaml", "--layers", "*0.mlp.fc2", "--quiet")
+    assert result.code == 0
+
+
+def test_layers(run) -> None:
+    chosen = ("--layers", "vit.layers.0.mlp.*", "--layers", "vit.layers.3.attention.q_proj.weight")
+    result = run("prune", VIT, "--pattern", "2:4", *QUICK, "--output", "out", *chosen, "--json")
+    names = [layer["name"] for layer in json.loads(result.out)["layers"]]
+    assert names == ["vit.layers.0.mlp.fc1", "vit.layers.0.mlp.fc2", "vit.layers.3.attention.qkv"]
+    before, after = tensors_of(VIT), tensors_of(Path("out"))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == 2 + 3
+    found = json.loads(run("inspect", "out", "--json").out)
+    assert found["pattern_ok"] is True
+    assert [layer["name"] for layer in found["layers"] if layer["pattern_ok"]] == names
+
+
+def test_mask_file(run) -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = {"vit.layers.1.mlp.fc1.weight": (96, 48), "vit.layers.1.attention.q_proj.weight": (48, 48)}
+    masks = {name: NM(2, 4).mask(torch.rand(shape, generator=generator)) for name, shape in names.items()}
+    save_file(masks, "masks.safetensors")
+    result = run("prune", VIT, "--pattern", "2:4", *QUICK, "--mask", "masks.safetensors", "--output", "out", "--json")
+    report = json.loads(result.out)
+    assert [layer["name"] for layer in report["layers"]] == ["vit.layers.1.attention.qkv", "vit.layers.1.mlp.fc1"]
+    assert len(report["dense_layers"]) == 14
+    assert "no mask" in report["dense_layers"][0]["reason"]
+    zeros = [tensor == 0 for tensor in tensors_of(Path("out")).values()]
+    for mask in masks.values():
+        assert any(zero.shape == mask.shape and torch.equal(zero, ~mask) for zero in zeros)
+    found = json.loads(run("inspect", "out", "--json").out)
+    assert found["pattern_ok"] is True
+    assert [layer["pattern_ok"] for layer in found["layers"]].count(True) == 2
+
+
+def test_same_seed_same_bytes(run) -> None:
+    def weights(seed: int, name: str) -> bytes:
+        options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 32, "--k", 1, "--seed", seed, "--output", name)
+        assert run("prune", RESNET, *options, "--quiet").code == 0
+        return Path(name, "model.safetensors").read_bytes()
+
+    first = weights(1, "a")
+    assert weights(1, "b") == first
+    assert weights(2, "c") != first
+
+
+def test_fewer_images_than_asked_for(run, tmp_path: Path) -> None:
+    for i in range(3):
+        path = tmp_path / f"few/train/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 60 * i).save(path)
+    result = run("prune", VIT, "--pattern", "2:4", "--data", tmp_path / "few", "--samples", 64, "--k", 0, "--json")
+    report = json.loads(result.out)
+    assert (report["samples"], report["settings"]["samples"]) == (3, 64)
+    assert "has only 3 images" in result.err
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_solver_types(run, dtype: str) -> None:
+    result = run("prune", VIT, "--pattern", "2:4", *QUICK, "--dtype", dtype, "--output", "out", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["dtype"] == dtype
+    assert {tensor.dtype for tensor in tensors_of(Path("out")).values()} == {torch.float32}
+
+
+def test_paper_preset_on_top_of_options(run) -> None:
+    options = ("--preset", "paper", *QUICK, "--layers", "*0.mlp.fc2", "--json")
+    settings = json.loads(run("prune", VIT, "--pattern", "2:4", *options).out)["settings"]
+    assert (settings["k"], settings["samples"], settings["solver"]["curvature"]) == (1, 64, "hessian")
+
+
+def test_version_and_help(run) -> None:
+    result = run("--version")
+    assert (result.code, result.out.strip()) == (0, __version__)
+    for command in ((), ("prune",), ("eval",), ("inspect",), ("demo",)):
+        result = run(*command, "--help")
+        assert result.code == 0
+        assert "Usage:" in result.out
+    assert "prune" in run().out

@@ -1,0 +1,58 @@
+"""The commands as processes of their own: few, because each spends seconds on importing torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import NO_HUB
+
+from snows_hf import __version__
+
+
+def snows_hf(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``python -m snows_hf`` with an empty home and no Hub."""
+    home = cwd.parent / "home"
+    environment = {"HOME": str(home), "HF_HOME": str(home), "HF_ENDPOINT": NO_HUB, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "snows_hf", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_version(elsewhere: Path) -> None:
+    result = snows_hf("--version", cwd=elsewhere)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{__version__}\n", "")
+
+
+def test_demo_needs_nothing_but_the_package(elsewhere: Path) -> None:
+    result = snows_hf("demo", "--model", "resnet", "--output", "result", "--json", cwd=elsewhere)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["masked"]["top1"] < report["pruned"]["top1"] <= report["dense"]["top1"] + 1
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in elsewhere.iterdir()] == ["result"]
+    assert (elsewhere / "result/model.safetensors").is_file()
+
+
+def test_error(elsewhere: Path) -> None:
+    result = snows_hf("prune", "nobody/nothing", "--pattern", "2:4", cwd=elsewhere)
+    assert (result.returncode, result.stdout) == (1, "")
+    lines = result.stderr.splitlines()
+    assert lines[0] == "Loading nobody/nothing"
+    assert lines[1].startswith("Error: Model nobody/nothing is no folder here")
+    assert len(lines) == 3
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["vit"])
+def test_demo_shows_what_to_try_next(run, elsewhere: Path, model: str) -> None:
+    result = run("demo", "--model", model)
+    assert result.code == 0
+    assert "snows-hf inspect snows-demo" in result.out
+    assert [path.name for path in elsewhere.iterdir()] == ["snows-demo"]
+    again = run("demo")
+    assert again.code == 1
+    assert "snows-demo exists and is not empty" in again.err

@@ -1,0 +1,37 @@
+"""The checkpoints and images that come with the package, and damaged copies of them."""
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+EMBEDDED = Path(str(files("snows_hf") / "embedded"))
+VIT = EMBEDDED / "vit_digits"
+RESNET = EMBEDDED / "resnet_digits"
+DIGITS = EMBEDDED / "digits"
+
+
+def copy_of(source: Path, folder: Path, without: tuple[str, ...] = ()) -> Path:
+    """A copy of a checkpoint, less some of its files."""
+    return shutil.copytree(source, folder, ignore=lambda *_: without)
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    """Sets keys of config.json; None removes one."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -1,0 +1,67 @@
+"""Top-1 and top-5 against counting by hand."""
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch import Tensor, nn
+
+from snows_hf.data import ImageSource, describe_rows
+from snows_hf.errors import DataError
+from snows_hf.evaluate import evaluate
+
+
+class Table(nn.Module):
+    """A classifier that looks its logits up: image i is the number i."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.dropout = nn.Dropout(0.9)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.dropout(self.logits[images.long().flatten()])
+
+
+def numbers(images: list[Image.Image]) -> Tensor:
+    return torch.tensor([[float(image.getpixel((0, 0))[0])] for image in images])
+
+
+def source(labels: list[int], kind: object) -> ImageSource:
+    images = [Image.new("RGB", (1, 1), (i, 0, 0)) for i in range(len(labels))]
+    features = Features({"image": ImageFeature(), "label": kind})
+    return describe_rows("d", "test", Dataset.from_dict({"image": images, "label": labels}, features))
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5, 12])
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_against_counting_by_hand(classes: int, batch_size: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(40, classes, generator=generator)
+    labels = torch.randint(classes, (40,), generator=generator).tolist()
+    model = Table(logits).train()
+    found = evaluate(model, source(labels, Value("int64")), numbers, batch_size=batch_size)
+    higher = [sum(bool(other > row[label]) for other in row) for row, label in zip(logits, labels, strict=True)]
+    assert found.images == 40
+    assert found.top1 == pytest.approx(100 * sum(h < 1 for h in higher) / 40)
+    assert found.top5 == pytest.approx(100 * sum(h < 5 for h in higher) / 40)
+    assert model.training
+    assert model.logits.grad is None
+
+
+def test_class_names_decide_not_numbers() -> None:
+    data = source([0, 1, 1], ClassLabel(names=["dog", "cat"]))
+    logits = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])  # dog, cat, cat
+    assert evaluate(Table(logits), data, numbers, ("cat", "dog", "bird")).top1 == 100
+
+
+@pytest.mark.parametrize("labels", [[0, -1], [0, 3]])
+def test_labels_out_of_range_are_refused(labels: list[int]) -> None:
+    with pytest.raises(DataError, match="a label lies outside 0 … 2"):
+        evaluate(Table(torch.zeros(2, 3)), source(labels, Value("int64")), numbers)
+
+
+def test_no_image_at_all() -> None:
+    with pytest.raises(DataError, match=r"d \(test\) is empty"):
+        evaluate(Table(torch.zeros(2, 3)), source([], Value("int64")), numbers)

@@ -1,0 +1,72 @@
+"""The layers of docs/architecture.md: which module of the package may import which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import snows_hf
+
+
+ROOT = Path(snows_hf.__file__).parent
+EVERYTHING_BUT_CLI = "adapters cascade config data errors evaluate hub inspect masks models objective preconditioner prune solver"
+MAY_IMPORT = {
+    "errors": "",
+    "version": "",
+    "config": "errors",
+    "solver": "solver config",
+    "masks": "masks errors",
+    "models": "models",
+    "adapters": "adapters errors models",
+    "preconditioner": "adapters.base",
+    "objective": "adapters.base masks preconditioner solver",
+    "cascade": "adapters config masks objective solver",
+    "data": "config errors",
+    "evaluate": "data errors masks",
+    "hub": "hub config data errors models version",
+    "prune": f"{EVERYTHING_BUT_CLI} version",
+    "inspect": f"{EVERYTHING_BUT_CLI} version",
+    "__init__": f"{EVERYTHING_BUT_CLI} version",
+    "__main__": "cli",
+    "cli": f"cli {EVERYTHING_BUT_CLI} version",
+}
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere, by names that start below the package."""
+    package = ["snows_hf", *path.parts[:-1]]
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            parts += node.module.split(".") if node.module else []
+            # `from . import name` may name a module or an attribute: a module where there is one.
+            names |= {
+                ".".join([*parts, alias.name]) if is_module([*parts[1:], alias.name]) else ".".join(parts)
+                for alias in node.names
+            }
+    return {name.removeprefix("snows_hf.") for name in names if name.split(".")[0] == "snows_hf"}
+
+
+def is_module(parts: list[str]) -> bool:
+    path = ROOT.joinpath(*parts)
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_module_imports_only_its_layers(path):
+    allowed = MAY_IMPORT[path.with_suffix("").parts[0]].split()
+    for name in imported(path):
+        assert any(name == layer or name.startswith(f"{layer}.") for layer in allowed), (
+            f"{path} imports snows_hf.{name}; it may import {', '.join(allowed) or 'nothing of the package'}"
+        )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_only_the_sink_prints(path):
+    calls = [n.func for n in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+    prints = any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
+    assert not prints or path == Path("cli/sink.py")
