@@ -149,18 +149,16 @@ def test_modes_and_flags_are_put_back(network, training):
 
 
 def test_modes_and_flags_are_put_back_after_an_error():
-    class Interrupted(Exception):
+    class InterruptionError(Exception):
         pass
 
     def interrupt(progress: Progress) -> None:
-        raise Interrupted
+        raise InterruptionError
 
     model = in_place(tiny.cifar_resnet()).train()
     before = flags(model)
-    with pytest.raises(Interrupted):
-        prune_chain(
-            build_chain(model), tiny.images(4), tiny.magnitude_masks(model), tiny.config(), CPU, interrupt
-        )
+    with pytest.raises(InterruptionError):
+        prune_chain(build_chain(model), tiny.images(4), tiny.magnitude_masks(model), tiny.config(), CPU, interrupt)
     assert flags(model) == before
 
 

@@ -9,7 +9,9 @@ import snows_hf
 
 
 ROOT = Path(snows_hf.__file__).parent
-EVERYTHING_BUT_CLI = "adapters cascade config data errors evaluate hub inspect masks models objective preconditioner prune solver"
+EVERYTHING_BUT_CLI = (
+    "adapters cascade config data errors evaluate hub inspect masks models objective preconditioner prune solver"
+)
 MAY_IMPORT = {
     "errors": "",
     "version": "",

@@ -225,7 +225,7 @@ K_MAX = {
 
 @pytest.mark.parametrize("k", [0, 1, 3, 6, 100])
 def test_7_k_is_the_same_for_every_layer_up_to_its_last_operation(k):
-    """Fault: K for the MLP layers is meant to be capped at 1, and the cap is not applied: the K that is used is not the
+    """Fault: K for the MLP layers is meant to be capped at 1, and the cap is not applied: the K used is not the
     K that was asked for.
 
     Here every layer, MLP or not, compares min(K, K_max) + 1 outputs, and its report says which K it was.
@@ -268,9 +268,7 @@ def test_8_line_search_compares_losses_and_slope_of_one_batch():
     Armijo's rule (A.1.3) with that batch's own loss and slope.
     """
     model, log, beta = tiny.transformers_vit(), [], 1e-5
-    batches = [
-        Recorded(f"batch {i}", segment_at(model, 1, 4, tiny.images(2, seed=i), 1, 4), log) for i in range(4)
-    ]
+    batches = [Recorded(f"batch {i}", segment_at(model, 1, 4, tiny.images(2, seed=i), 1, 4), log) for i in range(4)]
     held_out = Recorded("held out", segment_at(model, 1, 4, tiny.images(4, seed=9), 1, 4), log)
     settings = tiny.config(curvature="hessian", beta=beta, cg_max_iter=30, max_backtracks=40).solver
     result = newton(batches, held_out, start(held_out.inner), settings)

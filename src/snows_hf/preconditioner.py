@@ -104,9 +104,12 @@ def row_preconditioner(
         outputs: the outputs of the segment, still attached to their graph, each with the loss's curvature in it.
         damping: λ.
     """
-    grams = {name: gram(seen[name][0], seen[name][1]) for name in masks}
-    if any(g is None for g in grams.values()):
-        return None
+    grams = []
+    for name in masks:
+        g = gram(seen[name][0], seen[name][1])
+        if g is None:
+            return None
+        grams.append(g)
     device = outputs[0][1].device
     generator = torch.Generator(device).manual_seed(0)
     u = [
@@ -116,10 +119,10 @@ def row_preconditioner(
     f = [o for _, o in outputs]
     sensitivities = torch.autograd.grad(f, [seen[name][2] for name in masks], u, retain_graph=True)
     blocks = []
-    for (name, mask), g in zip(masks.items(), sensitivities, strict=True):
+    for mask, x_gram, g in zip(masks.values(), grams, sensitivities, strict=True):
         per_row = g.flatten(0, -2) if g.dim() != 4 else g.movedim(1, -1).flatten(0, -2)
         b = per_row.square().mean(0)
-        blocks.append(RowBlocks(mask, grams[name], b.clamp_min(1e-3 * float(b.mean())), damping))
+        blocks.append(RowBlocks(mask, x_gram, b.clamp_min(1e-3 * float(b.mean())), damping))
     sizes = [int(mask.sum()) for mask in masks.values()]
 
     def precondition(r: Tensor) -> Tensor:

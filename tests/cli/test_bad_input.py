@@ -213,7 +213,7 @@ MODELS = [
     ("no head", headless, "lacks weights of ViTForImageClassification, or has them in another shape: classifier.bias"),
     ("head of other classes", other_classes, "in another shape: classifier.weight"),
     ("unsupported", convnext, "No adapter for the architecture transformers.ConvNextForImageClassification"),
-    ("timm unsupported", lambda tmp: timm_folder(tmp, "test_convnext"), "No adapter for the architecture timm.ConvNeXt"),
+    ("timm unsupported", lambda tmp: timm_folder(tmp, "test_convnext"), "No adapter for the architecture timm.ConvNeXt"),  # noqa: E501
     ("timm unknown", lambda tmp: edit_config(timm_folder(tmp), architecture="vitt"), "timm cannot load {tmp}/m"),
     ("timm without head", lambda tmp: timm_folder(tmp, num_classes=0), "lacks weights of VisionTransformer"),
     ("timm head of other classes", lambda tmp: edit_config(timm_folder(tmp), num_classes=7), "head.weight"),
@@ -280,7 +280,7 @@ DATA = [
     ("empty folder", lambda tmp: {"data": empty(tmp)}, "Data folder {tmp}/d holds no images"),
     ("broken image", lambda tmp: {"data": with_broken_image(tmp)}, "broken.png of {tmp}/d (train) cannot be read"),
     ("no image column", lambda tmp: {"data": columns(tmp)}, "has no image column; its columns are text, label"),
-    ("broken parquet", lambda tmp: {"data": write(tmp / "d/train.parquet", b"x").parent}, "cannot be read as a dataset"),
+    ("broken parquet", lambda tmp: {"data": write(tmp / "d/train.parquet", b"x").parent}, "cannot be read as a dataset"),  # noqa: E501
     ("no split", lambda tmp: {"data-split": "valid"}, "has no split 'valid'.\nIt has train, test"),
     ("no evaluation split", lambda tmp: {"eval-data": DIGITS, "eval-split": "dev"}, "has no split 'dev'"),
     ("other classes", lambda tmp: {"eval-data": folder_of(tmp, "test/cat/1.png", "test/dog/1.png")},
@@ -306,7 +306,7 @@ FC1 = "vit.layers.0.mlp.fc1.weight"
 LAYERS = [
     ("M divides no width", lambda tmp: {"pattern": "2:7"}, "Pattern 2:7 fits no layer: the input widths are 48, 96"),
     ("unknown layer", lambda tmp: {"layers": "blocks.*"}, "--layers 'blocks.*' matches no prunable layer"),
-    ("mask: garbage", lambda tmp: {"mask": write(tmp / "m.safetensors", b"x")}, "Mask file {tmp}/m.safetensors cannot"),
+    ("mask: garbage", lambda tmp: {"mask": write(tmp / "m.safetensors", b"x")}, "Mask file {tmp}/m.safetensors cannot"),  # noqa: E501
     ("mask: none", mask_file(), "Mask file {tmp}/m.safetensors holds no mask"),
     ("mask: name", mask_file(nothing=torch.ones(4, 4, dtype=torch.bool)), "'nothing' is no prunable weight"),
     ("mask: type", mask_file(**{FC1: torch.ones(96, 48)}), f"{FC1} is torch.float32"),

@@ -117,7 +117,10 @@ def test_stops_at_first_residual_below_tolerance(rtol, atol, preconditioner):
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])  # powers of two scale without rounding
 def test_relative_tolerance_does_not_depend_on_the_scale_of_the_loss(scale):
     H, g = spd(30, 100.0), randn(30)
-    plain, scaled = cg(Product(H), g, damping=0.0, rtol=1e-4), cg(Product(scale * H), scale * g, damping=0.0, rtol=1e-4)
+    plain, scaled = (
+        cg(Product(H), g, damping=0.0, rtol=1e-4),
+        cg(Product(scale * H), scale * g, damping=0.0, rtol=1e-4),
+    )
     assert scaled.iterations == plain.iterations
     assert torch.equal(scaled.delta, plain.delta)
 

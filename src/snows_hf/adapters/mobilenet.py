@@ -5,6 +5,7 @@ unstructured pruning reaches it.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from timm.models.efficientnet import EfficientNet
@@ -14,7 +15,7 @@ from ..errors import AdapterError
 from .base import Group, Operation, module_names, register
 
 
-def _separable(block: nn.Module, name: str) -> Iterator[Operation]:
+def _separable(block: Any, name: str) -> Iterator[Operation]:
     if type(block) is not DepthwiseSeparableConv or block.conv_s2d is not None:
         raise AdapterError(
             f"{name} is a {type(block).__name__}; expected timm's DepthwiseSeparableConv (MobileNetV1).",
@@ -34,7 +35,7 @@ def _separable(block: nn.Module, name: str) -> Iterator[Operation]:
 
 
 @register(EfficientNet, family="mobilenet")
-def mobilenet(model: nn.Module) -> list[Operation]:
+def mobilenet(model: Any) -> list[Operation]:
     """Operations of a timm MobileNetV1."""
     names = module_names(model)
     operations = [

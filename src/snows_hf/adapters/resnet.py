@@ -8,6 +8,7 @@ it holds few weights. So do the gates of squeeze-excitation, which act with the 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def residual_unit(
 
 
 @register(ResNetForImageClassification, family="resnet")
-def transformers_resnet(model: nn.Module) -> list[Operation]:
+def transformers_resnet(model: Any) -> list[Operation]:
     """Operations of a transformers ResNet classifier."""
     base, names = model.resnet, module_names(model)
     stem = base.embedder.embedder
@@ -115,7 +116,7 @@ def transformers_resnet(model: nn.Module) -> list[Operation]:
     return [*operations, Operation("classifier", lambda s: (model.classifier(base.pooler(s[0])),))]
 
 
-def _timm_shortcut(downsample: nn.Module | None, names: dict[nn.Module, str]) -> Shortcut:
+def _timm_shortcut(downsample: nn.Sequential | None, names: dict[nn.Module, str]) -> Shortcut:
     if downsample is None:
         return Shortcut(nn.Identity())
     parts = list(downsample)
@@ -129,7 +130,7 @@ def _present(*modules: nn.Module | None) -> nn.Module:
 
 
 @register(ResNet, family="resnet")
-def timm_resnet(model: nn.Module) -> list[Operation]:
+def timm_resnet(model: Any) -> list[Operation]:
     """Operations of a timm ResNet of basic or bottleneck blocks (squeeze-excitation and anti-aliasing included)."""
     names = module_names(model)
     operations = [
@@ -163,7 +164,7 @@ def timm_resnet(model: nn.Module) -> list[Operation]:
 
 
 @register(CifarResNet, family="cifar_resnet")
-def cifar_resnet(model: nn.Module) -> list[Operation]:
+def cifar_resnet(model: Any) -> list[Operation]:
     """Operations of a CIFAR ResNet (He et al., section 4.2), whose shortcuts have no parameters."""
     names = module_names(model)
     operations = [

@@ -7,12 +7,13 @@ operation that reads them, as batch norms are in CNNs (A.3.2).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import Mlp
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 
 from ..errors import AdapterError
@@ -64,7 +65,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def _transformers_block(layer: nn.Module, name: str) -> TransformerBlock:
+def _transformers_block(layer: Any, name: str) -> TransformerBlock:
     attn = layer.attention
 
     def attend(x: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def _transformers_block(layer: nn.Module, name: str) -> TransformerBlock:
 
 
 @register(ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, family="vit")
-def transformers_vit(model: nn.Module) -> list[Operation]:
+def transformers_vit(model: Any) -> list[Operation]:
     """Operations of a transformers ViT or DeiT classifier."""
     base, names = model.base_model, module_names(model)
     operations = [Operation(names[base.embeddings], lambda s: (base.embeddings(s[0]),))]
@@ -107,7 +108,7 @@ def transformers_vit(model: nn.Module) -> list[Operation]:
     return [*operations, Operation("classifier", head)]
 
 
-def _timm_block(block: nn.Module, name: str) -> TransformerBlock:
+def _timm_block(block: Any, name: str) -> TransformerBlock:
     parts = {"": Block, ".attn": Attention, ".mlp": Mlp}
     for part, expected in parts.items():
         found = type(block.get_submodule(part[1:]))
@@ -139,7 +140,7 @@ def _timm_block(block: nn.Module, name: str) -> TransformerBlock:
 
 
 @register(VisionTransformer, family="vit")
-def timm_vit(model: nn.Module) -> list[Operation]:
+def timm_vit(model: Any) -> list[Operation]:
     """Operations of a timm VisionTransformer, distilled ones included."""
     names = module_names(model)
 

@@ -4,6 +4,8 @@ Three stages of n basic blocks with 16, 32 and 64 channels, 6n + 2 layers, optio
 zero-padded channels, no parameters).
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ class CifarResNet(nn.Module):
                 layer.append(BasicBlock(width, out_width, stride))
                 width = out_width
             self.add_module(f"layer{stage}", layer)
-        self.linear = nn.Linear(64, num_classes)
+        self.linear: nn.Module = nn.Linear(64, num_classes)
 
     def get_classifier(self) -> nn.Module:
         return self.linear
@@ -69,7 +71,9 @@ class CifarResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
+        for layer in (self.get_submodule(f"layer{stage}") for stage in (1, 2, 3)):
+            x = layer(x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = x.mean((-2, -1))
@@ -95,7 +99,7 @@ _DEPTHS = (20, 32, 44, 56, 110)
 default_cfgs = generate_default_cfgs({f"resnet{depth}_cifar": dict(_CFG) for depth in _DEPTHS})
 
 
-def _create(depth: int, pretrained: bool, **kwargs: object) -> nn.Module:
+def _create(depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
     # timm passes the configured image size on to the class; a convolutional network has no use for it.
     return build_model_with_cfg(
         CifarResNet, f"resnet{depth}_cifar", pretrained, depth=depth, kwargs_filter=("img_size",), **kwargs
@@ -103,25 +107,25 @@ def _create(depth: int, pretrained: bool, **kwargs: object) -> nn.Module:
 
 
 @register_model
-def resnet20_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _create(20, pretrained, **kwargs)
 
 
 @register_model
-def resnet32_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _create(32, pretrained, **kwargs)
 
 
 @register_model
-def resnet44_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+def resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _create(44, pretrained, **kwargs)
 
 
 @register_model
-def resnet56_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _create(56, pretrained, **kwargs)
 
 
 @register_model
-def resnet110_cifar(pretrained: bool = False, **kwargs: object) -> nn.Module:
+def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _create(110, pretrained, **kwargs)
