@@ -16,7 +16,8 @@ from .base import Group, Operation, module_names, register
 
 
 def _separable(block: Any, name: str) -> Iterator[Operation]:
-    if type(block) is not DepthwiseSeparableConv or block.conv_s2d is not None:
+    kind: type = type(block)
+    if kind is not DepthwiseSeparableConv or block.conv_s2d is not None:
         raise AdapterError(
             f"{name} is a {type(block).__name__}; expected timm's DepthwiseSeparableConv (MobileNetV1).",
             "Other networks of timm's EfficientNet family have no adapter yet.",
