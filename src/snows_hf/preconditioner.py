@@ -42,8 +42,9 @@ def recorded(chain: Chain, parameters: Mapping[str, Tensor]) -> Iterator[dict[st
 def gram(module: nn.Module, x: Tensor) -> Tensor | None:
     """Σ x xᵀ over images and positions, (groups, d, d) with d the inputs of one output; None for other modules.
 
-    ``x`` is a Linear's input (n, …, in) or a Conv2d's (n, c, h, w).
+    ``x`` is a Linear's input (n, …, in) or a Conv2d's (n, c, h, w). Half precision is summed in float32.
     """
+    x = x if x.dtype == torch.float64 else x.float()
     if isinstance(module, nn.Linear):
         x = x.flatten(0, -2)
         return (x.T @ x)[None]
@@ -81,13 +82,18 @@ class RowBlocks:
         # Padding gets a unit diagonal; the relative term keeps constant or dead inputs factorisable.
         scale = blocks.diagonal(dim1=-2, dim2=-1).mean()
         diagonal = torch.where(valid, damping + 1e-4 * scale, 1.0)
-        self.factor = torch.linalg.cholesky(blocks + torch.diag_embed(diagonal))
+        blocks = blocks + torch.diag_embed(diagonal)
+        factor, failed = torch.linalg.cholesky_ex(blocks)
+        # A block that rounding has made indefinite is preconditioned by its diagonal.
+        by_diagonal = blocks.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).sqrt().diag_embed()
+        self.factor = torch.where((failed == 0)[..., None, None], factor, by_diagonal)
 
     def solve(self, r: Tensor) -> Tensor:
         """(bG + λI)⁻¹ r for the active weights of this parameter, (m,) → (m,)."""
         padded = torch.zeros_like(self.valid, dtype=r.dtype).masked_scatter(self.valid, r)
         blocks = padded.unflatten(1, (-1, self.block))[..., None]
-        return torch.cholesky_solve(blocks, self.factor)[..., 0].flatten(1)[self.valid]
+        solved = torch.cholesky_solve(blocks.to(self.factor.dtype), self.factor)
+        return solved[..., 0].flatten(1)[self.valid].to(r.dtype)
 
 
 def row_preconditioner(
@@ -121,7 +127,7 @@ def row_preconditioner(
     blocks = []
     for mask, x_gram, g in zip(masks.values(), grams, sensitivities, strict=True):
         per_row = g.flatten(0, -2) if g.dim() != 4 else g.movedim(1, -1).flatten(0, -2)
-        b = per_row.square().mean(0)
+        b = per_row.to(x_gram.dtype).square().mean(0)
         blocks.append(RowBlocks(mask, x_gram, b.clamp_min(1e-3 * float(b.mean())), damping))
     sizes = [int(mask.sum()) for mask in masks.values()]
 

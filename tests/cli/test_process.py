@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import NO_HUB
 
 from snows_hf import __version__
@@ -47,9 +46,8 @@ def test_error(elsewhere: Path) -> None:
     assert list(elsewhere.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", ["vit"])
-def test_demo_shows_what_to_try_next(run, elsewhere: Path, model: str) -> None:
-    result = run("demo", "--model", model)
+def test_demo_shows_what_to_try_next(run, elsewhere: Path) -> None:
+    result = run("demo")
     assert result.code == 0
     assert "snows-hf inspect snows-demo" in result.out
     assert [path.name for path in elsewhere.iterdir()] == ["snows-demo"]
