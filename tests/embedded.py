@@ -1,7 +1,8 @@
-"""The checkpoints and images that come with the package, and damaged copies of them."""
+"""The checkpoints and images that come with the package, copies to damage, and what pruning makes of them."""
 
 import json
 import shutil
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,31 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from snows_hf import prune
+
 
 EMBEDDED = Path(str(files("snows_hf") / "embedded"))
 VIT = EMBEDDED / "vit_digits"
 RESNET = EMBEDDED / "resnet_digits"
 DIGITS = EMBEDDED / "digits"
+
+NO_HUB = "http://127.0.0.1:9"
+"""An address where nothing answers."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A source folder, the folder made of it, and the report."""
+
+    source: Path
+    folder: Path
+    report: dict[str, Any]
+
+
+def pruned(source: Path, folder: Path, **settings: Any) -> Pruned:
+    """``source`` pruned to 2:4 with few images and a small K, saved to ``folder``."""
+    quick = {"data": str(DIGITS), "samples": 32, "k": 1}
+    return Pruned(source, folder, prune(str(source), "2:4", output=folder, **quick | settings).report)
 
 
 def copy_of(source: Path, folder: Path, without: tuple[str, ...] = ()) -> Path:

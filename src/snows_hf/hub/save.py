@@ -1,7 +1,6 @@
 """From a pruned model to a folder that stock transformers and timm load: complete, or not there at all."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 from timm.models import save_for_hf
@@ -62,7 +62,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     """
     output = output.resolve()
     partial = output if output.exists() else output.parent
-    partial /= f".{output.name}.partial-{os.getpid()}"
+    partial /= f".{output.name}.partial-{uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
         yield partial

@@ -1,0 +1,118 @@
+"""Which library a folder belongs to, what its name may look like, and what is loaded of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from embedded import DIGITS, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from snows_hf import build_chain, from_pretrained, load, prune
+from snows_hf.errors import LoadError
+from snows_hf.hub.load import find_folder, library_of, short_name
+
+
+@pytest.mark.parametrize(
+    "config, library",
+    [
+        ({"architecture": "vit_tiny_patch16_224"}, "timm"),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "transformers"),
+        ({"architecture": "resnet18", "model_type": "timm_wrapper"}, "timm"),
+    ],
+)
+def test_library(config: dict[str, object], library: str) -> None:
+    assert library_of(config, Path("m")) == library
+
+
+def test_neither_library() -> None:
+    with pytest.raises(LoadError, match=r"m/config.json has neither"):
+        library_of({"architectures": ["X"]}, Path("m"))
+
+
+@pytest.mark.parametrize("source", [VIT, RESNET])
+def test_transformers_folder(source: Path) -> None:
+    checkpoint = load(str(source))
+    assert (checkpoint.library, checkpoint.class_names) == ("transformers", tuple("0123456789"))
+    assert not checkpoint.model.training
+    size = checkpoint.processor.size["height"]
+    pixels = checkpoint.preprocess([Image.new("RGB", (8, 8), (255, 255, 255))] * 2)
+    assert pixels.shape == (2, 3, size, size)
+    assert torch.all(pixels == 1)  # (1 - 0.5) / 0.5
+
+
+def test_timm_folder(tiny_timm: Path) -> None:
+    checkpoint = from_pretrained(str(tiny_timm))
+    assert (checkpoint.library, checkpoint.class_names) == ("timm", tuple("0123456789"))
+    assert checkpoint.processor is None
+    pixels = checkpoint.preprocess([Image.new("RGB", (8, 8), (255, 255, 255))])
+    assert pixels.shape == (1, 3, 16, 16)
+    for name, tensor in tensors_of(tiny_timm).items():
+        assert torch.equal(checkpoint.model.state_dict()[name], tensor)
+
+
+def test_timm_wrapped_by_transformers_is_timm(tiny_timm: Path, tmp_path: Path) -> None:
+    source = copy_of(tiny_timm, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["model_args"]["num_classes"]
+    edit_config(source, model_args=config["model_args"])
+    wrapped = AutoModelForImageClassification.from_pretrained(source)
+    wrapped.save_pretrained(tmp_path / "wrapped")
+    checkpoint = load(str(tmp_path / "wrapped"))
+    assert checkpoint.library == "timm"
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(checkpoint.model(images), wrapped.eval()(images).logits)
+    assert len(build_chain(checkpoint.model).groups()) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_timm_weights_keep_the_type_of_the_file(tiny_timm: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = copy_of(tiny_timm, tmp_path / "m")
+    write_tensors(folder, {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()})
+    assert {p.dtype for p in load(str(folder)).model.parameters()} == {dtype}
+
+
+def test_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(name: str, **options: object) -> str:
+        asked.append(name)
+        return str(VIT)
+
+    monkeypatch.setattr("snows_hf.hub.load.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    Path("user/model").mkdir(parents=True)
+    assert find_folder("user/model") == Path("user/model")
+    assert find_folder("local-dir:user/model") == Path("user/model")
+    assert find_folder(f"local-dir:{VIT}") == VIT
+    assert asked == []
+    assert find_folder("hf-hub:user/model") == find_folder("user/other") == VIT
+    assert asked == ["user/model", "user/other"]
+    with pytest.raises(LoadError, match="other does not exist"):
+        find_folder("local-dir:user/other")
+    names = {
+        "user/model": "model",
+        "local-dir:user/model": "model",
+        "hf-hub:user/model": "user/model",
+        "user/other": "user/other",
+        "hf-hub:user/other": "user/other",
+        ".": tmp_path.name,
+        str(VIT): "vit_digits",
+        f"{VIT}/": "vit_digits",
+    }
+    assert {name: short_name(name) for name in names} == names
+
+
+def test_hub_ids_are_published_as_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snows_hf.hub.load.snapshot_download", lambda name, **options: str(VIT))
+    report = prune("hf-hub:user/model", "2:4", data=str(DIGITS), samples=8, k=0, output=tmp_path / "out").report
+    assert report["source"] == "user/model"
+    assert ModelCard.load(tmp_path / "out/README.md").data.base_model == "user/model"
+
+
+def test_timm_models_of_this_package_are_registered() -> None:
+    assert "resnet20_cifar" in timm.list_models()
