@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from .adapters.base import Chain, State, frozen
+from .adapters import Chain, State, frozen
 from .config import PruneConfig
 from .masks import Masks
 from .objective import ActiveWeights, KStepObjective, Segment

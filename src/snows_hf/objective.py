@@ -112,7 +112,8 @@ class KStepObjective:
             outputs = self._outputs(w)
         loss = self._loss(outputs)
         # Outputs that w does not reach (a shortcut's convolution beside it) have no part in the derivatives.
-        moving = [(2 * c, o) for c, o in zip(self.weights, outputs, strict=True) if o.requires_grad]
+        residuals = [t for t in zip(self.weights, outputs, self.targets, strict=True) if t[1].requires_grad]
+        moving = [(2 * c, o) for c, o, _ in residuals]
         precondition = None
         if self.preconditioner == "gram":
             precondition = row_preconditioner(self.active.masks, seen, moving, self.damping)
@@ -124,15 +125,15 @@ class KStepObjective:
 
             return Expansion(float(loss.detach()), gradient.detach(), hessian, precondition)
 
-        (gradient,) = grad(loss, w, retain_graph=True)
-        # Jᵀu is linear in u, so its derivative along u is J: the tangent pass by reverse mode alone, over a graph that
-        # is built once per batch, where forward mode would run the primal again for every product.
+        # Jᵀu is linear in u, so its derivative along u is J, whatever u: the tangent pass by reverse mode alone, over a
+        # graph that is built once per batch, where forward mode would run the primal again for every product. At the
+        # residuals' u, Jᵀu is the gradient besides.
         f = [o for _, o in moving]
-        u = [torch.zeros_like(o).requires_grad_() for o in f]
-        (pullback,) = grad(f, w, u, create_graph=True)
+        u = [(2 * c * (o - y)).detach().requires_grad_() for c, o, y in residuals]
+        (gradient,) = grad(f, w, u, create_graph=True)
 
         def gauss_newton(p: Tensor) -> Tensor:
-            Jp = grad(pullback, u, p, retain_graph=True)
+            Jp = grad(gradient, u, p, retain_graph=True)
             return grad(f, w, [h * t for (h, _), t in zip(moving, Jp, strict=True)], retain_graph=True)[0]
 
-        return Expansion(float(loss.detach()), gradient, gauss_newton, precondition)
+        return Expansion(float(loss.detach()), gradient.detach(), gauss_newton, precondition)

@@ -116,7 +116,8 @@ def prune(
     source = open_images(calibration_name, data_split)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     images = calibration_images(source, config.samples, config.seed, checkpoint.preprocess)
-    images = images.to(DTYPES[dtype])
+    # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
+    images = images.to(DTYPES[dtype], memory_format=torch.channels_last)
     if len(images) < config.samples:
         on_stage(f"{calibration_name} ({data_split}) has only {len(images)} images: all of them are used")
 

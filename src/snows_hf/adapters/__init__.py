@@ -3,7 +3,8 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import Chain, Group, Operation, State, build_chain, frozen, register, supported
+from .base import Chain, Group, Operation, State, build_chain, register, supported
+from .frozen import frozen
 
 
 for _module in iter_modules(__path__):

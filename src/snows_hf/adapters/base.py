@@ -3,8 +3,7 @@
 An architecture is one file beside this one: a function that cuts a model into operations, and ``@register``.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -145,32 +144,3 @@ def _check_groups(chain: Chain) -> None:
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
     """Live name of every submodule."""
     return {module: name for name, module in model.named_modules()}
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """For the time of the block: evaluation mode, no parameter gradients, no in-place activations, no fused attention.
-
-    In-place ReLUs would overwrite outputs that the objective still compares, and fused attention (timm's attention
-    pooling has it in the head) has no second derivative. Everything is put back afterwards.
-    """
-    training = {module: module.training for module in model.modules()}
-    switches = [
-        (module, switch)
-        for module in model.modules()
-        for switch in ("inplace", "fused_attn")
-        if getattr(module, switch, False) is True
-    ]
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
-    for module, switch in switches:
-        setattr(module, switch, False)
-    try:
-        yield
-    finally:
-        for module, switch in switches:
-            setattr(module, switch, True)
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, flag in gradients.items():
-            parameter.requires_grad_(flag)
