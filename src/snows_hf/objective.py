@@ -125,9 +125,9 @@ class KStepObjective:
 
             return Expansion(float(loss.detach()), gradient.detach(), hessian, precondition)
 
-        # Jᵀu is linear in u, so its derivative along u is J, whatever u: the tangent pass by reverse mode alone, over a
-        # graph that is built once per batch, where forward mode would run the primal again for every product. At the
-        # residuals' u, Jᵀu is the gradient besides.
+        # Jᵀu is linear in u, so its derivative along u is J at any u: the tangent pass by reverse mode alone, over a
+        # graph that is built once per batch, where forward mode would run the primal again for every product. At u of
+        # the residuals, Jᵀu is the gradient besides.
         f = [o for _, o in moving]
         u = [(2 * c * (o - y)).detach().requires_grad_() for c, o, y in residuals]
         (gradient,) = grad(f, w, u, create_graph=True)

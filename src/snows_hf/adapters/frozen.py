@@ -65,7 +65,7 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return nn.Conv2d.forward(conv, x) if conv.weight.requires_grad else Convolution.apply(x, conv)
 
 
-def _normalise(norm: nn.BatchNorm2d) -> nn.Module | Any:
+def _normalise(norm: Any) -> Any:
     """A batch norm's evaluation-mode forward as x → x·scale + shift, its constants computed once."""
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -83,7 +83,8 @@ def _simpler_forward(module: nn.Module) -> Any:
     """What may stand for the module's ``forward`` while the model is frozen; None where nothing does."""
     if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         return partial(_convolve, module)
-    if type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.running_mean is not None:
+    if type(module) in (nn.BatchNorm2d, BatchNormAct2d) and isinstance(module.running_mean, Tensor):
+        # In half precision the constants would be rounded once more.
         return _normalise(module) if module.running_mean.dtype in (torch.float32, torch.float64) else None
     return None
 
