@@ -213,3 +213,19 @@ def test_split_images_into_equal_batches_that_never_judge(count, held_out, batch
     assert min(sizes) >= 1
     assert len(judges) == min(max(1, round(held_out * count)), count - 1)
     assert torch.cat([*learners, judges]).flatten().tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("targets", ["dense", "cascaded"])
+def test_a_second_sweep_starts_from_the_first_and_is_no_worse(targets):
+    """Its losses are measured with everything after a layer pruned, and against the dense network's outputs."""
+    once = tiny.prune(tiny.cifar_resnet(), targets=targets)
+    twice = tiny.prune(tiny.cifar_resnet(), targets=targets, sweeps=2)
+    first, second = twice.reports[: len(once.reports)], twice.reports[len(once.reports) :]
+    assert [report.sweep for report in second] == [2] * len(first)
+    for a, b in zip(first, once.reports, strict=True):
+        assert {**a.to_dict(), "seconds": 0} == {**b.to_dict(), "seconds": 0}
+    for name, mask in twice.masks.items():
+        assert torch.equal(twice.pruned.get_parameter(name) != 0, mask)
+    for report in second:
+        assert report.loss_pruned <= report.loss_masked
+    assert second[0].loss_pruned < second[0].loss_masked

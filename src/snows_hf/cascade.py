@@ -7,6 +7,7 @@ broke; with cascaded targets (the paper's) the dense layer runs on the pruned st
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,9 +24,11 @@ from .solver import newton
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one group. Losses are K-step losses on the held-out calibration images."""
+    """What happened to one group in one sweep. Losses are K-step losses on the held-out calibration images: at the
+    start (in the first sweep, of the mask alone) and at the end."""
 
     name: str
+    sweep: int
     parameters: tuple[str, ...]
     shape: tuple[int, ...]
     k: int
@@ -45,7 +48,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a cascade is: layer ``index`` of ``total`` (from 0), its products so far, and its held-out losses."""
+    """Where a cascade is: layer ``index`` (from 0) of ``total`` in all sweeps, its products so far, its losses."""
 
     index: int
     total: int
@@ -79,11 +82,28 @@ class Streams:
             states[i] = send_to_device(run(send_to_device(state, device)), torch.device("cpu"))
 
 
+@contextmanager
+def holding(chain: Chain, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """For the time of the block the chain's model computes with ``weights``; nothing is copied."""
+    own = {name: chain.weight(name).data for name in weights}
+    for name, weight in weights.items():
+        chain.weight(name).data = weight
+    try:
+        yield
+    finally:
+        for name, weight in own.items():
+            chain.weight(name).data = weight
+
+
 @dataclass(frozen=True)
 class Batches:
-    """The objectives of one layer, each made when its turn comes and freed after: targets are computed once."""
+    """The objectives of one layer, each made when its turn comes and freed after.
+
+    ``dense``: weights that stand in for the model's own where targets are computed.
+    """
 
     segment: Segment
+    dense: Mapping[str, Tensor]
     active: ActiveWeights
     streams: Streams
     config: PruneConfig
@@ -93,7 +113,7 @@ class Batches:
     def objective(self, index: int) -> KStepObjective:
         pruned = send_to_device(self.streams.pruned[index], self.device)
         source = self.streams.dense[index] if self.config.targets == "dense" else pruned
-        with torch.no_grad():
+        with torch.no_grad(), holding(self.segment.chain, self.dense):
             targets = self.segment.outputs(send_to_device(source, self.device))
         solver = self.config.solver
         return KStepObjective(
@@ -142,67 +162,81 @@ def prune_chain(
         on_progress: called when a layer starts, after each Newton step, and when a layer is done.
 
     Returns:
-        One report per pruned group, in forward order.
+        One report per pruned group, in forward order; the groups once more for every further sweep.
     """
-    streams = Streams.start(split_images(images, config.batch_size, config.held_out))
-    todo = {i: g for i, g in chain.groups() if any(name in masks for name in g.parameters)}
-    reports: list[LayerReport] = []
-    last = max(todo, default=-1)
+    batches = split_images(images, config.batch_size, config.held_out)
+    # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
+    dense = {name: chain.weight(name).detach().clone() for name in masks} if config.sweeps > 1 else {}
+    cascade = Cascade(chain, masks, dense, config, device, on_progress)
     with frozen(chain.model):
-        for index, operation in enumerate(chain.operations[: last + 1]):
+        return [report for sweep in range(1, config.sweeps + 1) for report in cascade.sweep(sweep, batches)]
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """One run of Algorithm 3, over one sweep or several. ``dense`` holds the weights that pruning has overwritten."""
+
+    chain: Chain
+    masks: Masks
+    dense: Mapping[str, Tensor]
+    config: PruneConfig
+    device: torch.device
+    on_progress: Callable[[Progress], None]
+
+    def sweep(self, number: int, batches: Sequence[Tensor]) -> list[LayerReport]:
+        """All layers once, in forward order; ``number`` counts from 1."""
+        streams = Streams.start(batches)
+        todo = [i for i, group in self.chain.groups() if any(name in self.masks for name in group.parameters)]
+        reports: list[LayerReport] = []
+        for index, operation in enumerate(self.chain.operations[: max(todo, default=-1) + 1]):
             weights: Mapping[str, Tensor] = {}
             if index in todo:
-                position = Progress(len(reports), len(todo), todo[index].name)
-                on_progress(position)
-                report, weights = _solve_layer(chain, index, masks, streams, config, device, position, on_progress)
+                place = (number - 1) * len(todo) + len(reports), self.config.sweeps * len(todo)
+                report, weights = self.solve(index, number, streams, *place)
                 reports.append(report)
-                on_progress(Progress(position.index, position.total, report.name, report=report))
-            if config.targets == "dense":
-                streams.advance(operation.run, "dense", device)
+                self.on_progress(Progress(*place, report.name, report=report))
+            if self.config.targets == "dense":
+                with holding(self.chain, self.dense):
+                    streams.advance(operation.run, "dense", self.device)
             for name, weight in weights.items():
-                chain.weight(name).data.copy_(weight)
-            streams.advance(operation.run, "pruned", device)
-    return reports
+                self.chain.weight(name).data.copy_(weight)
+            streams.advance(operation.run, "pruned", self.device)
+        return reports
 
+    def solve(
+        self, index: int, sweep: int, streams: Streams, place: int, total: int
+    ) -> tuple[LayerReport, dict[str, Tensor]]:
+        """Algorithm 2 for the group at operation ``index``, layer ``place`` of ``total``: report, new full weights."""
+        started = time.perf_counter()
+        segment = Segment.cut(self.chain, index, self.config.k)
+        group = segment.group
+        self.on_progress(Progress(place, total, group.name))
+        active = ActiveWeights({n: self.masks[n].to(self.device) for n in group.parameters if n in self.masks})
+        learners = range(len(streams.pruned) - 1)
+        batches = Batches(segment, self.dense, active, streams, self.config, self.device, learners)
+        held_out = batches.objective(len(learners))
+        w = active.gather({name: self.chain.weight(name).detach() for name in active.masks})
 
-def _solve_layer(
-    chain: Chain,
-    index: int,
-    masks: Masks,
-    streams: Streams,
-    config: PruneConfig,
-    device: torch.device,
-    position: Progress,
-    on_progress: Callable[[Progress], None],
-) -> tuple[LayerReport, dict[str, Tensor]]:
-    """Algorithm 2 for the group at operation ``index``: its report, and its new full weights."""
-    started = time.perf_counter()
-    segment = Segment.cut(chain, index, config.k)
-    group = segment.group
-    active = ActiveWeights({name: masks[name].to(device) for name in group.parameters if name in masks})
-    batches = Batches(segment, active, streams, config, device, range(len(streams.pruned) - 1))
-    held_out = batches.objective(len(streams.pruned) - 1)
-    w = active.gather({name: chain.weight(name).detach() for name in active.masks})
+        def report_step(cg_iterations: int, start: float, loss: float) -> None:
+            self.on_progress(Progress(place, total, group.name, cg_iterations, start, loss))
 
-    def report_step(cg_iterations: int, start: float, loss: float) -> None:
-        on_progress(Progress(position.index, position.total, group.name, cg_iterations, start, loss))
-
-    result = newton(batches, held_out, w, config.solver, report_step)
-    weights = [chain.weight(name) for name in group.parameters]
-    total = sum(weight.numel() for weight in weights)
-    report = LayerReport(
-        name=group.name,
-        parameters=group.parameters,
-        shape=(sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
-        k=segment.stop - segment.start - 1,
-        sparsity=(sum(mask.numel() for mask in active.masks.values()) - active.size) / total,
-        loss_masked=result.loss_start,
-        loss_pruned=result.loss_end,
-        cg_iterations=result.cg_iterations,
-        steps=result.steps,
-        rejected_steps=result.rejected,
-        seconds=time.perf_counter() - started,
-        status=result.status.value,
-        remedy=result.status.remedy,
-    )
-    return report, active.scatter(result.w)
+        result = newton(batches, held_out, w, self.config.solver, report_step)
+        weights = [self.chain.weight(name) for name in group.parameters]
+        size = sum(weight.numel() for weight in weights)
+        report = LayerReport(
+            name=group.name,
+            sweep=sweep,
+            parameters=group.parameters,
+            shape=(sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
+            k=segment.stop - segment.start - 1,
+            sparsity=(sum(mask.numel() for mask in active.masks.values()) - active.size) / size,
+            loss_masked=result.loss_start,
+            loss_pruned=result.loss_end,
+            cg_iterations=result.cg_iterations,
+            steps=result.steps,
+            rejected_steps=result.rejected,
+            seconds=time.perf_counter() - started,
+            status=result.status.value,
+            remedy=result.status.remedy,
+        )
+        return report, active.scatter(result.w)

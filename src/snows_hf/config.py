@@ -80,6 +80,7 @@ class PruneConfig:
             the pruned network's activations).
         weighting: of the operations in Eq. 3: ``mean`` (mean squared errors) or ``relative`` (these over the variance
             of their targets).
+        sweeps: passes of the cascade over the layers; from the second on, what follows a layer is pruned already.
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
     """
@@ -93,12 +94,14 @@ class PruneConfig:
     held_out: float = 0.1
     targets: str = "dense"
     weighting: str = "mean"
+    sweeps: int = 1
     seed: int = 0
     solver: SolverConfig = field(default_factory=SolverConfig)
 
     def __post_init__(self) -> None:
         _check(isinstance(self.k, int) and self.k >= 0, "k", self.k, "an integer ≥ 0")
         _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
+        _check(self.sweeps >= 1, "sweeps", self.sweeps, "an integer ≥ 1")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
@@ -138,7 +141,7 @@ _PAPER_VIT = {**_PAPER, "cg_atol": 5e-4, "cg_max_iter": 500, "passes": 1, "sampl
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # What measured best here (docs/results.md).
     "default": {
-        "vit": {"k": 5, "batch_size": 128, "cg_max_iter": 5, "passes": 2},
+        "vit": {"k": 5, "weighting": "relative", "batch_size": 128, "cg_max_iter": 5, "passes": 2},
         "cifar_resnet": {"k": 40, "weighting": "relative"},
         "resnet": {"k": 30, "weighting": "relative"},
         "mobilenet": {"k": 60, "weighting": "relative"},

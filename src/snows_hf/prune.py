@@ -264,7 +264,7 @@ def make_report(
     reports: list[LayerReport],
 ) -> dict[str, Any]:
     """The part of the report that does not depend on measurements. Layer names are live names of the library."""
-    pruned = [chain.weight(name) for report in reports for name in report.parameters]
+    pruned = [chain.weight(name) for report in reports if report.sweep == 1 for name in report.parameters]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
     weights = {name: chain.weight(name) for group in layers for name in group.parameters}
     _, unfit = split_by_fit(weights, pattern)
@@ -286,7 +286,8 @@ def make_report(
         "pattern": str(pattern),
         "sparsity": zeros / sum(weight.numel() for weight in pruned),
         "settings": config.to_dict() | {"mask": Path(config.mask).name},
-        "layers": [report.to_dict() for report in reports],
+        "layers": [report.to_dict() for report in reports if report.sweep == 1],
+        "later_sweeps": [report.to_dict() for report in reports if report.sweep > 1],
         "dense_layers": dense_layers,
         "namespace": "live parameter names of the loaded model",
         "versions": {

@@ -1,0 +1,118 @@
+"""The paper's plain algorithm against ours, layer by layer, in one run: time and products to one and the same loss.
+
+Both get the same layer of the dense network, mask, calibration images, targets and K, and the plain mean of Eq. 3.
+First the plain algorithm runs until it stops, or its time limit; then ours, and the table gives the time at which ours
+first had a held-out loss as low as that at which the plain one stopped.
+
+    python benchmarks/solver.py MODEL --data FOLDER [--pattern 2:4] [--images 512] [--layers 1 8 16] [--limit 600]
+"""
+
+import argparse
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from paper_plain import CNN, VIT, Loss, plain_newton
+from torch import Tensor
+
+from snows_hf.adapters import Chain, build_chain, frozen
+from snows_hf.cascade import split_images
+from snows_hf.config import preset
+from snows_hf.data import calibration_images, open_images
+from snows_hf.hub.load import load
+from snows_hf.masks import Masks, choose_masks, parse_pattern
+from snows_hf.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.solver import newton
+
+
+def as_loss(objective: KStepObjective) -> Loss:
+    def loss(w: Tensor) -> Tensor:
+        outputs = objective.segment.outputs(objective.state, objective.active.scatter(w))
+        return sum((o - y).square().mean() for o, y in zip(outputs, objective.targets, strict=True))
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both algorithms get."""
+
+    chain: Chain
+    images: Tensor
+    masks: Masks
+    k: int
+
+    def objectives(self, index: int, batch_size: int) -> list[KStepObjective]:
+        """Batches, and last the held-out images, for the layer at operation ``index``."""
+        segment = Segment.cut(self.chain, index, self.k)
+        active = ActiveWeights({name: self.masks[name] for name in segment.group.parameters})
+        made = []
+        for batch in split_images(self.images, batch_size, 0.1):
+            state = (batch,)
+            with torch.no_grad():
+                for operation in self.chain.operations[:index]:
+                    state = operation.run(state)
+                targets = segment.outputs(state)
+            made.append(KStepObjective(segment, active, state, targets, "gauss-newton", "gram", damping=1e-4))
+        return made
+
+
+def compare(setting: Setting, index: int, limit: float) -> list[str]:
+    """One row of the table: the layer at operation ``index``."""
+    chain = setting.chain
+    *batches, judge = setting.objectives(index, 128)
+    w = judge.active.gather({name: chain.weight(name).detach() for name in judge.active.masks})
+    table_7 = VIT if chain.family == "vit" else CNN
+    plain = plain_newton([as_loss(batch) for batch in batches], w, table_7, limit)
+    goal = judge.value(plain.w)
+
+    config = preset("default", chain.family, "2:4")
+    # Two passes at least, and no stop on small gains: when it gets there is the question, not where it would stop.
+    solver = replace(config.solver, passes=max(config.solver.passes, 2), min_gain=0.0)
+    *batches, judge = setting.objectives(index, config.batch_size)
+    trace: list[tuple[float, float]] = []
+    started = time.perf_counter()
+
+    def note(products: int, start: float, loss: float) -> None:
+        trace.append((time.perf_counter() - started, loss))
+
+    ours = newton(batches, judge, w, solver, note)
+    reached = next((seconds for seconds, loss in trace if loss <= goal), None)
+    return [
+        *(chain.operations[index].name, f"{ours.loss_start:.4g}"),
+        *(f"{goal:.4g}", str(plain.products), f"{'> ' if plain.cut_off else ''}{plain.seconds:.1f}"),
+        *(f"{ours.loss_end:.4g}", str(ours.cg_iterations), f"{trace[-1][0]:.1f}"),
+        *("not reached" if reached is None else f"{reached:.1f}", f"{plain.seconds / reached:.0f}" if reached else ""),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--layers", type=int, nargs="+", help="places among the groups; all of them where not given")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one layer of the plain algorithm")
+    arguments = parser.parse_args()
+    checkpoint = load(arguments.model)
+    chain = build_chain(checkpoint.model.float())
+    images = calibration_images(open_images(arguments.data, "train"), arguments.images, 0, checkpoint.preprocess)
+    weights = {p: chain.weight(p).detach() for _, group in chain.groups() for p in group.parameters}
+    masks = choose_masks(weights, parse_pattern(arguments.pattern), "magnitude")
+    k = preset("paper", chain.family, arguments.pattern).k
+    setting = Setting(chain, images.contiguous(memory_format=torch.channels_last), masks, k)
+    places = [i for i, group in chain.groups() if group.parameters[0] in masks]
+    name = Path(arguments.model).name
+    print(f"{name}, {arguments.pattern}, K = {k}, {len(images)} images, {torch.get_num_threads()} threads")
+    columns = ["layer", "masked loss", "plain: loss", "products", "seconds", "ours: loss", "products", "seconds"]
+    columns += ["seconds to plain's loss", "ratio"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    with frozen(chain.model):
+        for place in arguments.layers or range(len(places)):
+            print(f"| {' | '.join(compare(setting, places[place], arguments.limit))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The simpler forwards of a frozen model against PyTorch's own, to second order, in float64."""
+
+import copy
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.autograd import grad
+
+from snows_hf.adapters import frozen
+
+
+LAYERS = {
+    "padded": nn.Conv2d(4, 6, 3, padding=1),
+    "strided, uneven": nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
+    "dilated": nn.Conv2d(4, 6, (3, 2), dilation=2),
+    "depthwise": nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    "string padding": nn.Conv2d(4, 6, 3, padding="same"),
+    "reflected padding": nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    "norm": nn.BatchNorm2d(4),
+    "norm without weights": nn.BatchNorm2d(4, affine=False),
+    "norm without statistics": nn.BatchNorm2d(4, track_running_stats=False),
+    "norm and activation": BatchNormAct2d(4),
+}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    layer = copy.deepcopy(LAYERS[name])
+    if isinstance(layer, nn.BatchNorm2d):
+        for tensor in layer.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Softplus(), layer, nn.Softplus()).double().eval()
+
+
+def derivatives(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output, gradient of a loss, and the Hessian of the loss times a vector, all in x."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (g,) = grad(y.pow(3).sum(), x, create_graph=True)
+    (Hx,) = grad(g, x, torch.ones_like(x))
+    return y.detach(), g.detach(), Hx
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_derivatives_are_those_of_the_model(name, layout):
+    model = network(name)
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64).contiguous(memory_format=layout)
+    expected = derivatives(model, x)
+    with frozen(model):
+        got = derivatives(model, x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_weight_put_in_place_is_differentiated():
+    model = network("padded")
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
+    weight = model[2].weight.detach().clone().requires_grad_()
+    replaced = {"2.weight": weight}
+    (expected,) = grad(torch.func.functional_call(model, replaced, (x,)).pow(2).sum(), weight)
+    with frozen(model):
+        (got,) = grad(torch.func.functional_call(model, replaced, (x,)).pow(2).sum(), weight)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_weight_that_changes_meanwhile_is_used():
+    model = network("padded")
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
+    with frozen(model):
+        model(x)
+        model[2].weight.data.zero_()
+        changed = model(x)
+    assert torch.equal(changed, model(x))
+
+
+def test_everything_is_put_back():
+    model = nn.Sequential(network("norm"), nn.ReLU(inplace=True)).train()
+    forwards = {module: module.forward for module in model.modules()}
+    with pytest.raises(RuntimeError, match="half way"), frozen(model):
+        assert not model.training and not model[1].inplace
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        raise RuntimeError("half way")
+    assert model.training and model[1].inplace
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for module, forward in forwards.items():
+        assert module.forward == forward and "forward" not in vars(module)
