@@ -138,13 +138,15 @@ _PAPER = {
 _PAPER_CNN = {**_PAPER, "cg_atol": 1e-3, "cg_max_iter": 1000, "passes": 3, "samples": 3000}
 _PAPER_VIT = {**_PAPER, "cg_atol": 5e-4, "cg_max_iter": 500, "passes": 1, "samples": 5000}
 
+_CNN = {"weighting": "relative", "cg_max_iter": 5, "sweeps": 2}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # What measured best here (docs/results.md).
     "default": {
         "vit": {"k": 5, "weighting": "relative", "batch_size": 128, "cg_max_iter": 5, "passes": 2},
-        "cifar_resnet": {"k": 40, "weighting": "relative"},
-        "resnet": {"k": 30, "weighting": "relative"},
-        "mobilenet": {"k": 60, "weighting": "relative"},
+        "cifar_resnet": {"k": 40, **_CNN},
+        "resnet": {"k": 30, **_CNN},
+        "mobilenet": {"k": 60, **_CNN},
     },
     # Table 7, and what A.1.3 and the paper's own code add to it.
     "paper": {
