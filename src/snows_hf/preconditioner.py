@@ -66,7 +66,7 @@ class RowBlocks:
         active = mask.flatten(1)
         rows = active.shape[0]
         counts = active.sum(1)
-        width = int(counts.max())
+        width = max(int(counts.max()), 1)  # a mask may keep nothing
         # Kept columns of each row first, in their order; what is past a row's count is padding.
         order = active.int().argsort(dim=1, descending=True, stable=True)[:, :width]
         self.valid = torch.arange(width, device=mask.device)[None] < counts[:, None]
