@@ -48,8 +48,8 @@ class Setting:
         segment = Segment.cut(self.chain, index, self.k)
         active = ActiveWeights({name: self.masks[name] for name in segment.group.parameters})
         made = []
-        for batch in split_images(self.images, batch_size, 0.1):
-            state = (batch,)
+        for part in split_images(len(self.images), batch_size, 0.1):
+            state = (self.images[part],)
             with torch.no_grad():
                 for operation in self.chain.operations[:index]:
                     state = operation.run(state)

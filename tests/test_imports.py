@@ -9,9 +9,8 @@ import snows_hf
 
 
 ROOT = Path(snows_hf.__file__).parent
-EVERYTHING_BUT_CLI = (
-    "adapters cascade config data errors evaluate hub inspect masks models objective preconditioner prune solver"
-)
+ALGORITHM = "adapters cascade config errors masks memory models objective preconditioner solver"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} data evaluate hub inspect prune"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -22,7 +21,8 @@ MAY_IMPORT = {
     "adapters": "adapters errors models",
     "preconditioner": "adapters.base",
     "objective": "adapters.base masks preconditioner solver",
-    "cascade": "adapters config masks objective solver",
+    "memory": "errors",
+    "cascade": "adapters config masks memory objective solver",
     "data": "config errors",
     "evaluate": "data errors masks",
     "hub": "hub config data errors models version",

@@ -139,7 +139,7 @@ class Run:
         """
         before, chain = build_chain(self.pruned), build_chain(self.dense)
         index = next(i for i, group in chain.groups() if group.name == report.name)
-        held_out = split_images(self.images, self.config.batch_size, self.config.held_out)[-1]
+        held_out = self.images[split_images(len(self.images), self.config.batch_size, self.config.held_out)[-1]]
         state: State = (held_out,)
         dense_state: State = (held_out,)
         with torch.no_grad(), frozen(self.dense), frozen(self.pruned):

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor
 from .adapters import Chain, State, frozen
 from .config import PruneConfig
 from .masks import Masks
+from .memory import Images, Kept, Shelf, saved_bytes
 from .objective import ActiveWeights, KStepObjective, Segment
-from .solver import newton
+from .solver import Expansion, newton
 
 
 @dataclass(frozen=True)
@@ -63,23 +66,25 @@ class Progress:
 class Streams:
     """Activations before one operation, per batch of images: of the dense network, and of the one pruned so far.
 
-    They rest on the CPU. ``held_out`` is the index of the batch that only judges.
+    They rest on a shelf (memory.py). The last batch only judges.
     """
 
-    dense: list[State]
-    pruned: list[State]
+    shelf: Shelf
+    dense: list[Kept]
+    pruned: list[Kept]
 
     @classmethod
-    def start(cls, batches: Sequence[Tensor]) -> "Streams":
-        states: list[State] = [(batch,) for batch in batches]
-        return cls(states, list(states))
+    def start(cls, images: Tensor | Images, batches: Sequence[slice], shelf: Shelf) -> "Streams":
+        states = [shelf.keep((images[batch],)) for batch in batches]
+        return cls(shelf, states, list(states))
 
     @torch.no_grad()
     def advance(self, run: Callable[[State], State], which: str, device: torch.device) -> None:
         """Moves one stream through an operation, batch by batch."""
-        states = getattr(self, which)
-        for i, state in enumerate(states):
-            states[i] = send_to_device(run(send_to_device(state, device)), torch.device("cpu"))
+        states: list[Kept] = getattr(self, which)
+        for i in range(len(states)):
+            state = send_to_device(run(send_to_device(states[i].get(), device)), torch.device("cpu"))
+            states[i] = self.shelf.keep(state)
 
 
 @contextmanager
@@ -111,8 +116,8 @@ class Batches:
     indices: range
 
     def objective(self, index: int) -> KStepObjective:
-        pruned = send_to_device(self.streams.pruned[index], self.device)
-        source = self.streams.dense[index] if self.config.targets == "dense" else pruned
+        pruned = send_to_device(self.streams.pruned[index].get(), self.device)
+        source = self.streams.dense[index].get() if self.config.targets == "dense" else pruned
         with torch.no_grad(), holding(self.segment.chain, self.dense):
             targets = self.segment.outputs(send_to_device(source, self.device))
         solver = self.config.solver
@@ -131,25 +136,52 @@ class Batches:
         return (self.objective(i) for i in self.indices)
 
 
-def split_images(images: Tensor, batch_size: int, held_out: float) -> list[Tensor]:
-    """Calibration images (n, 3, h, w) → mini-batches of at most ``batch_size``, and last the held-out batch.
+def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
+    """n calibration images as slices: mini-batches of at most ``batch_size``, and last the held-out batch.
 
-    Batches are of equal size but for one image. A single image serves as both batch and judge.
+    Batches are of equal size but for one image. No more than ``batch_size`` images judge. A single image serves as
+    both batch and judge.
     """
-    n = len(images)
-    judges = min(max(1, round(held_out * n)), max(n - 1, 1))
-    learners = images[: max(n - judges, 1)]
-    count = -(-len(learners) // batch_size)
-    return [*learners.tensor_split(count), images[-judges:]]
+    judges = min(max(1, round(held_out * n)), max(n - 1, 1), batch_size)
+    learners = max(n - judges, 1)
+    count = -(-learners // batch_size)
+    ends = [learners * i // count for i in range(count + 1)]
+    return [*(slice(*pair) for pair in pairwise(ends)), slice(n - judges, n)]
+
+
+def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig, device: torch.device) -> int:
+    """Most that the graphs of any layer's objective keep in memory per image of a batch; ``images`` holds two."""
+    most = 0
+    state: State = (images.to(device),)
+    with frozen(chain.model):
+        for index, operation in enumerate(chain.operations):
+            if operation.group is not None and (names := [n for n in operation.group.parameters if n in masks]):
+                active = ActiveWeights({name: masks[name].to(device) for name in names})
+                w = active.gather({name: chain.weight(name).detach() for name in names})
+                two, one = (
+                    saved_bytes(partial(_expand, Segment.cut(chain, index, config.k), active, part, config, w))
+                    for part in (state, tuple(tensor[:1] for tensor in state))
+                )
+                most = max(most, two - one)
+            with torch.no_grad():
+                state = operation.run(state)
+    return most
+
+
+def _expand(segment: Segment, active: ActiveWeights, state: State, config: PruneConfig, w: Tensor) -> Expansion:
+    with torch.no_grad():
+        targets = segment.outputs(state)
+    return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)
 
 
 def prune_chain(
     chain: Chain,
-    images: Tensor,
+    images: Tensor | Images,
     masks: Masks,
     config: PruneConfig,
     device: torch.device,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    shelf: Shelf | None = None,
 ) -> list[LayerReport]:
     """Prunes a chain's model in place with the given masks (True: kept).
 
@@ -160,16 +192,21 @@ def prune_chain(
         config: batch sizes, targets and solver settings.
         device: where segments run.
         on_progress: called when a layer starts, after each Newton step, and when a layer is done.
+        shelf: where activations rest; None keeps them in memory.
 
     Returns:
         One report per pruned group, in forward order; the groups once more for every further sweep.
     """
-    batches = split_images(images, config.batch_size, config.held_out)
+    batches = split_images(len(images), config.batch_size, config.held_out)
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
     dense = {name: chain.weight(name).detach().clone() for name in masks} if config.sweeps > 1 else {}
     cascade = Cascade(chain, masks, dense, config, device, on_progress)
     with frozen(chain.model):
-        return [report for sweep in range(1, config.sweeps + 1) for report in cascade.sweep(sweep, batches)]
+        return [
+            report
+            for sweep in range(1, config.sweeps + 1)
+            for report in cascade.sweep(sweep, Streams.start(images, batches, shelf or Shelf()))
+        ]
 
 
 @dataclass(frozen=True)
@@ -183,9 +220,8 @@ class Cascade:
     device: torch.device
     on_progress: Callable[[Progress], None]
 
-    def sweep(self, number: int, batches: Sequence[Tensor]) -> list[LayerReport]:
+    def sweep(self, number: int, streams: Streams) -> list[LayerReport]:
         """All layers once, in forward order; ``number`` counts from 1."""
-        streams = Streams.start(batches)
         todo = [i for i, group in self.chain.groups() if any(name in self.masks for name in group.parameters)]
         reports: list[LayerReport] = []
         for index, operation in enumerate(self.chain.operations[: max(todo, default=-1) + 1]):

@@ -27,6 +27,9 @@ T = TypeVar("T")
 SHUFFLE_BUFFER = 10_000
 """Images among which a streamed dataset is shuffled; local data are shuffled whole."""
 
+CHUNK = 64
+"""Calibration images that are decoded and preprocessed together."""
+
 HUB_REMEDY = "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder."
 
 
@@ -130,8 +133,8 @@ def describe_rows(name: str, split: str, rows: Any) -> ImageSource:
     return ImageSource(name, split, rows.cast_column(image, Image(decode=False)), image, label, names)
 
 
-def calibration_images(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Tensor:
-    """``samples`` images drawn at random, preprocessed: (n, 3, height, width), n less where there are fewer.
+def calibration_chunks(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Iterator[Tensor]:
+    """``samples`` images drawn at random, fewer where there are fewer, in preprocessed chunks (c, 3, height, width).
 
     Raises:
         DataError: no image at all, or an unreadable one.
@@ -142,10 +145,17 @@ def calibration_images(source: ImageSource, samples: int, seed: int, preprocess:
     else:
         order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
         rows = ((i, source.rows[i]) for i in order)
-    chunks = [preprocess([_decode(row, source, i) for i, row in chunk]) for chunk in _chunks(rows, 256)]
-    if not chunks:
+    empty = True
+    for chunk in _chunks(rows, CHUNK):
+        empty = False
+        yield preprocess([_decode(row, source, i) for i, row in chunk])
+    if empty:
         raise DataError(f"Data {source.name} ({source.split}) is empty.")
-    return torch.cat(chunks)
+
+
+def calibration_images(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Tensor:
+    """All of :func:`calibration_chunks` in one tensor (n, 3, height, width)."""
+    return torch.cat(list(calibration_chunks(source, samples, seed, preprocess)))
 
 
 def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

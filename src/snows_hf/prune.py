@@ -11,6 +11,7 @@ from typing import Any
 
 import accelerate
 import datasets
+import psutil
 import safetensors
 import timm
 import torch
@@ -18,10 +19,10 @@ import transformers
 from torch import Tensor, nn
 
 from .adapters import Chain, Group, build_chain, frozen
-from .cascade import LayerReport, Progress, prune_chain
+from .cascade import LayerReport, Progress, bytes_per_image, prune_chain
 from .config import PruneConfig
 from .config import preset as preset_for
-from .data import calibration_images, open_images
+from .data import calibration_chunks, open_images
 from .errors import AdapterError, ConfigError, DataError, MaskError
 from .evaluate import Accuracy, evaluate, logits_of
 from .hub.card import write_card
@@ -29,6 +30,7 @@ from .hub.load import Checkpoint, load, short_name
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .masks import Masks, Pattern, choose_masks, parse_pattern, split_by_fit
 from .masks.scores import criterion
+from .memory import Images, Shelf, room
 from .version import __version__
 
 
@@ -59,6 +61,7 @@ def prune(
     device: str = "auto",
     dtype: str = "float32",
     revision: str | None = None,
+    memory: float | None = None,
     preset: str = "default",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_stage: Callable[[str], None] = lambda stage: None,
@@ -77,6 +80,8 @@ def prune(
         device: ``auto`` (what accelerate finds), ``cpu`` or ``cuda``.
         dtype: in which the solver computes; the result is saved in the checkpoint's own dtypes.
         revision: of the model on the Hub.
+        memory: budget of main memory for this process, in GB. Batches are made small enough for it, and activations
+            beyond a quarter of it rest on disk. None: as the settings say, and activations in half of what is free.
         preset: ``default``, or ``paper`` for the paper's own settings.
         on_progress: called as the cascade goes on.
         on_stage: called with a line of text when a new stage begins.
@@ -115,9 +120,12 @@ def prune(
     on_stage(f"Reading {config.samples} calibration images of {calibration_name}")
     source = open_images(calibration_name, data_split)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
-    images = calibration_images(source, config.samples, config.seed, checkpoint.preprocess)
-    # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
-    images = images.to(DTYPES[dtype], memory_format=torch.channels_last)
+    left = room(memory)
+    shelf = Shelf(psutil.virtual_memory().available / 2 if left is None else left / 4)
+    images = Images(shelf)
+    for chunk in calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess):
+        # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
+        images.append(chunk.to(DTYPES[dtype], memory_format=torch.channels_last))
     if len(images) < config.samples:
         on_stage(f"{calibration_name} ({data_split}) has only {len(images)} images: all of them are used")
 
@@ -138,8 +146,9 @@ def prune(
 
     network.to(DTYPES[dtype])
     check_chain(chain, images[:2].to(target_device))
+    config = fit_batches(chain, images[:2], masks, config, target_device, left, on_stage)
     on_stage(f"Pruning {len(layers)} layers to {pattern}")
-    reports = prune_chain(chain, images, masks, config, target_device, on_progress)
+    reports = prune_chain(chain, images, masks, config, target_device, on_progress, shelf)
     restore_untouched(network, original, masks)
     pruned = measure("pruned")
     network.to("cpu")
@@ -247,6 +256,40 @@ def check_chain(chain: Chain, images: Tensor) -> None:
 
 
 @torch.no_grad()
+def fit_batches(
+    chain: Chain,
+    images: Tensor,
+    masks: Masks,
+    config: PruneConfig,
+    device: torch.device,
+    left: int | None,
+    on_stage: Callable[[str], None],
+) -> PruneConfig:
+    """Settings whose batches fit: on the CPU into half of ``left`` bytes, on CUDA into what the device has free.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    if device.type == "cuda":
+        free = int(0.8 * torch.cuda.mem_get_info(device)[0])
+    elif left is not None:
+        free = left // 2
+    else:
+        return config
+    each = bytes_per_image(chain, images, masks, config, device)
+    # What passes through while a product is computed comes on top of what the graphs keep.
+    fitting = int(free / (1.5 * max(each, 1)))
+    if fitting >= config.batch_size:
+        return config
+    if fitting < 1:
+        raise ConfigError(
+            f"One image needs {1.5 * each / 1e9:.2f} GB at K = {config.k}, and {free / 1e9:.2f} GB are there for it.",
+            "Give more --memory, or a smaller --k.",
+        )
+    on_stage(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
+    return config.updated(batch_size=fitting)
+
+
 def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Masks) -> None:
     """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned."""
     for name, tensor in network.state_dict(keep_vars=True).items():

@@ -1,0 +1,129 @@
+"""Where activations rest, and how many images fit: what keeps the peak of memory below a budget."""
+
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, SaveError, one_line
+
+
+Tensors = tuple[Tensor, ...]
+
+
+class Shelf:
+    """Keeps tuples of CPU tensors: in memory up to ``limit`` bytes together, in files of a temporary folder beyond.
+
+    What nobody holds a :class:`Kept` of any more frees its place at once.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit, self.used, self.files = limit, 0, 0
+        self.folder: Path | None = None
+
+    def keep(self, tensors: Tensors) -> "Kept":
+        """
+        Raises:
+            SaveError: the temporary folder takes no more.
+        """
+        size = sum(tensor.nbytes for tensor in tensors)
+        if self.used + size <= self.limit:
+            self.used += size
+            kept = Kept(tensors)
+            weakref.finalize(kept, self._give_back, size)
+            return kept
+        if self.folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="snows-hf-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        path = self.folder / f"{self.files}.pt"
+        self.files += 1
+        try:
+            # Cloned: a slice would be written with all that it is a slice of.
+            torch.save(tuple(tensor.clone() for tensor in tensors), path)
+        except (OSError, RuntimeError) as error:
+            raise SaveError(
+                f"Activations of {size / 1e9:.2f} GB do not fit into {path.parent}: {one_line(error)}",
+                "Give more --memory, fewer --samples, or point TMPDIR at a disk with more room.",
+            ) from error
+        kept = Kept(path)
+        weakref.finalize(kept, path.unlink, missing_ok=True)
+        return kept
+
+    def _give_back(self, size: int) -> None:
+        self.used -= size
+
+
+class Kept:
+    """A place on a :class:`Shelf`."""
+
+    def __init__(self, content: Tensors | Path) -> None:
+        self._content = content
+
+    def get(self) -> Tensors:
+        if isinstance(self._content, Path):
+            tensors: Tensors = torch.load(self._content, weights_only=True)
+            return tensors
+        return self._content
+
+
+class Images:
+    """Images (n, 3, h, w) on a shelf, appended in chunks and read by slices, as a tensor would be."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+        self._chunks: list[tuple[int, Kept]] = []
+
+    def append(self, chunk: Tensor) -> None:
+        self._chunks.append((len(chunk), self._shelf.keep((chunk,))))
+
+    def __len__(self) -> int:
+        return sum(size for size, _ in self._chunks)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        start, stop, _ = part.indices(len(self))
+        parts, offset = [], 0
+        for size, kept in self._chunks:
+            if offset < stop and start < offset + size:
+                parts.append(kept.get()[0][max(start - offset, 0) : stop - offset])
+            offset += size
+        return torch.cat(parts)
+
+
+def room(memory: float | None) -> int | None:
+    """Bytes of main memory that are left of a budget of ``memory`` GB for this process; None without a budget.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    if memory is None:
+        return None
+    used = psutil.Process().memory_info().rss
+    left = int(memory * 1e9) - used
+    if left <= 0:
+        raise ConfigError(
+            f"Setting memory = {memory} GB: the libraries and the model alone take {used / 1e9:.2f} GB.",
+            f"Give --memory {math.ceil(used / 1e8 + 5) / 10} or more.",
+        )
+    return left
+
+
+def saved_bytes(build: Callable[[], object]) -> int:
+    """Bytes of the tensors that autograd keeps for the graphs that ``build`` makes, each storage once."""
+    storages: dict[int, int] = {}
+    held = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)  # freed storages would lend their address to others
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        build()
+    return sum(storages.values())

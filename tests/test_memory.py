@@ -1,0 +1,97 @@
+"""Where activations rest, and the budget that decides it."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from snows_hf.adapters import build_chain
+from snows_hf.cascade import bytes_per_image, prune_chain
+from snows_hf.errors import ConfigError
+from snows_hf.memory import Images, Shelf, room, saved_bytes
+
+
+CPU = torch.device("cpu")
+
+
+def files(shelf: Shelf) -> list[Path]:
+    return list(shelf.folder.iterdir()) if shelf.folder else []
+
+
+def test_a_shelf_gives_back_what_it_got_from_memory_and_from_disk():
+    shelf = Shelf(limit=100)
+    states = [(torch.arange(20.0), torch.arange(3)), (torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),)]
+    kept = [shelf.keep(state) for state in states]
+    assert len(files(shelf)) == 2
+    for place, state in zip(kept, states, strict=True):
+        for got, expected in zip(place.get(), state, strict=True):
+            assert torch.equal(got, expected) and got.stride() == expected.stride()
+
+
+def test_places_are_freed_with_their_last_holder():
+    shelf = Shelf(limit=80)
+    first, second = shelf.keep((torch.zeros(20),)), shelf.keep((torch.zeros(20),))
+    assert shelf.used == 80 and len(files(shelf)) == 1
+    alias = second
+    del first, second
+    gc.collect()
+    assert shelf.used == 0 and len(files(shelf)) == 1
+    del alias
+    gc.collect()
+    assert not files(shelf)
+
+
+def test_a_slice_is_written_without_the_rest():
+    shelf = Shelf(limit=0)
+    shelf.keep((torch.zeros(100_000)[:10],)), (kept := shelf.keep((torch.zeros(100_000)[:10],)))
+    assert sum(path.stat().st_size for path in files(shelf)) < 10_000
+    assert kept.get()[0].shape == (10,)
+
+
+@pytest.mark.parametrize("limit", [0, 50, 1e9])
+def test_images_are_sliced_like_a_tensor(limit):
+    whole = torch.arange(30.0)[:, None]
+    images = Images(Shelf(limit))
+    for chunk in whole.split([7, 1, 12, 10]):
+        images.append(chunk)
+    assert len(images) == 30
+    for start in range(30):
+        for stop in range(start + 1, 31):
+            assert torch.equal(images[start:stop], whole[start:stop])
+
+
+@pytest.mark.parametrize("network", [tiny.transformers_vit, tiny.cifar_resnet])
+def test_pruning_from_disk_gives_the_same_bits(network):
+    run = tiny.prune(network(), batch_size=3, sweeps=2)
+    model = network()
+    model.load_state_dict(run.dense.state_dict())
+    shelf = Shelf(limit=0)
+    images = Images(shelf)
+    images.append(run.images)
+    prune_chain(build_chain(model), images, run.masks, run.config, CPU, shelf=shelf)
+    assert shelf.files > 10 and len(files(shelf)) == 1  # the images' own
+    for name, tensor in run.pruned.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_saved_bytes_of_a_known_graph():
+    x, a = torch.ones(1000, requires_grad=True), torch.ones(1000)
+    assert saved_bytes(lambda: x * a) == 4000  # a alone: x's own gradient needs nothing else
+    assert saved_bytes(lambda: (x * a) * a) == 4000  # the same storage twice
+
+
+def test_bytes_per_image_do_not_depend_on_the_images_and_grow_with_k():
+    model = tiny.cifar_resnet()
+    run = tiny.prune(model)
+    chain = build_chain(model)
+    sizes = [bytes_per_image(chain, tiny.images(2), run.masks, run.config.updated(k=k), CPU) for k in (0, 2, 8)]
+    assert 0 < sizes[0] < sizes[1] < sizes[2]
+
+
+def test_a_budget_that_the_libraries_exceed_is_refused():
+    with pytest.raises(ConfigError, match=r"memory = 0.01 GB.*Give --memory [\d.]+ or more"):
+        room(0.01)
+    assert room(None) is None
+    assert room(1000.0) > 900e9
