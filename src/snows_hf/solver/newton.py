@@ -49,8 +49,8 @@ class NewtonStatus(StrEnum):
     def remedy(self) -> str:
         return {
             "improved": "",
-            "kept_masked": "No step lowered the held-out loss: the weights it began with were kept. Use more images, or a "
-            "larger damping.",
+            "kept_masked": "No step lowered the held-out loss: the weights it began with were kept. Use more images, "
+            "or a larger damping.",
             "non_finite": "The loss or a product was not finite: the best finite weights were kept. Use --dtype "
             "float32, or a larger damping.",
         }[self.value]
