@@ -20,6 +20,9 @@ from .adapters.base import Chain
 MAX_ENTRIES = 2**28
 """Most numbers in the factors of one parameter (1 GB in float32); rows are cut into blocks to stay below."""
 
+CHUNK_ENTRIES = 2**22
+"""Numbers that are gathered and factorised at a time."""
+
 
 @contextmanager
 def recorded(chain: Chain, parameters: Mapping[str, Tensor]) -> Iterator[dict[str, tuple[nn.Module, Tensor, Tensor]]]:
@@ -59,39 +62,48 @@ def gram(module: nn.Module, x: Tensor) -> Tensor | None:
     return total
 
 
+def layout(mask: Tensor) -> tuple[int, int, int]:
+    """Rows of a mask, blocks that each row's active weights are cut into, and the size of a block."""
+    width = max(int(mask.flatten(1).sum(1).max()), 1)  # a mask may keep nothing
+    pieces = max(1, -(-len(mask) * width * width // MAX_ENTRIES))
+    size = -(-width // pieces)
+    return len(mask), -(-width // size), size
+
+
+def factor_bytes(masks: Mapping[str, Tensor]) -> int:
+    """Memory of the float32 factors of a group."""
+    return sum(4 * rows * blocks * size**2 for rows, blocks, size in map(layout, masks.values()))
+
+
 class RowBlocks:
     """Cholesky factors of bᵣ G + λI on the active weights of each row r of one parameter."""
 
     def __init__(self, mask: Tensor, g: Tensor, b: Tensor, damping: float) -> None:
         active = mask.flatten(1)
-        rows = active.shape[0]
-        counts = active.sum(1)
-        width = max(int(counts.max()), 1)  # a mask may keep nothing
+        rows, count, size = layout(mask)
         # Kept columns of each row first, in their order; what is past a row's count is padding.
-        order = active.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-        self.valid = torch.arange(width, device=mask.device)[None] < counts[:, None]
-        pieces = max(1, -(-rows * width * width // MAX_ENTRIES))
-        self.block = -(-width // pieces)
-        pad = self.block * -(-width // self.block) - width
-        self.valid = F.pad(self.valid, (0, pad))
-        order = F.pad(order, (0, pad)).unflatten(1, (-1, self.block))
-        valid = self.valid.unflatten(1, (-1, self.block))
+        order = active.int().argsort(dim=1, descending=True, stable=True)[:, : count * size]
+        order = F.pad(order, (0, count * size - order.shape[1])).unflatten(1, (count, size))
+        self.valid = torch.arange(count * size, device=mask.device)[None] < active.sum(1)[:, None]
         owner = torch.arange(rows, device=mask.device) // (rows // g.shape[0])
-        blocks = g[owner[:, None, None, None], order[..., :, None], order[..., None, :]]
-        blocks = blocks * b[:, None, None, None] * (valid[..., :, None] & valid[..., None, :])
-        # Padding gets a unit diagonal; the relative term keeps constant or dead inputs factorisable.
-        scale = blocks.diagonal(dim1=-2, dim2=-1).mean()
-        diagonal = torch.where(valid, damping + 1e-4 * scale, 1.0)
-        blocks = blocks + torch.diag_embed(diagonal)
-        factor, failed = torch.linalg.cholesky_ex(blocks)
-        # A block that rounding has made indefinite is preconditioned by its diagonal.
-        by_diagonal = blocks.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).sqrt().diag_embed()
-        self.factor = torch.where((failed == 0)[..., None, None], factor, by_diagonal)
+        self.factor = g.new_empty(rows, count, size, size)
+        # The relative term keeps constant or dead inputs factorisable.
+        floor = damping + 1e-4 * float(g.diagonal(dim1=-2, dim2=-1).mean() * b.mean())
+        for part in torch.arange(rows, device=mask.device).split(max(1, CHUNK_ENTRIES // (count * size**2))):
+            o, valid = order[part], self.valid[part].unflatten(1, (count, size))
+            blocks = g[owner[part, None, None, None], o[..., :, None], o[..., None, :]]
+            blocks *= b[part, None, None, None] * valid[..., :, None] * valid[..., None, :]
+            diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+            diagonal += torch.where(valid, floor, 1.0)  # padding gets a unit diagonal
+            factor, failed = torch.linalg.cholesky_ex(blocks)
+            # A block that rounding has made indefinite is preconditioned by its diagonal.
+            by_diagonal = diagonal.clamp_min(1e-30).sqrt().diag_embed() if failed.any() else factor
+            self.factor[part] = torch.where((failed == 0)[..., None, None], factor, by_diagonal)
 
     def solve(self, r: Tensor) -> Tensor:
         """(bG + λI)⁻¹ r for the active weights of this parameter, (m,) → (m,)."""
         padded = torch.zeros_like(self.valid, dtype=r.dtype).masked_scatter(self.valid, r)
-        blocks = padded.unflatten(1, (-1, self.block))[..., None]
+        blocks = padded.unflatten(1, self.factor.shape[1:3])[..., None]
         solved = torch.cholesky_solve(blocks.to(self.factor.dtype), self.factor)
         return solved[..., 0].flatten(1)[self.valid].to(r.dtype)
 

@@ -31,6 +31,7 @@ from .hub.save import check_output, save_checkpoint, whole_folder
 from .masks import Masks, Pattern, choose_masks, parse_pattern, split_by_fit
 from .masks.scores import criterion
 from .memory import Images, Shelf, room
+from .preconditioner import factor_bytes
 from .version import __version__
 
 
@@ -255,7 +256,6 @@ def check_chain(chain: Chain, images: Tensor) -> None:
         )
 
 
-@torch.no_grad()
 def fit_batches(
     chain: Chain,
     images: Tensor,
@@ -277,6 +277,9 @@ def fit_batches(
     else:
         return config
     each = bytes_per_image(chain, images, masks, config, device)
+    if config.solver.preconditioner == "gram":
+        groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
+        free -= max(map(factor_bytes, groups))
     # What passes through while a product is computed comes on top of what the graphs keep.
     fitting = int(free / (1.5 * max(each, 1)))
     if fitting >= config.batch_size:
@@ -290,6 +293,7 @@ def fit_batches(
     return config.updated(batch_size=fitting)
 
 
+@torch.no_grad()
 def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Masks) -> None:
     """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned."""
     for name, tensor in network.state_dict(keep_vars=True).items():
