@@ -229,3 +229,27 @@ def test_a_second_sweep_starts_from_the_first_and_is_no_worse(targets):
     for report in second:
         assert report.loss_pruned <= report.loss_masked
     assert second[0].loss_pruned < second[0].loss_masked
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
+    """Its losses, recomputed from the networks before and after it on the images that judge."""
+    before = tiny.prune(network(), count=200)
+    after = tiny.prune(network(), count=200, joint_steps=6)
+    *layers, joint = after.reports
+    assert (joint.name, joint.sweep, joint.sparsity) == ("all layers", 2, pytest.approx(0.5))
+    assert set(joint.parameters) == set(after.masks)
+    for a, b in zip(layers, before.reports, strict=True):
+        assert {**a.to_dict(), "seconds": 0} == {**b.to_dict(), "seconds": 0}
+    for name, mask in after.masks.items():
+        assert torch.equal(after.pruned.get_parameter(name) != 0, mask)
+
+    images = after.images[split_images(len(after.images), after.config.batch_size, after.config.held_out)[-1]]
+    with torch.no_grad(), frozen(after.dense), frozen(after.pruned), frozen(before.pruned):
+        dense, masked, pruned = (build_chain(net)((images,)) for net in (after.dense, before.pruned, after.pruned))
+    losses = [
+        sum(float((o - y).square().mean()) for o, y in zip(outputs, dense, strict=True))
+        for outputs in (masked, pruned)
+    ]
+    assert [joint.loss_masked, joint.loss_pruned] == pytest.approx(losses, rel=1e-9)
+    assert joint.loss_pruned < joint.loss_masked

@@ -8,7 +8,7 @@ broke; with cascaded targets (the paper's) the dense layer runs on the pruned st
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from .adapters import Chain, State, frozen
+from .adapters import Chain, Group, State, frozen
 from .config import PruneConfig
 from .masks import Masks
 from .memory import Images, Kept, Shelf, saved_bytes
@@ -113,7 +113,7 @@ class Batches:
     streams: Streams
     config: PruneConfig
     device: torch.device
-    indices: range
+    order: Sequence[int]
 
     def objective(self, index: int) -> KStepObjective:
         pruned = send_to_device(self.streams.pruned[index].get(), self.device)
@@ -133,7 +133,7 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[KStepObjective]:
-        return (self.objective(i) for i in self.indices)
+        return (self.objective(i) for i in self.order)
 
 
 def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
@@ -149,28 +149,37 @@ def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
     return [*(slice(*pair) for pair in pairwise(ends)), slice(n - judges, n)]
 
 
+def whole(chain: Chain, masks: Masks) -> Segment:
+    """The network from its images on, with all pruned weights as one group."""
+    names = tuple(name for _, group in chain.groups() for name in group.parameters if name in masks)
+    return Segment(chain, Group("all layers", names, "joint"), 0, len(chain.operations))
+
+
 def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig, device: torch.device) -> int:
     """Most that the graphs of any layer's objective keep in memory per image of a batch; ``images`` holds two."""
-    most = 0
-    state: State = (images.to(device),)
+    start: State = (images.to(device),)
+    state, segments = start, []
     with frozen(chain.model):
         for index, operation in enumerate(chain.operations):
-            if operation.group is not None and (names := [n for n in operation.group.parameters if n in masks]):
-                active = ActiveWeights({name: masks[name].to(device) for name in names})
-                w = active.gather({name: chain.weight(name).detach() for name in names})
-                two, one = (
-                    saved_bytes(partial(_expand, Segment.cut(chain, index, config.k), active, part, config, w))
-                    for part in (state, tuple(tensor[:1] for tensor in state))
-                )
-                most = max(most, two - one)
+            if operation.group is not None and any(name in masks for name in operation.group.parameters):
+                segments.append((Segment.cut(chain, index, config.k), state))
             with torch.no_grad():
                 state = operation.run(state)
-    return most
+        if config.joint_steps:
+            segments.append((whole(chain, masks), start))
+        return max(
+            saved_bytes(partial(_expand, segment, state, masks, config))
+            - saved_bytes(partial(_expand, segment, tuple(tensor[:1] for tensor in state), masks, config))
+            for segment, state in segments
+        )
 
 
-def _expand(segment: Segment, active: ActiveWeights, state: State, config: PruneConfig, w: Tensor) -> Expansion:
+def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -> Expansion:
     with torch.no_grad():
         targets = segment.outputs(state)
+    device = targets[0].device
+    active = ActiveWeights({n: masks[n].to(device) for n in segment.group.parameters if n in masks})
+    w = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
     return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)
 
 
@@ -199,14 +208,19 @@ def prune_chain(
     """
     batches = split_images(len(images), config.batch_size, config.held_out)
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
-    dense = {name: chain.weight(name).detach().clone() for name in masks} if config.sweeps > 1 else {}
+    again = config.sweeps > 1 or config.joint_steps > 0
+    dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
     cascade = Cascade(chain, masks, dense, config, device, on_progress)
+    shelf = shelf or Shelf()
     with frozen(chain.model):
-        return [
+        reports = [
             report
             for sweep in range(1, config.sweeps + 1)
-            for report in cascade.sweep(sweep, Streams.start(images, batches, shelf or Shelf()))
+            for report in cascade.sweep(sweep, Streams.start(images, batches, shelf))
         ]
+        if config.joint_steps:
+            reports.append(cascade.joint(Streams.start(images, batches, shelf)))
+    return reports
 
 
 @dataclass(frozen=True)
@@ -220,15 +234,21 @@ class Cascade:
     device: torch.device
     on_progress: Callable[[Progress], None]
 
+    @property
+    def todo(self) -> list[int]:
+        """Operations whose group has a mask."""
+        return [i for i, group in self.chain.groups() if any(name in self.masks for name in group.parameters)]
+
     def sweep(self, number: int, streams: Streams) -> list[LayerReport]:
         """All layers once, in forward order; ``number`` counts from 1."""
-        todo = [i for i, group in self.chain.groups() if any(name in self.masks for name in group.parameters)]
         reports: list[LayerReport] = []
-        for index, operation in enumerate(self.chain.operations[: max(todo, default=-1) + 1]):
+        for index, operation in enumerate(self.chain.operations[: max(self.todo, default=-1) + 1]):
             weights: Mapping[str, Tensor] = {}
-            if index in todo:
-                place = (number - 1) * len(todo) + len(reports), self.config.sweeps * len(todo)
-                report, weights = self.solve(index, number, streams, *place)
+            if index in self.todo:
+                total = self.config.sweeps * len(self.todo) + (self.config.joint_steps > 0)
+                place = (number - 1) * len(self.todo) + len(reports), total
+                segment = Segment.cut(self.chain, index, self.config.k)
+                report, weights = self.solve(segment, number, streams, *place)
                 reports.append(report)
                 self.on_progress(Progress(*place, report.name, report=report))
             if self.config.targets == "dense":
@@ -239,31 +259,49 @@ class Cascade:
             streams.advance(operation.run, "pruned", self.device)
         return reports
 
+    def joint(self, streams: Streams) -> LayerReport:
+        """All layers at once: Algorithm 2 on the outputs of every operation of the network, from its images on."""
+        segment = whole(self.chain, self.masks)
+        total = self.config.sweeps * len(self.todo)
+        number, steps = self.config.sweeps + 1, self.config.joint_steps
+        report, weights = self.solve(segment, number, streams, total, total + 1, steps)
+        for name, weight in weights.items():
+            self.chain.weight(name).data.copy_(weight)
+        return report
+
     def solve(
-        self, index: int, sweep: int, streams: Streams, place: int, total: int
+        self, segment: Segment, sweep: int, streams: Streams, place: int, total: int, steps: int | None = None
     ) -> tuple[LayerReport, dict[str, Tensor]]:
-        """Algorithm 2 for the group at operation ``index``, layer ``place`` of ``total``: report, new full weights."""
+        """Algorithm 2 for the group of a segment, the ``place``-th of ``total``: report, and new full weights.
+
+        ``steps`` Newton steps at most; None means as many as the solver's passes give.
+        """
         started = time.perf_counter()
-        segment = Segment.cut(self.chain, index, self.config.k)
         group = segment.group
         self.on_progress(Progress(place, total, group.name))
         active = ActiveWeights({n: self.masks[n].to(self.device) for n in group.parameters if n in self.masks})
-        learners = range(len(streams.pruned) - 1)
-        batches = Batches(segment, self.dense, active, streams, self.config, self.device, learners)
-        held_out = batches.objective(len(learners))
+        judge = len(streams.pruned) - 1
+        order: Sequence[int] = range(judge)
+        solver = self.config.solver
+        if steps is not None:
+            order, solver = [i % judge for i in range(steps)], replace(solver, passes=1)
+        batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
+        held_out = batches.objective(judge)
         w = active.gather({name: self.chain.weight(name).detach() for name in active.masks})
 
         def report_step(cg_iterations: int, start: float, loss: float) -> None:
             self.on_progress(Progress(place, total, group.name, cg_iterations, start, loss))
 
-        result = newton(batches, held_out, w, self.config.solver, report_step)
+        result = newton(batches, held_out, w, solver, report_step)
         weights = [self.chain.weight(name) for name in group.parameters]
         size = sum(weight.numel() for weight in weights)
         report = LayerReport(
             name=group.name,
             sweep=sweep,
             parameters=group.parameters,
-            shape=(sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
+            shape=(size,)
+            if group.kind == "joint"
+            else (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
             k=segment.stop - segment.start - 1,
             sparsity=(sum(mask.numel() for mask in active.masks.values()) - active.size) / size,
             loss_masked=result.loss_start,

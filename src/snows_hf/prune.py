@@ -265,21 +265,20 @@ def fit_batches(
     left: int | None,
     on_stage: Callable[[str], None],
 ) -> PruneConfig:
-    """Settings whose batches fit: on the CPU into half of ``left`` bytes, on CUDA into what the device has free.
+    """Settings whose batches fit: on the CPU into half of ``left`` bytes (None: of what is free), on
+    CUDA into what the device has free.
 
     Raises:
         ConfigError: not even one image fits.
     """
     if device.type == "cuda":
         free = int(0.8 * torch.cuda.mem_get_info(device)[0])
-    elif left is not None:
-        free = left // 2
     else:
-        return config
+        free = (psutil.virtual_memory().available if left is None else left) // 2
     each = bytes_per_image(chain, images, masks, config, device)
     if config.solver.preconditioner == "gram":
         groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
-        free -= max(map(factor_bytes, groups))
+        free -= factor_bytes(masks) if config.joint_steps else max(map(factor_bytes, groups))
     # What passes through while a product is computed comes on top of what the graphs keep.
     fitting = int(free / (1.5 * max(each, 1)))
     if fitting >= config.batch_size:
