@@ -150,6 +150,7 @@ def prune_chain(
     config: PruneConfig,
     device: torch.device,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> list[LayerReport]:
     """Prunes a chain's model in place with the given masks (True: kept).
 
@@ -160,6 +161,8 @@ def prune_chain(
         config: batch sizes, targets and solver settings.
         device: where segments run.
         on_progress: called when a layer starts, after each Newton step, and when a layer is done.
+        start: full weights that a criterion has updated for these masks. A layer starts from them in the first sweep
+            where their held-out loss is below that of the dense weights masked; targets stay the dense network's.
 
     Returns:
         One report per pruned group, in forward order; the groups once more for every further sweep.
@@ -167,14 +170,15 @@ def prune_chain(
     batches = split_images(images, config.batch_size, config.held_out)
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
     dense = {name: chain.weight(name).detach().clone() for name in masks} if config.sweeps > 1 else {}
-    cascade = Cascade(chain, masks, dense, config, device, on_progress)
+    cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {})
     with frozen(chain.model):
         return [report for sweep in range(1, config.sweeps + 1) for report in cascade.sweep(sweep, batches)]
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """One run of Algorithm 3, over one sweep or several. ``dense`` holds the weights that pruning has overwritten."""
+    """One run of Algorithm 3, over one sweep or several. ``dense`` holds the weights that pruning has overwritten,
+    ``start`` those that may be a better start than the masked ones."""
 
     chain: Chain
     masks: Masks
@@ -182,6 +186,7 @@ class Cascade:
     config: PruneConfig
     device: torch.device
     on_progress: Callable[[Progress], None]
+    start: Mapping[str, Tensor]
 
     def sweep(self, number: int, batches: Sequence[Tensor]) -> list[LayerReport]:
         """All layers once, in forward order; ``number`` counts from 1."""
@@ -215,7 +220,11 @@ class Cascade:
         learners = range(len(streams.pruned) - 1)
         batches = Batches(segment, self.dense, active, streams, self.config, self.device, learners)
         held_out = batches.objective(len(learners))
-        w = active.gather({name: self.chain.weight(name).detach() for name in active.masks})
+        own = {name: self.chain.weight(name).detach() for name in active.masks}
+        w = active.gather(own)
+        if sweep == 1 and any(name in self.start for name in own):
+            updated = active.gather({name: self.start.get(name, weight).to(weight) for name, weight in own.items()})
+            w = updated if held_out.value(updated) < held_out.value(w) else w
 
         def report_step(cg_iterations: int, start: float, loss: float) -> None:
             self.on_progress(Progress(place, total, group.name, cg_iterations, start, loss))
