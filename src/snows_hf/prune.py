@@ -220,7 +220,7 @@ def check_mask(mask: str) -> None:
 
 
 def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Full weights of a criterion without SNOWS: its own update of them where it has one, else the masked dense ones."""
+    """Full weights of a criterion without SNOWS: its own update where it has one, else the dense weights masked."""
     return {
         name: choice.weights[name] if name in choice.weights else original[name].to(mask.device) * mask
         for name, mask in choice.masks.items()

@@ -31,7 +31,7 @@ def command(
     ] = None,
     no_update: Annotated[
         bool,
-        typer.Option("--no-update", help="The mask, and the criterion's own update if it has one, without SNOWS."),
+        typer.Option("--no-update", help="The mask, and the criterion's own update if any, without SNOWS."),
     ] = False,
     layers: Annotated[
         list[str] | None, typer.Option(help="Prune only layers that match this wildcard; may be repeated.")

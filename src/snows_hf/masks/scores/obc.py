@@ -115,7 +115,7 @@ def removals(W: Tensor, H: Tensor, steps: int, pattern: NM | None) -> Iterator[t
 
 
 def refit(W: Tensor, H: Tensor, kept: Tensor) -> Tensor:
-    """The kept weights (rows, d) that minimise ½ ΔᵀHΔ in each row: where the updates of ExactOBS lead, in one solve."""
+    """The kept weights (rows, d) that minimise ½ ΔᵀHΔ: where the updates of ExactOBS lead, in one solve a row."""
     result = torch.zeros_like(W)
     for some, h in chunks(W, H):
         k = kept[some]
