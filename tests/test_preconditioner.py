@@ -24,7 +24,7 @@ LAYERS = {
     "strided, dilated": (nn.Conv2d(2, 3, (2, 3), stride=2, padding=(1, 2), dilation=(1, 2)), (2, 2, 6, 7)),
     "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 4, 4)),
     "depthwise": (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 5, 5)),
-    "same": (nn.Conv2d(2, 3, (2, 3), padding="same", dilation=(1, 2)), (2, 2, 5, 6)),
+    "same": (nn.Conv2d(2, 3, (1, 3), padding="same", dilation=(1, 2)), (2, 2, 5, 6)),
     "reflected": (nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="reflect", stride=2), (2, 2, 5, 6)),
     "circular, grouped": (nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular", groups=2), (2, 4, 4, 5)),
     "more images than one part": (nn.Conv2d(2, 2, 2), (70, 2, 3, 3)),
