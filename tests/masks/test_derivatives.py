@@ -17,7 +17,7 @@ from snows_hf.masks.scores import criterion
 from snows_hf.masks.scores.fisher import fisher
 from snows_hf.masks.scores.hutchinson import PROBES, estimate, on_k_step_loss, on_task_loss
 from snows_hf.masks.scores.synflow import schedule
-from snows_hf.solver.newton import Expansion
+from snows_hf.objective import ActiveWeights, KStepObjective, Segment
 
 
 MAKES = [linears, convolutions]
@@ -158,11 +158,13 @@ def test_exact_task_diagonal_is_that_of_curvlinops():
     torch.testing.assert_close(exact_task_diagonal(given), curvlinops_diagonal(HessianLinearOperator, given))
 
 
-def test_one_probe_is_enough_for_a_diagonal_hessian():
-    d = torch.tensor([1.0, -2.0, 3.0])
-    expansion = Expansion(0.0, torch.ones(3), lambda v: d * v)
-    g, H, variance = estimate([(0.25, expansion), (0.75, expansion)], 2, torch.Generator().manual_seed(0))
-    torch.testing.assert_close((g, H, variance), (torch.ones(3), d, torch.zeros(3)))
+def test_shares_and_variance_of_an_estimate():
+    """Two batches of two draws each, by hand: means 2 and 10, variances 2 and 8 of a draw."""
+    draws = {0.25: iter([1.0, 3.0]), 0.75: iter([8.0, 12.0])}
+    batches = [(share, torch.ones(1), lambda d=d: torch.tensor([next(d)])) for share, d in draws.items()]
+    g, H, variance = (float(x) for x in estimate(batches, 2))
+    assert (g, H) == (1.0, 0.25 * 2 + 0.75 * 10)
+    assert variance == pytest.approx(0.25**2 * 2 / 2 + 0.75**2 * 8 / 2)
 
 
 @pytest.mark.parametrize("make", MAKES)
@@ -180,9 +182,34 @@ def test_hutchinson_masks_by_their_formulas(make):
             assert choice.facts["variance"] > 0
 
 
-def test_k_step_loss_has_no_gradient_at_the_dense_weights():
-    g, H, _ = on_k_step_loss(evidence(convolutions(), "2:4", "hd-kstep"))
-    assert float(g.norm()) < 1e-12 < float(H.norm())
+def test_k_step_curvature_is_never_negative():
+    g, H, _ = on_k_step_loss(evidence(convolutions(), "2:4", "hd-kstep"), probes=1)
+    assert not g.any()
+    assert (H >= 0).all()
+    hp, hts = (choose(evidence(convolutions(), "2:4", name)).masks for name in ("hp-kstep", "hts-kstep"))
+    assert all(torch.equal(hp[name], hts[name]) for name in hp)
+
+
+@pytest.mark.parametrize("weighting", ["mean", "relative"])
+def test_k_step_curvature_is_that_of_the_solver(weighting):
+    """Enough probes come close to the diagonal of the products that Newton's systems are solved with."""
+    given = evidence(convolutions(), "2:4", "hd-kstep", weighting=weighting, batch_size=12)
+    chain = given.network
+    H = given.everything.scatter(on_k_step_loss(given, probes=2000)[1])
+    state = (given.images,)
+    for index, group in chain.groups():
+        (name,) = group.parameters
+        segment = Segment.cut(chain, index, 2)
+        active = ActiveWeights({name: torch.ones_like(given.weights[name], dtype=torch.bool)})
+        with torch.no_grad():
+            targets = segment.outputs(state)
+        relative = weighting == "relative"
+        objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
+        product = objective.expand(given.weights[name].flatten()).product
+        exact = torch.stack([product(e)[i] for i, e in enumerate(torch.eye(active.size, dtype=torch.float64))])
+        torch.testing.assert_close(H[name].flatten(), exact, rtol=0.2, atol=1e-12)
+        with torch.no_grad():
+            state = chain.operations[index].run(state)
 
 
 def plain_synflow(given: Evidence) -> dict[str, Tensor]:

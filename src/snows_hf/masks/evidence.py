@@ -22,6 +22,16 @@ REMEDY = "Use --dtype float32 or float64, or a criterion that reads weights alon
 
 
 @dataclass(frozen=True)
+class Linearisation:
+    """A batch's K-step loss around the dense weights w (m,): its share of all images, and every operation's output,
+    attached to w, with the loss's second derivative in each of its entries (C)."""
+
+    share: float
+    w: Tensor
+    outputs: list[tuple[float, Tensor]]
+
+
+@dataclass(frozen=True)
 class Evidence:
     """The dense network before any layer is pruned. Criteria read it and never change it.
 
@@ -113,34 +123,33 @@ class Evidence:
         start = torch.zeros_like(self.theta())
         return sum((share * expansion.gradient for share, expansion in self.task()), start)
 
-    def k_step(self) -> Iterator[tuple[ActiveWeights, Iterator[tuple[float, Expansion]]]]:
-        """Group after group: its weights, and its K-step loss (Eq. 3) expanded at the dense weights, batch by batch.
+    def k_step(self) -> Iterator[tuple[ActiveWeights, Iterator[Linearisation]]]:
+        """Group after group: its weights, and its K-step loss (Eq. 3) around the dense weights, batch by batch.
 
-        There the residuals vanish: the gradient is zero, and the Gauss-Newton product the Hessian's own.
+        There the residuals vanish: the loss has no gradient, and its Hessian is Gauss-Newton's JᵀCJ.
         """
         chain, config = self.network, self.config
         states: list[State] = [(batch,) for batch in self.batches()]
-        images = sum(len(state[0]) for state in states)
         with frozen(chain.model):
             for index, operation in enumerate(chain.operations):
                 names = [n for n in (operation.group.parameters if operation.group else ()) if n in self.weights]
                 if names:
                     active = ActiveWeights({n: torch.ones_like(chain.weight(n), dtype=torch.bool) for n in names})
-                    segment = Segment.cut(chain, index, config.k)
-                    yield active, self._k_step_of(segment, active, states, images)
+                    yield active, self._linearised(Segment.cut(chain, index, config.k), active, states)
                 with torch.no_grad():
                     states = [operation.run(state) for state in states]
 
-    def _k_step_of(
-        self, segment: Segment, active: ActiveWeights, states: list[State], images: int
-    ) -> Iterator[tuple[float, Expansion]]:
-        w = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
+    def _linearised(self, segment: Segment, active: ActiveWeights, states: list[State]) -> Iterator[Linearisation]:
+        images = sum(len(state[0]) for state in states)
+        dense = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
+        relative = self.config.weighting == "relative"
         for state in states:
-            with torch.no_grad():
-                targets = segment.outputs(state)
-            relative = self.config.weighting == "relative"
+            w = dense.clone().requires_grad_()
+            outputs = segment.outputs(state, active.scatter(w))
+            targets = [o.detach() for o in outputs]
             objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
-            yield len(state[0]) / images, objective.expand(w)
+            moving = [(2 * c, o) for c, o in zip(objective.weights, outputs, strict=True) if o.requires_grad]
+            yield Linearisation(len(state[0]) / images, w, moving)
 
     @torch.no_grad()
     def grams(self) -> dict[str, Tensor]:
