@@ -90,27 +90,33 @@ def removals(W: Tensor, H: Tensor, steps: int, pattern: NM | None) -> Iterator[t
     M − N.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    d = W.shape[1]
     for some, Hinv in chunks(W, inverse):
         w = W[some].clone()
         rows = torch.arange(len(w), device=w.device)
+        columns = torch.arange(d, device=w.device).repeat(len(w), 1)  # which of the d each column left is
         available = torch.ones_like(w, dtype=torch.bool)
         order = torch.empty(len(w), steps, dtype=torch.long, device=w.device)
         costs = torch.empty(len(w), steps, dtype=w.dtype, device=w.device)
+        gone = torch.zeros_like(available)
         for step in range(steps):
+            if step and step % max(1, d // 8) == 0:  # rows and columns of what has gone are zero: leave them out
+                left = gone.int().argsort(dim=1, stable=True)[:, : d - step]
+                Hinv = Hinv[rows[:, None, None], left[:, :, None], left[:, None]]
+                w, columns, available, gone = (t.gather(1, left) for t in (w, columns, available, gone))
             pivots = Hinv.diagonal(dim1=-2, dim2=-1)
-            cost = torch.where(available, w.square() / (2 * pivots), torch.inf)
-            costs[:, step], p = cost.min(1)
-            order[:, step] = p
+            costs[:, step], p = torch.where(available, w.square() / (2 * pivots), torch.inf).min(1)
+            order[:, step] = columns[rows, p]
             column = Hinv[rows, :, p]
             pivot = column[rows, p][:, None]
             w -= column * (w[rows, p][:, None] / pivot)  # Eq. 3 of the paper
             Hinv.baddbmm_(column[:, :, None], (column / pivot)[:, None], alpha=-1)  # Lemma 1
+            gone[rows, p] = True
             available[rows, p] = False
             if pattern is not None:
-                group = p // pattern.m * pattern.m + torch.arange(pattern.m, device=p.device)[:, None]  # (m, rows)
-                gone = (order[:, : step + 1] // pattern.m == (p // pattern.m)[:, None]).sum(1)
-                full = gone == pattern.m - pattern.n
-                available[rows[full], group[:, full]] = False
+                group = order[:, step, None] // pattern.m
+                full = (order[:, : step + 1] // pattern.m == group).sum(1) == pattern.m - pattern.n
+                available &= ~(full[:, None] & (columns // pattern.m == group))
         yield some, order, costs
 
 
