@@ -25,7 +25,8 @@ from .solver import newton
 @dataclass(frozen=True)
 class LayerReport:
     """What happened to one group in one sweep. Losses are K-step losses on the held-out calibration images: at the
-    start (in the first sweep, of the mask alone) and at the end."""
+    start (in the first sweep, of the mask alone, or of the criterion's own weights where these are better) and at the
+    end."""
 
     name: str
     sweep: int

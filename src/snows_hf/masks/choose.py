@@ -43,7 +43,8 @@ def choose(evidence: Evidence) -> Choice:
             also be the path of a safetensors file of booleans.
 
     Raises:
-        MaskError: a bad mask file, or the criterion needs what is not there, or scores that are no numbers.
+        MaskError: a bad mask file, or the criterion needs what is not there.
+        NumericsError: scores or inputs that are no numbers.
         PatternError: the pattern fits no weight.
     """
     fitting, _ = split_by_fit(evidence.weights, evidence.pattern)

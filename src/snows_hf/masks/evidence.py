@@ -129,7 +129,9 @@ class Evidence:
         There the residuals vanish: the loss has no gradient, and its Hessian is Gauss-Newton's JᵀCJ.
         """
         chain, config = self.network, self.config
-        states: list[State] = [(batch,) for batch in self.batches()]
+        device = next(chain.parameters()).device
+        # They rest on the CPU, as the cascade's streams do.
+        states: list[State] = [(batch.cpu(),) for batch in self.batches()]
         with frozen(chain.model):
             for index, operation in enumerate(chain.operations):
                 names = [n for n in (operation.group.parameters if operation.group else ()) if n in self.weights]
@@ -137,14 +139,14 @@ class Evidence:
                     active = ActiveWeights({n: torch.ones_like(chain.weight(n), dtype=torch.bool) for n in names})
                     yield active, self._linearised(Segment.cut(chain, index, config.k), active, states)
                 with torch.no_grad():
-                    states = [operation.run(state) for state in states]
+                    states = [_moved(operation.run(_moved(state, device)), torch.device("cpu")) for state in states]
 
     def _linearised(self, segment: Segment, active: ActiveWeights, states: list[State]) -> Iterator[Linearisation]:
         images = sum(len(state[0]) for state in states)
         dense = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
         relative = self.config.weighting == "relative"
         for state in states:
-            w = dense.clone().requires_grad_()
+            w, state = dense.clone().requires_grad_(), _moved(state, dense.device)
             outputs = segment.outputs(state, active.scatter(w))
             targets = [o.detach() for o in outputs]
             objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
@@ -200,6 +202,10 @@ def matrix(weight: Tensor) -> Tensor:
 def unmatrix(rows: Tensor, shape: torch.Size) -> Tensor:
     """:func:`matrix` undone, for a weight of ``shape``."""
     return rows.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1).contiguous()
+
+
+def _moved(state: State, device: torch.device) -> State:
+    return tuple(tensor.to(device) for tensor in state)
 
 
 def _channels_last(g: Tensor, weight: Tensor) -> Tensor:
