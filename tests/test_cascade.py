@@ -253,3 +253,24 @@ def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
     ]
     assert [joint.loss_masked, joint.loss_pruned] == pytest.approx(losses, rel=1e-9)
     assert joint.loss_pruned < joint.loss_masked
+
+
+def test_a_better_start_is_taken_and_a_worse_one_is_not(network):
+    """The start never enters the targets: losses are those of the dense network's, whichever start was taken."""
+    plain = tiny.prune(network(), 12)
+    reached = {name: plain.pruned.get_parameter(name).detach() for name in plain.masks}
+    worse = {name: 100 * weight for name, weight in reached.items()}
+    runs = {}
+    for what, start in (("better", reached), ("worse", worse)):
+        pruned = network()
+        reports = prune_chain(build_chain(pruned), plain.images, plain.masks, plain.config, CPU, start=start)
+        runs[what] = tiny.Run(plain.dense, pruned, plain.masks, plain.images, plain.config, reports)
+    assert runs["worse"].reports[0].loss_masked == plain.reports[0].loss_masked
+    assert all(
+        torch.equal(runs["worse"].pruned.get_parameter(name), plain.pruned.get_parameter(name)) for name in plain.masks
+    )
+    first = runs["better"].reports[0]
+    assert first.loss_masked == pytest.approx(plain.reports[0].loss_pruned, rel=1e-9)
+    assert first.loss_pruned <= plain.reports[0].loss_pruned
+    for report in runs["better"].reports:
+        assert report.loss_pruned == pytest.approx(runs["better"].losses(report)[1], rel=1e-9)

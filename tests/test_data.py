@@ -14,7 +14,15 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from snows_hf.data import calibration_images, describe_rows, label_map, labelled_batches, open_images
+from snows_hf.data import (
+    calibration_examples,
+    calibration_images,
+    describe_rows,
+    label_map,
+    labelled_batches,
+    open_images,
+    to_classes,
+)
 from snows_hf.errors import DataError
 
 
@@ -49,6 +57,24 @@ def test_parquet() -> None:
     batches = list(labelled_batches(source, pixels, 256))
     assert [len(labels) for _, labels in batches] == [256, 256, 85]
     assert batches[0][0].shape == (256, 3, 8, 8)
+
+
+def test_calibration_examples_are_the_calibration_images_with_their_labels(tmp_path: Path) -> None:
+    for value in range(12):
+        grey(tmp_path / f"d/train/{'even' if value % 2 == 0 else 'odd'}/{value}.png", value)
+    source = open_images(str(tmp_path / "d"), "train")
+    images, labels = calibration_examples(source, 7, 3, pixels)
+    assert torch.equal(images, calibration_images(source, 7, 3, pixels))
+    assert labels.tolist() == [value % 2 for value in images[:, 0, 0, 0].tolist()]
+    assert to_classes(labels, torch.tensor([5, 8]), source).tolist() == [5 + 3 * label for label in labels.tolist()]
+    with pytest.raises(DataError, match="a label lies outside 0 … 0"):
+        to_classes(labels, torch.tensor([0]), source)
+
+
+def test_calibration_examples_need_labels(tmp_path: Path) -> None:
+    grey(tmp_path / "d/1.png", 1)
+    with pytest.raises(DataError, match="has no labels"):
+        calibration_examples(open_images(str(tmp_path / "d"), "train"), 1, 0, pixels)
 
 
 def test_image_folder_with_splits(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from .solver import Expansion, newton
 @dataclass(frozen=True)
 class LayerReport:
     """What happened to one group in one sweep. Losses are K-step losses on the held-out calibration images: at the
-    start (in the first sweep, of the mask alone) and at the end."""
+    start (in the first sweep, of the mask alone, or of the criterion's own weights where these are better) and at the
+    end."""
 
     name: str
     sweep: int
@@ -191,6 +192,7 @@ def prune_chain(
     device: torch.device,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     shelf: Shelf | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> list[LayerReport]:
     """Prunes a chain's model in place with the given masks (True: kept).
 
@@ -202,6 +204,8 @@ def prune_chain(
         device: where segments run.
         on_progress: called when a layer starts, after each Newton step, and when a layer is done.
         shelf: where activations rest; None keeps them in memory.
+        start: full weights that a criterion has updated for these masks. A layer starts from them in the first sweep
+            where their held-out loss is below that of the dense weights masked; targets stay the dense network's.
 
     Returns:
         One report per pruned group, in forward order; the groups once more for every further sweep.
@@ -210,7 +214,7 @@ def prune_chain(
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
     again = config.sweeps > 1 or config.joint_steps > 0
     dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
-    cascade = Cascade(chain, masks, dense, config, device, on_progress)
+    cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {})
     shelf = shelf or Shelf()
     with frozen(chain.model):
         reports = [
@@ -225,7 +229,8 @@ def prune_chain(
 
 @dataclass(frozen=True)
 class Cascade:
-    """One run of Algorithm 3, over one sweep or several. ``dense`` holds the weights that pruning has overwritten."""
+    """One run of Algorithm 3, over one sweep or several. ``dense`` holds the weights that pruning has overwritten,
+    ``start`` those that may be a better start than the masked ones."""
 
     chain: Chain
     masks: Masks
@@ -233,6 +238,7 @@ class Cascade:
     config: PruneConfig
     device: torch.device
     on_progress: Callable[[Progress], None]
+    start: Mapping[str, Tensor]
 
     @property
     def todo(self) -> list[int]:
@@ -287,7 +293,11 @@ class Cascade:
             order, solver = [i % judge for i in range(steps)], replace(solver, passes=1)
         batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
         held_out = batches.objective(judge)
-        w = active.gather({name: self.chain.weight(name).detach() for name in active.masks})
+        own = {name: self.chain.weight(name).detach() for name in active.masks}
+        w = active.gather(own)
+        if sweep == 1 and any(name in self.start for name in own):
+            updated = active.gather({name: self.start.get(name, weight).to(weight) for name, weight in own.items()})
+            w = updated if held_out.value(updated) < held_out.value(w) else w
 
         def report_step(cg_iterations: int, start: float, loss: float) -> None:
             self.on_progress(Progress(place, total, group.name, cg_iterations, start, loss))

@@ -22,6 +22,9 @@ from .errors import DataError, one_line
 Preprocess = Callable[[Sequence[Any]], Tensor]
 """RGB PIL images → pixel values (n, 3, height, width)."""
 
+Rows = list[tuple[int, dict[str, Any]]]
+"""Rows of a dataset with their numbers."""
+
 T = TypeVar("T")
 
 SHUFFLE_BUFFER = 10_000
@@ -139,6 +142,46 @@ def calibration_chunks(source: ImageSource, samples: int, seed: int, preprocess:
     Raises:
         DataError: no image at all, or an unreadable one.
     """
+    for pictures, _ in _drawn(source, samples, seed):
+        yield preprocess(pictures)
+
+
+def calibration_images(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Tensor:
+    """All of :func:`calibration_chunks` in one tensor (n, 3, height, width)."""
+    return torch.cat(list(calibration_chunks(source, samples, seed, preprocess)))
+
+
+def calibration_examples(
+    source: ImageSource, samples: int, seed: int, preprocess: Preprocess
+) -> tuple[Tensor, Tensor]:
+    """The images of :func:`calibration_images`, and the data's own labels (n,).
+
+    Raises:
+        DataError: also where there are no labels, or they are no numbers.
+    """
+    check_labels(source, "the mask criterion")
+    images, labels = [], []
+    for pictures, rows in _drawn(source, samples, seed):
+        labels += [_label(row, source, i) for i, row in rows]
+        images.append(preprocess(pictures))
+    return torch.cat(images), torch.tensor(labels)
+
+
+def check_labels(source: ImageSource, what: str) -> None:
+    """Makes sure that a split has labels, for ``what`` needs them.
+
+    Raises:
+        DataError: it has none.
+    """
+    if source.label_column is None:
+        raise DataError(
+            f"Data {source.name} ({source.split}) has no labels, which {what} needs.",
+            "Expected one folder per class, or a column 'label'.",
+        )
+
+
+def _drawn(source: ImageSource, samples: int, seed: int) -> Iterator[tuple[list[PIL.Image.Image], Rows]]:
+    """Decoded images and their numbered rows, some at a time."""
     rows: Iterable[tuple[int, dict[str, Any]]]
     if source.size is None:
         rows = enumerate(source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples))
@@ -148,14 +191,9 @@ def calibration_chunks(source: ImageSource, samples: int, seed: int, preprocess:
     empty = True
     for chunk in _chunks(rows, CHUNK):
         empty = False
-        yield preprocess([_decode(row, source, i) for i, row in chunk])
+        yield [_decode(row, source, i) for i, row in chunk], chunk
     if empty:
         raise DataError(f"Data {source.name} ({source.split}) is empty.")
-
-
-def calibration_images(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Tensor:
-    """All of :func:`calibration_chunks` in one tensor (n, 3, height, width)."""
-    return torch.cat(list(calibration_chunks(source, samples, seed, preprocess)))
 
 
 def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -164,19 +202,9 @@ def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: in
     Raises:
         DataError: no label column, labels that are no numbers, or an unreadable image.
     """
-    if source.label_column is None:
-        raise DataError(
-            f"Data {source.name} ({source.split}) has no labels, which measuring accuracy needs.",
-            "Expected one folder per class, or a column 'label'.",
-        )
+    check_labels(source, "measuring accuracy")
     for chunk in _chunks(enumerate(source.rows), batch_size):
-        labels = [row[source.label_column] for _, row in chunk]
-        for (i, _), label in zip(chunk, labels, strict=True):
-            if not isinstance(label, int):
-                raise DataError(
-                    f"Image number {i} of {source.name} ({source.split}) has the label {label!r}; expected the number "
-                    "of a class."
-                )
+        labels = [_label(row, source, i) for i, row in chunk]
         yield preprocess([_decode(row, source, i) for i, row in chunk]), torch.tensor(labels)
 
 
@@ -184,6 +212,16 @@ def _chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     remaining = iter(rows)
     while chunk := list(islice(remaining, size)):
         yield chunk
+
+
+def _label(row: dict[str, Any], source: ImageSource, position: int) -> int:
+    label = row[str(source.label_column)]
+    if not isinstance(label, int):
+        raise DataError(
+            f"Image number {position} of {source.name} ({source.split}) has the label {label!r}; expected the number "
+            "of a class."
+        )
+    return label
 
 
 def _decode(row: dict[str, Any], source: ImageSource, position: int) -> PIL.Image.Image:
@@ -237,6 +275,20 @@ def label_map(
         f"{num_classes} classes ({', '.join((model_names or ['unnamed'])[:3])}, …).",
         "Use data whose class names are the model's, or whose classes are the same and in the same order.",
     )
+
+
+def to_classes(labels: Tensor, classes: Tensor, source: ImageSource) -> Tensor:
+    """Labels of the data (n,) → the model's classes (n,), by a :func:`label_map`.
+
+    Raises:
+        DataError: a label that the map has not.
+    """
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(
+            f"Data {source.name} ({source.split}): a label lies outside 0 … {len(classes) - 1}; "
+            "images without a label cannot be scored."
+        )
+    return classes[labels]
 
 
 def _folded(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import ImageSource, Preprocess, label_map, labelled_batches
+from .data import ImageSource, Preprocess, label_map, labelled_batches, to_classes
 from .errors import DataError
 
 
@@ -51,13 +51,8 @@ def evaluate(
             logits = logits_of(model, pixels.to(parameter.device, parameter.dtype))
             if classes is None:
                 classes = label_map(source.class_names, class_names, logits.shape[1], source.name)
-            if labels.min() < 0 or labels.max() >= len(classes):
-                raise DataError(
-                    f"Data {source.name} ({source.split}): a label lies outside 0 … {len(classes) - 1}; "
-                    "images without a label cannot be scored."
-                )
             ranked = logits.float().topk(min(5, logits.shape[1])).indices.cpu()
-            hits = ranked == classes[labels][:, None]
+            hits = ranked == to_classes(labels, classes, source)[:, None]
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.any(1).sum())
             images += len(labels)

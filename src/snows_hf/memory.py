@@ -4,7 +4,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -84,6 +84,10 @@ class Images:
 
     def __len__(self) -> int:
         return sum(size for size, _ in self._chunks)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All images in order, ``size`` at a time."""
+        return (self[start : start + size] for start in range(0, len(self), size))
 
     def __getitem__(self, part: slice) -> Tensor:
         start, stop, _ = part.indices(len(self))

@@ -9,6 +9,7 @@ each row it is factorised exactly; at K = 0 it is the Hessian itself, and conjug
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +52,16 @@ def gram(module: nn.Module, x: Tensor) -> Tensor | None:
     if isinstance(module, nn.Linear):
         x = x.flatten(0, -2)
         return (x.T @ x)[None]
-    if not isinstance(module, nn.Conv2d) or isinstance(module.padding, str) or module.padding_mode != "zeros":
+    if not isinstance(module, nn.Conv2d):
         return None
+    padding: Any = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":
+        # What unfold does not know is put around the image first, as the module itself does.
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), 0
     total: Tensor | None = None
     for part in x.split(64):  # unfolding multiplies memory by the kernel's size
-        columns = F.unfold(part, module.kernel_size, module.dilation, module.padding, module.stride)
+        columns = F.unfold(part, module.kernel_size, module.dilation, padding, module.stride)
         columns = columns.unflatten(1, (module.groups, -1)).permute(1, 2, 0, 3).flatten(2)
         block = columns @ columns.mT
         total = block if total is None else total + block

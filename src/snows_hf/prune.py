@@ -4,7 +4,7 @@ import fnmatch
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from .adapters import Chain, Group, build_chain, frozen
 from .cascade import LayerReport, Progress, bytes_per_image, prune_chain
 from .config import PruneConfig
 from .config import preset as preset_for
-from .data import calibration_chunks, open_images
+from .data import calibration_chunks, calibration_examples, check_labels, label_map, open_images, to_classes
 from .errors import AdapterError, ConfigError, DataError, MaskError
 from .evaluate import Accuracy, evaluate, logits_of
 from .hub.card import write_card
 from .hub.load import Checkpoint, load, short_name
 from .hub.save import check_output, save_checkpoint, whole_folder
-from .masks import Masks, Pattern, choose_masks, parse_pattern, split_by_fit
-from .masks.scores import criterion
+from .masks import Choice, Evidence, Masks, Pattern, choose, load_masks, parse_pattern, split_by_fit
+from .masks.scores import criterion, needs_labels
 from .memory import Images, Shelf, room
 from .preconditioner import factor_bytes
 from .version import __version__
@@ -64,6 +64,7 @@ def prune(
     revision: str | None = None,
     memory: float | None = None,
     preset: str = "default",
+    update: bool = True,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_stage: Callable[[str], None] = lambda stage: None,
     **settings: Any,
@@ -73,7 +74,8 @@ def prune(
     Args:
         model: Hub id or folder, of transformers or timm.
         pattern: ``"2:4"``, ``"1:4"``, any ``"N:M"`` (N kept of M), or a fraction of zeros such as ``"0.7"``.
-        data: calibration images: Hub data set, image folder or folder of parquet; labels are not used.
+        data: calibration images: Hub data set, image folder or folder of parquet. Labels are read only if the
+            mask criterion needs them.
         data_split: split of ``data``.
         eval_data: labelled images on which dense, masked and pruned accuracy are measured; None measures nothing.
         eval_split: split of ``eval_data``.
@@ -84,6 +86,8 @@ def prune(
         memory: budget of main memory for this process, in GB. Batches are made small enough for it, and activations
             beyond a quarter of it rest on disk. None: as the settings say, and activations in half of what is free.
         preset: ``default``, or ``paper`` for the paper's own settings.
+        update: whether SNOWS re-optimises the kept weights; without it they are the dense ones, or what a criterion
+            with an update of its own (sparsegpt, obc) makes of them.
         on_progress: called as the cascade goes on.
         on_stage: called with a line of text when a new stage begins.
         **settings: changes to the preset, by the names of PruneConfig and SolverConfig.
@@ -115,16 +119,23 @@ def prune(
     chain = build_chain(network)
     config = preset_for(preset, chain.family, pattern).updated(**settings)
     layers = select_layers(chain, config.layers)
-    weights = {name: chain.weight(name).detach() for group in layers for name in group.parameters}
-    masks = choose_masks(weights, sparsity_pattern, config.mask)
+    weights = {name: original[name] for group in layers for name in group.parameters}
+    split_by_fit(weights, sparsity_pattern)
+    if config.mask.endswith(".safetensors"):  # its faults, too, are better known before images are read
+        load_masks(Path(config.mask), weights, sparsity_pattern)
 
     on_stage(f"Reading {config.samples} calibration images of {calibration_name}")
     source = open_images(calibration_name, data_split)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     left = room(memory)
     shelf = Shelf(psutil.virtual_memory().available / 2 if left is None else left / 4)
-    images = Images(shelf)
-    for chunk in calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess):
+    images, labels = Images(shelf), None
+    chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
+    if needs_labels(config.mask):
+        check_labels(source, f"the mask criterion {config.mask!r}")
+        examples, labels = calibration_examples(source, config.samples, config.seed, checkpoint.preprocess)
+        chunks = [examples]
+    for chunk in chunks:
         # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
         images.append(chunk.to(DTYPES[dtype], memory_format=torch.channels_last))
     if len(images) < config.samples:
@@ -138,24 +149,45 @@ def prune(
 
     network.to(target_device)
     dense = measure("dense")
-    with torch.no_grad():
-        for name, mask in masks.items():
-            chain.weight(name).mul_(mask.to(target_device))
-        masked = measure("masked")
-        for name in masks:
-            chain.weight(name).copy_(original[name])
-
     network.to(DTYPES[dtype])
     check_chain(chain, images[:2].to(target_device))
-    config = fit_batches(chain, images[:2], masks, config, target_device, left, on_stage)
-    on_stage(f"Pruning {len(layers)} layers to {pattern}")
-    reports = prune_chain(chain, images, masks, config, target_device, on_progress, shelf)
-    restore_untouched(network, original, masks)
-    pruned = measure("pruned")
+    if labels is not None:
+        with torch.no_grad():
+            classes = chain.logits(images[:1].to(target_device)).shape[1]
+        names = label_map(source.class_names, checkpoint.class_names, classes, source.name)
+        labels = to_classes(labels, names, source)
+    on_stage(f"Choosing masks by {Path(config.mask).name}")
+    choosing = time.perf_counter()
+    on_device = {name: weight.to(target_device) for name, weight in weights.items()}
+    choice = choose(Evidence(on_device, sparsity_pattern, config, chain, images, labels))
+    masks = choice.masks
+    criterion_seconds = time.perf_counter() - choosing
+
+    masked = pruned = None
+    reports: list[LayerReport] = []
+    if evaluation is not None or not update:
+        set_weights(chain, alone(choice, original))
+        restore_untouched(network, original, masks)
+        masked = pruned = measure("masked")
+    if update:
+        set_weights(chain, {name: original[name] for name in masks})
+        network.to(DTYPES[dtype])
+        config = fit_batches(chain, images[:2], masks, config, target_device, left, on_stage)
+        on_stage(f"Pruning {len(layers)} layers to {pattern}")
+        reports = prune_chain(chain, images, masks, config, target_device, on_progress, shelf, choice.weights)
+        restore_untouched(network, original, masks)
+        pruned = measure("pruned")
     network.to("cpu")
 
     report = make_report(checkpoint, chain, layers, masks, sparsity_pattern, config, reports)
     report |= {
+        "update": update,
+        "criterion": {
+            "seconds": criterion_seconds,
+            "labels": labels is not None,
+            "own_update": bool(choice.weights),
+            **choice.facts,
+        },
         "samples": len(images),
         "calibration_data": {"name": short_name(calibration_name), "split": data_split},
         "eval_data": {"name": short_name(eval_data), "split": eval_split} if eval_data is not None else None,
@@ -195,6 +227,20 @@ def check_mask(mask: str) -> None:
         criterion(mask)
     elif not Path(mask).is_file():
         raise MaskError(f"Mask file {mask} does not exist.", "Expected a safetensors file of booleans.")
+
+
+def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Full weights of a criterion without SNOWS: its own update where it has one, else the dense weights masked."""
+    return {
+        name: choice.weights[name] if name in choice.weights else original[name].to(mask.device) * mask
+        for name, mask in choice.masks.items()
+    }
+
+
+@torch.no_grad()
+def set_weights(chain: Chain, weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        chain.weight(name).copy_(weight)
 
 
 def finite(value: Any) -> Any:
@@ -310,8 +356,10 @@ def make_report(
     reports: list[LayerReport],
 ) -> dict[str, Any]:
     """The part of the report that does not depend on measurements. Layer names are live names of the library."""
-    pruned = [chain.weight(name) for report in reports if report.sweep == 1 for name in report.parameters]
+    touched = [group for group in layers if any(name in masks for name in group.parameters)]
+    pruned = [chain.weight(name) for group in touched for name in group.parameters]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
+    summaries = [report.to_dict() for report in reports if report.sweep == 1]
     weights = {name: chain.weight(name) for group in layers for name in group.parameters}
     _, unfit = split_by_fit(weights, pattern)
     dense_layers = [
@@ -332,7 +380,7 @@ def make_report(
         "pattern": str(pattern),
         "sparsity": zeros / sum(weight.numel() for weight in pruned),
         "settings": config.to_dict() | {"mask": Path(config.mask).name},
-        "layers": [report.to_dict() for report in reports if report.sweep == 1],
+        "layers": summaries or [summary(chain, group) for group in touched],
         "later_sweeps": [report.to_dict() for report in reports if report.sweep > 1],
         "dense_layers": dense_layers,
         "namespace": "live parameter names of the loaded model",
@@ -347,6 +395,18 @@ def make_report(
             "python": platform.python_version(),
         },
         "seed": config.seed,
+    }
+
+
+def summary(chain: Chain, group: Group) -> dict[str, Any]:
+    """What the report says about a layer that SNOWS has not touched."""
+    weights = [chain.weight(name) for name in group.parameters]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return {
+        "name": group.name,
+        "parameters": list(group.parameters),
+        "shape": [sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]],
+        "sparsity": zeros / sum(weight.numel() for weight in weights),
     }
 
 

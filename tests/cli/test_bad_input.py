@@ -304,6 +304,7 @@ def mask_file(**tensors: torch.Tensor) -> Callable[[Path], dict[str, object]]:
 
 FC1 = "vit.layers.0.mlp.fc1.weight"
 LAYERS = [
+    ("mask: labels", lambda tmp: {"mask": "snip", "data": folder_of(tmp, "train/1.png")}, "has no labels, which the mask criterion 'snip' needs"),  # noqa: E501
     ("M divides no width", lambda tmp: {"pattern": "2:7"}, "Pattern 2:7 fits no layer: the input widths are 48, 96"),
     ("unknown layer", lambda tmp: {"layers": "blocks.*"}, "--layers 'blocks.*' matches no prunable layer"),
     ("mask: garbage", lambda tmp: {"mask": write(tmp / "m.safetensors", b"x")}, "Mask file {tmp}/m.safetensors cannot"),  # noqa: E501

@@ -1,6 +1,6 @@
 """Masks by criterion and by file."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from snows_hf.errors import ConfigError, MaskError, PatternError, SnowsError
-from snows_hf.masks import NM, Unstructured, choose_masks, load_masks, split_by_fit
+from snows_hf.masks import NM, Evidence, Unstructured, choose_masks, load_masks, split_by_fit
 from snows_hf.masks.scores import criteria, register_criterion
 from snows_hf.masks.scores.base import _CRITERIA
 
@@ -46,8 +46,8 @@ def reverse_magnitude() -> Iterator[str]:
     """A criterion that exists only during one test."""
 
     @register_criterion("reverse-magnitude")
-    def reverse(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: -weight.abs() for name, weight in weights.items()}
+    def reverse(evidence: Evidence) -> dict[str, Tensor]:
+        return {name: -weight.abs() for name, weight in evidence.weights.items()}
 
     yield "reverse-magnitude"
     del _CRITERIA["reverse-magnitude"]

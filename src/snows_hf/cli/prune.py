@@ -26,8 +26,13 @@ def command(
     samples: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
     k: Annotated[int | None, typer.Option("--k", help="K: later operations whose outputs are kept (Eq. 3).")] = None,
     mask: Annotated[
-        str | None, typer.Option(help="Mask criterion (magnitude), or a safetensors file of booleans.")
+        str | None,
+        typer.Option(help="Mask criterion (magnitude, wanda, sparsegpt, obc, …), or a safetensors file of booleans."),
     ] = None,
+    no_update: Annotated[
+        bool,
+        typer.Option("--no-update", help="The mask, and the criterion's own update if any, without SNOWS."),
+    ] = False,
     layers: Annotated[
         list[str] | None, typer.Option(help="Prune only layers that match this wildcard; may be repeated.")
     ] = None,
@@ -70,6 +75,7 @@ def command(
             revision=revision,
             memory=memory,
             preset=preset,
+            update=not no_update,
             on_progress=progress.update,
             on_stage=sink.stage,
             **settings,
@@ -134,17 +140,16 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
     """The outcome for people: accuracy side by side, layers that need a look, and where the result is."""
     for layer in report["dense_layers"]:
         sink.text(f"Left dense: {layer['name']} {tuple(layer['shape'])}: {layer['reason']}.")
-    for layer in report["layers"]:
+    for layer in report["layers"] if report["update"] else []:
         if layer["status"] != "improved":
             sink.text(f"Not improved: {layer['name']}: {layer['status']}. {layer['remedy']}")
         if layer["rejected_steps"]:
             sink.text(f"Rejected {layer['rejected_steps']} of {layer['steps']} Newton steps: {layer['name']}.")
     if report["pruned"]:
         images = report["pruned"]["images"]
-        rows = [
-            (what, f"{report[key]['top1']:.2f}", f"{report[key]['top5']:.2f}")
-            for what, key in (("dense", "dense"), ("mask alone", "masked"), ("SNOWS", "pruned"))
-        ]
+        alone = f"{report['settings']['mask']} alone" if report["criterion"]["own_update"] else "mask alone"
+        steps = [("dense", "dense"), (alone, "masked"), *([("SNOWS", "pruned")] if report["update"] else [])]
+        rows = [(what, f"{report[key]['top1']:.2f}", f"{report[key]['top5']:.2f}") for what, key in steps]
         sink.table(["", "top-1 (%)", "top-5 (%)"], rows, title=f"{report['pattern']} on {images} images")
     sink.text(
         f"{len(report['layers'])} layers pruned to {report['pattern']} ({100 * report['sparsity']:.1f} % zeros) with "

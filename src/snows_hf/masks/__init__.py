@@ -1,7 +1,21 @@
 """Patterns, criteria and masks."""
 
-from .choose import Masks, choose_masks, load_masks, split_by_fit
+from .choose import Masks, choose, choose_masks, load_masks, split_by_fit
+from .evidence import Evidence
 from .pattern import NM, Pattern, Unstructured, parse_pattern
+from .scores import Choice
 
 
-__all__ = ["NM", "Masks", "Pattern", "Unstructured", "choose_masks", "load_masks", "parse_pattern", "split_by_fit"]
+__all__ = [
+    "NM",
+    "Choice",
+    "Evidence",
+    "Masks",
+    "Pattern",
+    "Unstructured",
+    "choose",
+    "choose_masks",
+    "load_masks",
+    "parse_pattern",
+    "split_by_fit",
+]

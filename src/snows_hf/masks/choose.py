@@ -1,6 +1,7 @@
 """From a pattern and a criterion, or a file, to one boolean mask per parameter."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,9 +9,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..config import PruneConfig
 from ..errors import MaskError, PatternError
+from .evidence import Evidence
 from .pattern import NM, Pattern
-from .scores import criterion
+from .scores import Choice, criterion
 
 
 Masks = dict[str, Tensor]
@@ -32,21 +35,36 @@ def split_by_fit(weights: Mapping[str, Tensor], pattern: Pattern) -> tuple[list[
     return fitting, [name for name in weights if name not in fitting]
 
 
+def choose(evidence: Evidence) -> Choice:
+    """Masks, and the weights of criteria that have an update of their own, for every weight that the pattern fits.
+
+    Args:
+        evidence: with any prunable weights, and with what the criterion of ``evidence.config.mask`` needs. That may
+            also be the path of a safetensors file of booleans.
+
+    Raises:
+        MaskError: a bad mask file, or the criterion needs what is not there.
+        NumericsError: scores or inputs that are no numbers.
+        PatternError: the pattern fits no weight.
+    """
+    fitting, _ = split_by_fit(evidence.weights, evidence.pattern)
+    mask = evidence.config.mask
+    if mask.endswith(".safetensors"):
+        return Choice(load_masks(Path(mask), evidence.weights, evidence.pattern))
+    evidence = replace(evidence, weights={name: evidence.weights[name].detach() for name in fitting})
+    found = criterion(mask)(evidence)
+    return found if isinstance(found, Choice) else Choice(evidence.ranked(found))
+
+
 def choose_masks(weights: Mapping[str, Tensor], pattern: Pattern, mask: str) -> Masks:
-    """Masks (True: kept) for every weight that the pattern fits.
+    """Masks (True: kept) for every weight that the pattern fits, from the weights alone.
 
     Args:
         weights: prunable weights by parameter name.
         pattern: what the masks obey.
-        mask: name of a criterion, or the path of a safetensors file of booleans.
+        mask: name of a criterion that needs no more than weights, or the path of a safetensors file of booleans.
     """
-    fitting, _ = split_by_fit(weights, pattern)
-    if mask.endswith(".safetensors"):
-        return load_masks(Path(mask), weights, pattern)
-    scores = criterion(mask)({name: weights[name].detach() for name in fitting})
-    if isinstance(pattern, NM):
-        return {name: pattern.mask(score) for name, score in scores.items()}
-    return pattern.masks(scores)
+    return choose(Evidence(weights, pattern, PruneConfig(str(pattern), mask=mask))).masks
 
 
 def load_masks(path: Path, weights: Mapping[str, Tensor], pattern: Pattern) -> Masks:

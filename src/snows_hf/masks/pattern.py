@@ -6,6 +6,7 @@ Convention: N of every M consecutive weights are KEPT, along dimension 1 of the 
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,10 @@ class NM:
         kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
         return mask.flatten(-2).movedim(-1, 1).contiguous()
+
+    def masks(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`mask` of every tensor."""
+        return {name: self.mask(score) for name, score in scores.items()}
 
     def holds(self, weight: Tensor) -> bool:
         """Whether no group of M weights has more than N that are not zero."""
@@ -124,6 +129,15 @@ class Unstructured:
         order = torch.cat(candidates).argsort(stable=True)[:budget]
         removed = torch.cat(owners)[order].bincount(minlength=len(names)).tolist()
         return {n: _keep_highest(scores[n], scores[n].numel() - removed[i]) for i, n in enumerate(names)}
+
+    def zeros(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many weights each layer loses where all lose the same share: ``round(sparsity · weights)`` in all."""
+        counts, before = {}, 0
+        for name, weight in weights.items():
+            after = before + weight.numel()
+            counts[name] = round(self.sparsity * after) - round(self.sparsity * before)
+            before = after
+        return counts
 
     def holds(self, weight: Tensor) -> bool:
         """Any weight is allowed by itself: what counts is the sparsity over all layers."""

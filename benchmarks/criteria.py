@@ -1,0 +1,69 @@
+"""Mask criteria alone and under SNOWS, as one table: rows criteria, columns models and patterns.
+
+A cell is top-1 of the criterion alone (with its own update where it has one) → with SNOWS, and the seconds that the
+criterion and the whole run took. Each is one run of the main job; runs that the log already holds are not repeated.
+
+    python benchmarks/criteria.py resnet20:2:4 resnet20:0.9 vit:1:4 --data FOLDER --samples 500 [--log FILE.jsonl]
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from snows_hf import prune
+from snows_hf.masks.scores import criteria
+
+
+def runs(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def cell(run: dict[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    alone, snows = run["masked"]["top1"], run["pruned"]["top1"]
+    worse = " **worse**" if snows < alone else ""
+    return f"{alone:.2f} → {snows:.2f}{worse} ({run['criterion']['seconds']:.0f} s, {run['seconds']:.0f} s)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("columns", nargs="+", metavar="MODEL:PATTERN")
+    parser.add_argument("--data", required=True, help="calibrates by its train split, measures on its test split")
+    parser.add_argument("--samples", type=int, required=True)
+    parser.add_argument("--criteria", nargs="+", default=criteria())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
+    parser.add_argument("--log", type=Path, default=Path("criteria.jsonl"))
+    arguments = parser.parse_args()
+    settings = {name: json.loads(value) for name, value in (pair.split("=") for pair in arguments.set)}
+    columns = [column.partition(":")[::2] for column in arguments.columns]
+    rows, dense = [], {}
+    for mask in arguments.criteria:
+        cells = []
+        for model, pattern in columns:
+            key = {"model": Path(model).name, "pattern": pattern, "mask": mask}
+            key |= {"samples": arguments.samples, "seed": arguments.seed, "settings": settings}
+            found = [run for run in runs(arguments.log) if run | key == run]
+            if not found:
+                data = {"data": arguments.data, "eval_data": arguments.data}
+                given = {"samples": arguments.samples, "seed": arguments.seed, "mask": mask}
+                started = time.perf_counter()
+                report = prune(model, pattern, **data, **given, **settings).report
+                kept = {part: report[part] for part in ("dense", "masked", "pruned", "sparsity", "criterion")}
+                seconds = {"seconds": time.perf_counter() - started, "hardware": report["hardware"]}
+                found = [key | kept | seconds]
+                with arguments.log.open("a") as log:
+                    log.write(json.dumps(found[0]) + "\n")
+            cells.append(cell(found[-1]))
+            dense[model, pattern] = found[-1]["dense"]["top1"]
+        rows.append(f"| {mask} | {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    heads = [f"{Path(model).name} {pattern} (dense {dense[model, pattern]:.2f})" for model, pattern in columns]
+    print(f"\n| criterion | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|", *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What a mask criterion may look at: weights, and, where they were given, the network, images and labels."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from ..adapters.base import Chain, State
+from ..adapters.frozen import frozen
+from ..config import PruneConfig
+from ..errors import MaskError, NumericsError
+from ..memory import Images
+from ..objective import ActiveWeights, KStepObjective, Segment
+from ..preconditioner import gram
+from ..solver.newton import Expansion
+from .pattern import Pattern
+
+
+REMEDY = "Use --dtype float32 or float64, or a criterion that reads weights alone, such as magnitude."
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """A batch's K-step loss around the dense weights w (m,): its share of all images, and every operation's output,
+    attached to w, with the loss's second derivative in each of its entries (C)."""
+
+    share: float
+    w: Tensor
+    outputs: list[tuple[float, Tensor]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The dense network before any layer is pruned. Criteria read it and never change it.
+
+    Attributes:
+        weights: the weights to choose from, by parameter name: those that the pattern fits.
+        pattern: what the masks will obey.
+        config: K, weighting, batch size and seed.
+        chain: of the dense network, on the device where things are computed; None where a criterion has weights only.
+        images: preprocessed calibration images (n, 3, h, w), or None.
+        labels: the model's class of each image (n,), or None.
+    """
+
+    weights: Mapping[str, Tensor]
+    pattern: Pattern
+    config: PruneConfig
+    chain: Chain | None = None
+    images: Tensor | Images | None = None
+    labels: Tensor | None = None
+
+    @property
+    def network(self) -> Chain:
+        """The chain, where there must be one.
+
+        Raises:
+            MaskError: there is none.
+        """
+        if self.chain is None:
+            raise MaskError(f"Mask criterion {self.config.mask!r} needs the network, and only weights were given.")
+        return self.chain
+
+    @property
+    def everything(self) -> ActiveWeights:
+        """All of ``weights`` as one vector θ (m,)."""
+        return ActiveWeights({name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()})
+
+    def theta(self) -> Tensor:
+        """θ (m,), in the precision in which the network computes."""
+        return self.everything.gather({name: self.network.weight(name).detach() for name in self.weights})
+
+    def ranked(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masks (True: kept) that the pattern makes of scores.
+
+        Raises:
+            NumericsError: a score is no number.
+        """
+        for name, score in scores.items():
+            if score.isnan().any():
+                raise NumericsError(
+                    f"Mask criterion {self.config.mask!r} gives scores for {name} that are no numbers.", REMEDY
+                )
+        return self.pattern.masks(scores)
+
+    def batches(self, size: int | None = None) -> Iterator[Tensor]:
+        """All calibration images on the network's device, ``size`` at a time (the solver's batch size for None).
+
+        Raises:
+            MaskError: there are none.
+        """
+        if self.images is None:
+            raise MaskError(f"Mask criterion {self.config.mask!r} needs calibration images, and none were given.")
+        device = next(self.network.parameters()).device
+        yield from (batch.to(device) for batch in self.images.split(size or self.config.batch_size))
+
+    def task(self, size: int | None = None) -> Iterator[tuple[float, Expansion]]:
+        """The task loss, mean cross-entropy over a batch of labelled images, expanded at θ; batch after batch.
+
+        Each comes with its share of all images, so that Σ share · loss is the loss over all of them. An expansion is
+        good until the next one is asked for. Every image is a batch of its own for ``size`` 1.
+
+        Raises:
+            MaskError: there are no labels.
+        """
+        if self.labels is None:
+            raise MaskError(
+                f"Mask criterion {self.config.mask!r} needs labels, and the calibration images have none.",
+                "Use labelled images, or a criterion without labels such as magnitude, wanda or obc.",
+            )
+        chain, theta, everything = self.network, self.theta().requires_grad_(), self.everything
+        done = 0
+        with frozen(chain.model):
+            for batch in self.batches(size):
+                labels = self.labels[done : done + len(batch)].to(batch.device)
+                done += len(batch)
+                logits = chain.outputs((batch,), 0, len(chain.operations), everything.scatter(theta))[-1]
+                yield len(batch) / len(self.labels), _expansion(F.cross_entropy(logits, labels), theta)
+
+    def gradient(self) -> Tensor:
+        """g = ∂L/∂θ (m,) of the task loss over all images."""
+        start = torch.zeros_like(self.theta())
+        return sum((share * expansion.gradient for share, expansion in self.task()), start)
+
+    def k_step(self) -> Iterator[tuple[ActiveWeights, Iterator[Linearisation]]]:
+        """Group after group: its weights, and its K-step loss (Eq. 3) around the dense weights, batch by batch.
+
+        There the residuals vanish: the loss has no gradient, and its Hessian is Gauss-Newton's JᵀCJ.
+        """
+        chain, config = self.network, self.config
+        device = next(chain.parameters()).device
+        # They rest on the CPU, as the cascade's streams do.
+        states: list[State] = [(batch.cpu(),) for batch in self.batches()]
+        with frozen(chain.model):
+            for index, operation in enumerate(chain.operations):
+                names = [n for n in (operation.group.parameters if operation.group else ()) if n in self.weights]
+                if names:
+                    active = ActiveWeights({n: torch.ones_like(chain.weight(n), dtype=torch.bool) for n in names})
+                    yield active, self._linearised(Segment.cut(chain, index, config.k), active, states)
+                with torch.no_grad():
+                    states = [_moved(operation.run(_moved(state, device)), torch.device("cpu")) for state in states]
+
+    def _linearised(self, segment: Segment, active: ActiveWeights, states: list[State]) -> Iterator[Linearisation]:
+        images = sum(len(state[0]) for state in states)
+        dense = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
+        relative = self.config.weighting == "relative"
+        for state in states:
+            w, state = dense.clone().requires_grad_(), _moved(state, dense.device)
+            outputs = segment.outputs(state, active.scatter(w))
+            targets = [o.detach() for o in outputs]
+            objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
+            moving = [(2 * c, o) for c, o in zip(objective.weights, outputs, strict=True) if o.requires_grad]
+            yield Linearisation(len(state[0]) / images, w, moving)
+
+    @torch.no_grad()
+    def grams(self) -> dict[str, Tensor]:
+        """H = X Xᵀ by parameter name, (groups, d, d), over all images and positions: X (d, …) is what the dense layer
+        reads, so that ‖WX − ŴX‖² = Σ_r (w_r − ŵ_r)ᵀ H (w_r − ŵ_r) for the rows of :func:`matrix`.
+
+        Raises:
+            MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.
+            NumericsError: an input is not finite.
+        """
+        chain = self.network
+        totals: dict[str, Tensor] = {}
+
+        def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                g = gram(module, inputs[0]) if type(module) in (nn.Linear, nn.Conv2d) else None
+                if g is None:
+                    raise MaskError(
+                        f"Mask criterion {self.config.mask!r}: {name} belongs to a {type(module).__name__}, and only "
+                        "Linear and Conv2d are understood.",
+                        "Leave it out with --layers, or use a criterion that reads no inputs, such as magnitude.",
+                    )
+                totals[name] = totals[name] + g if name in totals else g
+
+            return hook
+
+        owners = {name: chain.model.get_submodule(name.rpartition(".")[0]) for name in self.weights}
+        handles = [owner.register_forward_hook(add(name)) for name, owner in owners.items()]
+        try:
+            with frozen(chain.model):
+                for batch in self.batches():
+                    chain((batch,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, total in totals.items():
+            if not total.isfinite().all():
+                raise NumericsError(f"The inputs of {name} are not all finite numbers.", REMEDY)
+        return {name: _channels_last(totals[name], self.weights[name]) for name in self.weights}
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """(out, in, kh, kw) → (out, kh·kw·in): input channels innermost, so that the groups of an N:M pattern, along input
+    channels at one kernel position, are consecutive columns. A Linear's weight stays as it is."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+def unmatrix(rows: Tensor, shape: torch.Size) -> Tensor:
+    """:func:`matrix` undone, for a weight of ``shape``."""
+    return rows.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1).contiguous()
+
+
+def _moved(state: State, device: torch.device) -> State:
+    return tuple(tensor.to(device) for tensor in state)
+
+
+def _channels_last(g: Tensor, weight: Tensor) -> Tensor:
+    # gram() counts columns as weight.flatten(1) does.
+    order = matrix(torch.arange(weight[0].numel(), device=g.device).view(1, *weight.shape[1:]))[0]
+    return g[:, order][:, :, order]
+
+
+def _expansion(loss: Tensor, theta: Tensor) -> Expansion:
+    (gradient,) = grad(loss, theta, create_graph=True)
+
+    def hessian(v: Tensor) -> Tensor:
+        return grad(gradient, theta, v, retain_graph=True)[0]
+
+    return Expansion(float(loss.detach()), gradient.detach(), hessian)

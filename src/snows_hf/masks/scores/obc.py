@@ -1,0 +1,132 @@
+"""OBC / ExactOBS: weights go one by one, each time the one that costs the layer's output least once the others have
+made up for it (Frantar, Singh and Alistarh, 2022, Algorithms 1 and 2).
+
+The inputs are the dense network's. Unstructured, every layer loses the same share of its weights, chosen across its
+rows; a score cannot be compared between layers, whose outputs matter to the network in different measure.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..evidence import Evidence, matrix, unmatrix
+from ..pattern import NM
+from .base import Choice, register_criterion
+
+
+DAMPING = 0.01
+"""What is added to the diagonal of X Xᵀ, as a share of its mean (SparseGPT's and OBC's code)."""
+
+CHUNK = {"cpu": 2**21, "cuda": 2**27}
+"""Numbers in the inverses that are updated together: what a cache holds, and what keeps a GPU busy in 1 GB."""
+
+
+def damped(H: Tensor) -> Tensor:
+    """H (groups, d, d) in float64 with DAMPING on its diagonal, so that inputs which never fire, or always together,
+    leave it invertible."""
+    H = H.to(torch.float64)
+    scale = H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return H + DAMPING * torch.diag_embed(scale[:, None].expand(H.shape[:2]))
+
+
+@register_criterion("obc")
+def obc(evidence: Evidence) -> Choice:
+    masks, weights = {}, {}
+    zeros = None if isinstance(evidence.pattern, NM) else evidence.pattern.zeros(evidence.weights)
+    for name, H in evidence.grams().items():
+        weight = evidence.weights[name]
+        W, H = matrix(weight).to(H.device, torch.float64), damped(H)
+        if isinstance(evidence.pattern, NM):
+            kept = nm_kept(W, H, evidence.pattern)
+        else:
+            assert zeros is not None
+            kept = unstructured_kept(W, H, zeros[name])
+        masks[name] = unmatrix(kept, weight.shape).to(weight.device)
+        weights[name] = unmatrix(refit(W, H, kept), weight.shape).to(weight)
+    return Choice(masks, weights)
+
+
+def nm_kept(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
+    """The weights (bool, as W) that each row keeps once M − N of every M have gone.
+
+    Args:
+        W: (rows, d), input channels innermost.
+        H: (groups, d, d).
+    """
+    steps = W.shape[1] // pattern.m * (pattern.m - pattern.n)
+    order = torch.cat([o for _, o, _ in removals(W, H, steps, pattern)])
+    return torch.ones_like(W, dtype=torch.bool).scatter_(1, order, False)
+
+
+def unstructured_kept(W: Tensor, H: Tensor, zeros: int) -> Tensor:
+    """The weights that a layer keeps when ``zeros`` of them go, always the cheapest next one of any row (Algorithm 2).
+
+    A row's weights go in its own order, so a cheap one may wait behind a dearer one: the running maximum along a row
+    is when its turn comes.
+    """
+    traces = list(removals(W, H, W.shape[1], None))
+    order, cost = torch.cat([o for _, o, _ in traces]), torch.cat([c for _, _, c in traces])
+    first = cost.cummax(1).values.flatten().argsort(stable=True)[:zeros]
+    taken = torch.zeros_like(cost.flatten(), dtype=torch.bool).index_fill_(0, first, True).view_as(cost)
+    return torch.ones_like(taken).scatter_(1, order, ~taken)
+
+
+def chunks(W: Tensor, H: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows that are treated together, with the H of each (rows, d, d)."""
+    rows, d = W.shape
+    size = max(1, CHUNK.get(W.device.type, CHUNK["cpu"]) // d**2)
+    owner = torch.arange(rows, device=W.device) // (rows // len(H))
+    for start in range(0, rows, size):
+        some = slice(start, min(start + size, rows))
+        yield some, H[owner[some]]
+
+
+def removals(W: Tensor, H: Tensor, steps: int, pattern: NM | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """ExactOBS (Algorithm 1) for some rows at a time: the columns that go, in order, and the cost of each.
+
+    Both are (rows, steps). Cost is the growth of the row's ½ ΔᵀHΔ. With a pattern, no group of M loses more than
+    M − N.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    d = W.shape[1]
+    for some, Hinv in chunks(W, inverse):
+        w = W[some].clone()
+        rows = torch.arange(len(w), device=w.device)
+        columns = torch.arange(d, device=w.device).repeat(len(w), 1)  # which of the d each column left is
+        available = torch.ones_like(w, dtype=torch.bool)
+        order = torch.empty(len(w), steps, dtype=torch.long, device=w.device)
+        costs = torch.empty(len(w), steps, dtype=w.dtype, device=w.device)
+        gone = torch.zeros_like(available)
+        for step in range(steps):
+            if step and step % max(1, d // 8) == 0:  # rows and columns of what has gone are zero: leave them out
+                left = gone.int().argsort(dim=1, stable=True)[:, : d - step]
+                Hinv = Hinv[rows[:, None, None], left[:, :, None], left[:, None]]
+                w, columns, available, gone = (t.gather(1, left) for t in (w, columns, available, gone))
+            pivots = Hinv.diagonal(dim1=-2, dim2=-1)
+            costs[:, step], p = torch.where(available, w.square() / (2 * pivots), torch.inf).min(1)
+            order[:, step] = columns[rows, p]
+            column = Hinv[rows, :, p]
+            pivot = column[rows, p][:, None]
+            w -= column * (w[rows, p][:, None] / pivot)  # Eq. 3 of the paper
+            Hinv.baddbmm_(column[:, :, None], (column / pivot)[:, None], alpha=-1)  # Lemma 1
+            gone[rows, p] = True
+            available[rows, p] = False
+            if pattern is not None:
+                group = order[:, step, None] // pattern.m
+                full = (order[:, : step + 1] // pattern.m == group).sum(1) == pattern.m - pattern.n
+                available &= ~(full[:, None] & (columns // pattern.m == group))
+        yield some, order, costs
+
+
+def refit(W: Tensor, H: Tensor, kept: Tensor) -> Tensor:
+    """The kept weights (rows, d) that minimise ½ ΔᵀHΔ: where the updates of ExactOBS lead, in one solve a row."""
+    result = torch.zeros_like(W)
+    for some, h in chunks(W, H):
+        k = kept[some]
+        right = (h @ W[some][..., None])[..., 0] * k
+        # Rows and columns of what is gone: those of the identity.
+        system = torch.where(k[:, :, None] & k[:, None, :], h, torch.diag_embed((~k).to(h)))
+        result[some] = torch.cholesky_solve(right[..., None], torch.linalg.cholesky(system))[..., 0] * k
+    return result

@@ -1,0 +1,69 @@
+"""Criteria from the command line: alone (``--no-update``) and under SNOWS."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from embedded import DIGITS, RESNET, VIT, tensors_of
+
+from snows_hf.masks import NM
+from snows_hf.masks.scores import criteria, needs_labels
+
+
+QUICK = ("--data", DIGITS, "--samples", 40, "--k", 1, "--json")
+MEASURED = (*QUICK, "--eval-data", DIGITS)
+
+
+@pytest.mark.parametrize("mask", criteria())
+def test_every_criterion_alone(run, mask: str) -> None:
+    result = run("prune", RESNET, "--pattern", "2:4", "--mask", mask, "--no-update", *QUICK, "--output", "out")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert (report["update"], report["settings"]["mask"], report["later_sweeps"]) == (False, mask, [])
+    assert report["criterion"]["labels"] == needs_labels(mask)
+    assert report["criterion"]["own_update"] == (mask in ("obc", "sparsegpt"))
+    assert ("variance" in report["criterion"]) == mask.startswith(("hd", "hp", "hts"))
+    assert len(report["layers"]) == 8
+    before, after = tensors_of(RESNET), tensors_of(Path("out"))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == 8
+    for name in changed:
+        assert NM(2, 4).holds(after[name])
+        kept = after[name] != 0
+        moved = not torch.equal(after[name][kept], before[name][kept])
+        assert moved == report["criterion"]["own_update"]
+
+
+@pytest.mark.parametrize("mask", ["magnitude", "obc"])
+def test_what_was_measured_alone_is_the_same_under_snows(run, mask: str) -> None:
+    reports = {}
+    for name, options in (("alone", ["--no-update"]), ("snows", [])):
+        result = run("prune", VIT, "--pattern", "1:4", "--mask", mask, *MEASURED, *options, "--output", name)
+        reports[name] = json.loads(result.out)
+    alone, snows = reports["alone"], reports["snows"]
+    assert alone["masked"] == alone["pruned"] == snows["masked"]
+    assert alone["dense"] == snows["dense"]
+    assert snows["pruned"]["top1"] > alone["pruned"]["top1"]
+    cards = {name: Path(name, "README.md").read_text() for name in reports}
+    assert "SNOWS** |" in cards["snows"] and "SNOWS** |" not in cards["alone"]
+    assert "--no-update" in cards["alone"] and "--no-update" not in cards["snows"]
+    assert all(f"`{mask}`" in card for card in cards.values())
+    assert all(("obc alone" in card) == (mask == "obc") for card in cards.values())
+
+
+def test_labels_are_read_where_a_criterion_needs_them(run) -> None:
+    for mask, words in (("snip", "labels read by the mask criterion"), ("wanda", "labels unused")):
+        run("prune", VIT, "--pattern", "2:4", "--mask", mask, *QUICK, "--output", mask)
+        card = Path(mask, "README.md").read_text()
+        assert words in card
+        assert ("no labels" in card) == (mask == "wanda")
+
+
+def test_no_update_for_people(run) -> None:
+    options = ["--data", DIGITS, "--samples", 40, "--eval-data", DIGITS, "--output", "out", "--mask", "sparsegpt"]
+    result = run("prune", RESNET, "--pattern", "2:4", "--no-update", *options)
+    assert result.code == 0
+    assert "sparsegpt alone" in result.out
+    assert "SNOWS" not in result.out
+    assert "8 layers pruned to 2:4 (50.0 % zeros)" in result.out

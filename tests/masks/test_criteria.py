@@ -1,0 +1,147 @@
+"""What holds for every criterion: valid masks, nothing changed, clear words where something is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from embedded import DIGITS, VIT
+from hypothesis import given as given_examples
+from hypothesis import settings
+from hypothesis import strategies as st
+from networks import Small, evidence
+from torch import nn
+
+import snows_hf
+from snows_hf.errors import MaskError, NumericsError
+from snows_hf.masks import choose, parse_pattern
+from snows_hf.masks.scores import criteria, needs_labels
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Small:
+    """A first layer with 4 inputs, one of each kind in the middle, and a classifier."""
+    torch.manual_seed(draw(st.integers(0, 100)))
+    kind = draw(st.sampled_from(["linear", "conv", "grouped conv"]))
+    if kind == "linear":
+        return Small(nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 3)).double().eval()
+    groups = draw(st.sampled_from([2, 4])) if kind == "grouped conv" else 1
+    options = {
+        "kernel_size": draw(st.sampled_from([1, 2, (1, 3)])),
+        "stride": draw(st.integers(1, 2)),
+        "padding": draw(st.integers(0, 1)),
+        "dilation": draw(st.integers(1, 2)),
+    }
+    middle = nn.Conv2d(4 * groups, 4, groups=groups, **options)
+    return Small(nn.Conv2d(4, 4 * groups, 3, padding=1), middle, nn.Linear(4, 3)).double().eval()
+
+
+@pytest.mark.parametrize("mask", criteria())
+@given_examples(model=networks(), pattern=st.sampled_from(["2:4", "1:4", "1:2", "0.3", "0.75"]))
+@settings(max_examples=8, deadline=None)
+def test_masks_obey_the_pattern(mask: str, model: Small, pattern: str):
+    given = evidence(model, pattern, mask, count=6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    choice = choose(given)
+    assert choice.masks.keys() == given.weights.keys()
+    for name, kept in choice.masks.items():
+        assert kept.dtype == torch.bool
+        assert kept.shape == given.weights[name].shape
+        assert given.pattern.holds(kept)
+        if ":" in pattern:
+            assert float((~kept).sum()) == pytest.approx(given.pattern.sparsity * kept.numel())
+    if ":" not in pattern:
+        total = sum(kept.numel() for kept in choice.masks.values())
+        zeros = sum(int((~kept).sum()) for kept in choice.masks.values())
+        assert zeros == round(float(pattern) * total)
+    for name, weight in choice.weights.items():
+        assert not weight[~choice.masks[name]].any()
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mask", criteria())
+def test_layers_that_the_pattern_does_not_fit_are_left_out(mask: str):
+    torch.manual_seed(0)
+    model = Small(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, 1), nn.Linear(8, 3)).double().eval()
+    assert list(choose(evidence(model, "2:4", mask)).masks) == ["layers.0.weight", "layers.2.weight"]
+
+
+@pytest.mark.parametrize("mask", criteria())
+def test_same_seed_same_masks(mask: str):
+    torch.manual_seed(0)
+    model = Small(nn.Linear(4, 8), nn.Linear(8, 3)).double().eval()
+    first, second = (choose(evidence(model, "2:4", mask)).masks for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_random_depends_on_the_seed():
+    model = Small(nn.Linear(4, 64), nn.Linear(64, 3)).double().eval()
+    first, second = (choose(evidence(model, "2:4", "random", seed=seed)).masks for seed in (0, 1))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("mask", criteria())
+def test_what_is_missing_is_named(mask: str):
+    model = Small(nn.Linear(4, 8), nn.Linear(8, 3)).double().eval()
+    whole = evidence(model, "2:4", mask)
+    unlabelled = replace(whole, labels=None)
+    if needs_labels(mask):
+        with pytest.raises(MaskError, match=f"'{mask}' needs labels"):
+            choose(unlabelled)
+    else:
+        choose(unlabelled)
+    if mask in ("magnitude", "random"):
+        choose(replace(whole, chain=None, images=None))
+        return
+    with pytest.raises(MaskError, match=f"'{mask}' needs calibration images"):
+        choose(replace(whole, images=None))
+    with pytest.raises(MaskError, match=f"'{mask}' needs the network"):
+        choose(replace(whole, chain=None))
+
+
+@pytest.mark.parametrize("mask", [name for name in criteria() if name not in ("magnitude", "random", "synflow")])
+def test_images_that_overflow_are_an_error(mask: str):
+    torch.manual_seed(0)
+    model = Small(nn.Linear(4, 8), nn.Linear(8, 3)).double().eval()
+    given = evidence(model, "2:4", mask)
+    with pytest.raises(NumericsError, match=r"numbers.*magnitude"):
+        choose(replace(given, images=given.images * torch.nan))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("mask", ["wanda", "sparsegpt", "obc"])
+def test_layers_of_another_kind_are_refused(mask: str):
+    model = Small(nn.Linear(4, 8), Doubled(8, 3)).double().eval()
+    with pytest.raises(MaskError, match=r"layers\.1\.weight belongs to a Doubled.*--layers"):
+        choose(evidence(model, "2:4", mask))
+
+
+def test_a_new_criterion_is_one_new_file(tmp_path: Path):
+    """A copy of the package with one file more has it in the command."""
+    package = Path(snows_hf.__file__).parent
+    shutil.copytree(package, tmp_path / "snows_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "snows_hf/masks/scores/smallest.py").write_text(
+        "from ..evidence import Evidence\n"
+        "from .base import register_criterion\n\n\n"
+        '@register_criterion("smallest")\n'
+        "def smallest(evidence: Evidence):\n"
+        "    return {name: -weight.abs() for name, weight in evidence.weights.items()}\n"
+    )
+    command = [sys.executable, "-m", "snows_hf", "prune", str(VIT), "--pattern", "2:4", "--data", str(DIGITS)]
+    options = ["--mask", "smallest", "--no-update", "--samples", "4", "--output", str(tmp_path / "out"), "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    dense, pruned = snows_hf.load(str(VIT)).model, snows_hf.load(str(tmp_path / "out")).model
+    weight, kept = (model.vit.layers[0].mlp.fc1.weight.detach() for model in (dense, pruned))
+    assert torch.equal(kept != 0, parse_pattern("2:4").mask(-weight.abs()))

@@ -1,0 +1,211 @@
+"""Wanda, SparseGPT and OBC against recomputing everything from the definition."""
+
+import pytest
+import torch
+from networks import convolutions, evidence, images_for, linears
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from snows_hf.masks import NM, Unstructured, choose
+from snows_hf.masks.evidence import matrix, unmatrix
+from snows_hf.masks.scores.obc import damped, nm_kept, refit, unstructured_kept
+from snows_hf.masks.scores.sparsegpt import BLOCK, sweep
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem(rows: int, d: int, groups: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights (rows, d) and the damped Gram matrices (groups, d, d) of correlated inputs."""
+    X = randn(groups, d, 3 * d, seed=seed)
+    X = X + 0.7 * X.roll(1, 1)
+    return randn(rows, d, seed=seed + 1), damped(X @ X.mT)
+
+
+def inputs_of(model: nn.Module, images: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
+    seen = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "weight"):
+            module.register_forward_hook(lambda m, x, out, n=f"{name}.weight": seen.update({n: (m, x[0])}))
+    model(images)
+    return seen
+
+
+@pytest.mark.parametrize("make", [linears, convolutions])
+def test_grams_measure_the_output_of_every_layer(make):
+    """Σ z_r² = w_rᵀ H w_r for any weights, with z as the module itself computes it, less its bias."""
+    model = make()
+    grams = evidence(model, "0.5", "wanda").grams()
+    for name, (module, x) in inputs_of(make(), images_for(model)).items():
+        w = randn(*module.weight.shape, seed=3)
+        with torch.no_grad():
+            z = functional_call(module, {"weight": w, "bias": torch.zeros_like(module.bias)}, (x,))
+        norms = z.movedim(1, -1).flatten(0, -2).square().sum(0)
+        H = grams[name].repeat_interleave(len(w) // len(grams[name]), 0)
+        torch.testing.assert_close(torch.einsum("rd,rde,re->r", matrix(w), H, matrix(w)), norms)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 8, 1, 1), (3, 8, 2, 3)])
+def test_consecutive_columns_are_channels_at_one_position(shape):
+    weight = randn(*shape)
+    assert torch.equal(unmatrix(matrix(weight), weight.shape), weight)
+    rows = matrix(torch.ones(shape)).unflatten(1, (-1, 4)).clone()
+    rows[..., 2:] = 0
+    assert NM(2, 4).holds(unmatrix(rows.flatten(1), weight.shape))
+    assert torch.equal(matrix(weight)[:, :4], weight[(slice(None), slice(0, 4), *[0] * (len(shape) - 2))])
+
+
+@pytest.mark.parametrize("make", [linears, convolutions])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_wanda_by_one_weight_at_a_time(make, pattern):
+    """‖X_j‖ is the norm of the layer's output with the weight j alone set to one."""
+    model = make()
+    given = evidence(model, pattern, "wanda")
+    masks = choose(given).masks
+    for name, (module, x) in inputs_of(make(), images_for(model)).items():
+        scores = torch.zeros_like(module.weight)
+        for at in torch.cartesian_prod(*map(torch.arange, module.weight.shape)):
+            one = torch.zeros_like(module.weight)
+            one[tuple(at)] = 1
+            with torch.no_grad():
+                z = functional_call(module, {"weight": one, "bias": torch.zeros_like(module.bias)}, (x,))
+            scores[tuple(at)] = module.weight[tuple(at)].abs() * z.norm()
+        if pattern == "2:4":
+            assert torch.equal(masks[name], NM(2, 4).mask(scores))
+        else:  # every row loses half, its lowest
+            for row, kept in zip(scores.flatten(1), masks[name].flatten(1), strict=True):
+                assert int(kept.sum()) * 2 == len(row)
+                assert row[kept].min() > row[~kept].max()
+
+
+def best_fit(w: Tensor, H: Tensor, gone: set[int]) -> tuple[Tensor, float]:
+    """The weights of one row that minimise ½ ΔᵀHΔ with some of them zero, and that minimum; by least squares on √H."""
+    keep = [j for j in range(len(w)) if j not in gone]
+    root = torch.linalg.cholesky(H).T
+    fitted = torch.zeros_like(w)
+    if keep:
+        fitted[keep] = torch.linalg.lstsq(root[:, keep], (root @ w)[:, None]).solution[:, 0]
+    return fitted, float((root @ (fitted - w)).square().sum()) / 2
+
+
+def cheapest(w: Tensor, H: Tensor, gone: set[int], pattern: NM | None) -> tuple[int, float]:
+    """Which weight goes next, and the growth of the loss, by trying every one."""
+
+    def full(j: int) -> bool:
+        return pattern is not None and sum(i // pattern.m == j // pattern.m for i in gone) == pattern.m - pattern.n
+
+    now = best_fit(w, H, gone)[1]
+    costs = {j: best_fit(w, H, gone | {j})[1] - now for j in range(len(w)) if j not in gone and not full(j)}
+    j = min(costs, key=costs.__getitem__)
+    return j, costs[j]
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(1, 3)], ids=str)
+def test_obc_removes_what_brute_force_removes(pattern):
+    W, H = problem(rows=4, d=12, groups=2)
+    kept = nm_kept(W, H, pattern)
+    fitted = refit(W, H, kept)
+    for r in range(4):
+        gone: set[int] = set()
+        for _ in range(12 // pattern.m * (pattern.m - pattern.n)):
+            gone.add(cheapest(W[r], H[r // 2], gone, pattern)[0])
+        assert set((~kept[r]).nonzero().flatten().tolist()) == gone
+        torch.testing.assert_close(fitted[r], best_fit(W[r], H[r // 2], gone)[0])
+
+
+@pytest.mark.parametrize("zeros", [1, 7, 17, 30, 32])
+def test_unstructured_obc_takes_the_cheapest_next_weight_of_any_row(zeros):
+    W, H = problem(rows=4, d=8, groups=2, seed=5)
+    W[1] *= 3
+    gone: list[set[int]] = [set() for _ in W]
+    for _ in range(zeros):
+        choices = {r: cheapest(W[r], H[r // 2], gone[r], None) for r in range(4) if len(gone[r]) < 8}
+        r = min(choices, key=lambda r: choices[r][1])
+        gone[r].add(choices[r][0])
+    kept = unstructured_kept(W, H, zeros)
+    assert [set((~row).nonzero().flatten().tolist()) for row in kept] == gone
+
+
+def plain_sparsegpt(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 with a fresh inverse of H[i:, i:] at every column, for one group."""
+    W, (rows, d) = W.clone(), W.shape
+    kept = torch.ones_like(W, dtype=torch.bool)
+    inverses = [torch.linalg.inv(H[i:, i:]) for i in range(d)]
+    pivots = torch.stack([inverse[0, 0] for inverse in inverses])
+    for i in range(d):
+        if pattern is not None and i % pattern.m == 0:
+            for r in range(rows):
+                scores = W[r, i : i + pattern.m].square() / pivots[i : i + pattern.m]
+                kept[r, i + scores.argsort()[: pattern.m - pattern.n]] = False
+        if pattern is None and i % BLOCK == 0:
+            stop = min(i + BLOCK, d)
+            scores = (W[:, i:stop].square() / pivots[i:stop]).flatten()
+            count = round(zeros * stop / d) - round(zeros * i / d)
+            for at in scores.argsort()[:count].tolist():
+                kept[at // (stop - i), i + at % (stop - i)] = False
+        for r in range(rows):
+            if not kept[r, i]:
+                W[r, i:] -= W[r, i] / pivots[i] * inverses[i][0]
+    return kept, W
+
+
+@pytest.mark.parametrize(
+    ("pattern", "zeros", "d"),
+    [(NM(2, 4), 0, 12), (NM(1, 4), 0, 140), (NM(2, 6), 0, 132), (None, 30, 16), (None, 333, 150)],
+    ids=str,
+)
+def test_sparsegpt_is_the_plain_sweep(pattern, zeros, d):
+    W, H = problem(rows=3, d=d)
+    kept, updated = sweep(W[None], H, pattern, zeros)
+    expected_kept, expected = plain_sparsegpt(W, H[0], pattern, zeros)
+    assert torch.equal(kept[0], expected_kept)
+    torch.testing.assert_close(updated[0], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_groups_are_swept_each_with_its_own_inputs():
+    W, H = problem(rows=6, d=8, groups=2)
+    together = sweep(W.unflatten(0, (2, 3)), H, NM(2, 4), 0)
+    for g in range(2):
+        alone = sweep(W[None, 3 * g : 3 * g + 3], H[g : g + 1], NM(2, 4), 0)
+        assert all(torch.equal(a[0], b[g]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("make", [linears, convolutions])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "0.6"])
+def test_updates_keep_the_output(make, pattern):
+    """OBC's weights are the best for its mask, so better than the mask alone; SparseGPT's cannot be better than the
+    best for its own."""
+    given = evidence(make(), pattern, "obc")
+    grams = {name: damped(H) for name, H in given.grams().items()}
+    chosen = {mask: choose(evidence(make(), pattern, mask)) for mask in ("obc", "sparsegpt")}
+    for name, dense in given.weights.items():
+        H = grams[name].repeat_interleave(len(dense) // len(grams[name]), 0)
+
+        def error(w: Tensor, H: Tensor = H, dense: Tensor = dense) -> float:
+            return float(torch.einsum("rd,rde,re->", matrix(w - dense), H, matrix(w - dense)))
+
+        for choice in chosen.values():
+            assert torch.equal(choice.weights[name] != 0, choice.masks[name])
+        assert error(chosen["obc"].weights[name]) < error(dense * chosen["obc"].masks[name])
+        best = refit(matrix(dense), grams[name], matrix(chosen["sparsegpt"].masks[name]))
+        assert error(unmatrix(best, dense.shape)) <= error(chosen["sparsegpt"].weights[name]) + 1e-12
+
+
+@pytest.mark.parametrize("mask", ["sparsegpt", "obc"])
+def test_unstructured_layers_lose_the_same_share(mask):
+    masks = choose(evidence(convolutions(), "0.7", mask)).masks
+    total = sum(kept.numel() for kept in masks.values())
+    assert sum(int((~kept).sum()) for kept in masks.values()) == round(0.7 * total)
+    assert all(abs(int((~kept).sum()) - 0.7 * kept.numel()) <= 1 for kept in masks.values())
+    assert Unstructured(0.7).zeros(masks) == {name: int((~kept).sum()) for name, kept in masks.items()}
+
+
+def test_inputs_that_never_fire_leave_it_defined():
+    W, _ = problem(rows=2, d=4)
+    H = torch.zeros(1, 4, 4, dtype=torch.float64)
+    H[0, 0, 0] = 1
+    kept = nm_kept(W, damped(H), NM(1, 4))
+    assert kept[:, 0].all()
+    assert torch.isfinite(refit(W, damped(H), kept)).all()
+    assert torch.isfinite(sweep(W[None], damped(torch.zeros_like(H)), NM(2, 4), 0)[1]).all()
