@@ -10,7 +10,7 @@ from timm.models.res2net import Bottle2neck
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import SwinConfig, SwinForImageClassification
+from transformers import Swinv2Config, Swinv2ForImageClassification
 
 from snows_hf.adapters import Chain, Group, Operation, State, base, build_chain, register, supported
 from snows_hf.errors import AdapterError
@@ -45,15 +45,15 @@ def toy_operations(model: nn.Module) -> list[Operation]:
     ]
 
 
-def tiny_swin() -> nn.Module:
-    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=2)
-    return SwinForImageClassification(config)
+def tiny_swin_v2() -> nn.Module:
+    config = Swinv2Config(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=2)
+    return Swinv2ForImageClassification(config)
 
 
 def test_other_transformers_architecture_is_refused_by_name() -> None:
     with pytest.raises(AdapterError) as caught:
-        build_chain(tiny_swin())
-    assert "transformers.SwinForImageClassification" in str(caught.value)
+        build_chain(tiny_swin_v2())
+    assert "transformers.Swinv2ForImageClassification" in str(caught.value)
     assert all(name in caught.value.remedy for name in supported())
 
 
