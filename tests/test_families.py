@@ -1,4 +1,4 @@
-"""Families beyond the paper's, from a folder to a pruned folder: better than the mask alone, and loaded by stock code."""
+"""Families beyond the paper's, from folder to pruned folder: better than the mask alone, and loaded by stock code."""
 
 import copy
 import json
@@ -15,8 +15,9 @@ from cases import CASES, randomised
 from embedded import DIGITS, VIT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
 
-from snows_hf import build_chain, load, prune
+from snows_hf import build_chain, load, pack, prune
 from snows_hf.adapters import frozen
 from snows_hf.data import calibration_images, open_images
 from snows_hf.masks import NM
@@ -135,6 +136,16 @@ def test_the_network_keeps_its_features_better_than_with_the_mask_alone(family: 
     assert error(pruned) < 0.9 * error(masked)
 
 
+def test_packed_and_read_again(family: Family, tmp_path: Path) -> None:
+    pack(family.pruned, tmp_path / "packed")
+    models = [load(str(family.pruned)).model, load(str(tmp_path / "packed")).model]
+    if family.library == "transformers":
+        models.append(AutoModelForImageClassification.from_pretrained(tmp_path / "packed"))
+    for other in models[1:]:
+        for (name, a), b in zip(models[0].state_dict().items(), other.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+
+
 STOCK = """
 import json, sys
 import timm, torch
@@ -162,14 +173,9 @@ def test_stock_libraries_compute_the_same_logits(made, tmp_path: Path) -> None:
     for library, name in FAMILIES:
         checkpoint = load(str(made(library, name).pruned))
         images = calibration_images(open_images(str(DIGITS), "test"), 4, 0, checkpoint.preprocess)
-        save_file({"images": images.contiguous()}, tmp_path / f"{library}-{name}.images")
-        jobs.append(
-            (
-                library,
-                str(made(library, name).pruned),
-                *(str(tmp_path / f"{library}-{name}.{x}") for x in ("images", "logits")),
-            )
-        )
+        job = tmp_path / f"{library}-{name}"
+        save_file({"images": images.contiguous()}, f"{job}.images")
+        jobs.append((library, str(made(library, name).pruned), f"{job}.images", f"{job}.logits"))
         with torch.no_grad():
             output = checkpoint.model(images)
         expected.append(getattr(output, "logits", output))

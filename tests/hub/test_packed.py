@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
 from snows_hf import load, prune
 from snows_hf.errors import ConfigError, LoadError, SaveError
@@ -331,6 +331,20 @@ def test_transformers_casts_it(dtype: torch.dtype, results, packed) -> None:
     got = AutoModelForImageClassification.from_pretrained(packed["vit"], dtype=dtype)
     for a, b in zip(expected.state_dict().values(), got.state_dict().values(), strict=True):
         assert same_bits(a, b)
+
+
+def test_weights_that_transformers_splits_must_be_unpacked_first(tmp_path: Path) -> None:
+    """DINOv2 of giant size stores its gated MLP as one matrix."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    model = Dinov2ForImageClassification(Dinov2Config(**sizes, use_swiglu_ffn=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name:
+                parameter.copy_(torch.where(torch.rand_like(parameter) < 0.5, parameter, 0))
+    model.save_pretrained(tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    with pytest.raises(LoadError, match=r"splits .*mlp\.weights_in.* unpack"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
 
 
 STOCK = {

@@ -37,7 +37,7 @@ _KEY, _VERSION = "snows_packed", 1
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_DIMENSIONS = 8
-_CHUNK = 1 << 15  # weights expanded at a time: their indices take eight bytes each, and fit a cache
+_CHUNK = 1 << 18  # weights expanded at a time: their indices take eight bytes each
 
 _CHOICES = np.array([[i in pair for i in range(4)] for pair in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))])
 """(6, 4): which weights of a group each choice keeps."""
@@ -199,16 +199,20 @@ def _parts_of(path: Path, file: Any) -> tuple[dict[str, dict[str, str]], dict[st
     return tensors, metadata
 
 
-def check_packed(path: Path) -> None:
+def check_packed(path: Path) -> list[str]:
     """Reads the header and the masks of a packed file, and makes sure that everything in it fits together.
+
+    Returns:
+        The names of the tensors that are packed.
 
     Raises:
         LoadError: missing, truncated, or not what it says.
     """
     with opened(path) as file:
-        for name, keys in _parts_of(path, file)[0].items():
-            if "" not in keys:
-                check_parts(name, {suffix: file.get_tensor(key) for suffix, key in keys.items()})
+        packed = {name: keys for name, keys in _parts_of(path, file)[0].items() if "" not in keys}
+        for name, keys in packed.items():
+            check_parts(name, {suffix: file.get_tensor(key) for suffix, key in keys.items()})
+        return list(packed)
 
 
 def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:

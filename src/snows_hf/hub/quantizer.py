@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -51,24 +51,25 @@ class PackedQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         # Before loading, because transformers turns errors of single weights into a report.
-        for file in checkpoint_files or []:
-            if Path(file).name == PACKED_FILE:
-                check_packed(Path(file))
+        files = [Path(file) for file in checkpoint_files or [] if Path(file).name == PACKED_FILE]
+        self.packed = [name for file in files for name in check_packed(file)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        if any(isinstance(conversion, WeightConverter) for conversion in weight_conversions):
-            raise LoadError(
-                f"transformers merges or splits weights of {type(model).__name__} while it reads them, which packed "
-                "files do not support.",
-                "Use `snows-hf unpack` first.",
-            )
-        return [*weight_conversions, WeightConverter(list(SUFFIXES), "", [Unpack()], force_cpu=True)]
+        renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
+        converters = [conversion for conversion in weight_conversions if isinstance(conversion, WeightConverter)]
+        for name in self.packed:
+            renamed = apply_renamings(name, renamings)
+            if any(converter.compiled_sources.search(renamed) for converter in converters):
+                raise LoadError(
+                    f"transformers merges or splits {name} while it reads it, which packed weights do not support.",
+                    "Use `snows-hf unpack` first.",
+                )
+        self.unpacking = WeightConverter(list(SUFFIXES), "", [Unpack()], force_cpu=True)
+        return [*weight_conversions, self.unpacking]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # What is saved from here on is an ordinary checkpoint.
-        model._weight_conversions = [
-            conversion for conversion in model._weight_conversions if not isinstance(conversion, WeightConverter)
-        ]
+        model._weight_conversions = [c for c in model._weight_conversions if c is not self.unpacking]
         model.config.__dict__.pop("transformers_weights", None)
         return model
 
