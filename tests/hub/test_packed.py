@@ -406,6 +406,19 @@ def test_shards_become_one_file(results, tmp_path: Path) -> None:
     assert all(same_bits(before[name], after[name]) for name in before)
 
 
+def test_other_files_and_folders_come_along(results, tmp_path: Path) -> None:
+    source = copy_of(results["vit"].folder, tmp_path / "m")
+    (source / "logs").mkdir()
+    (source / "logs" / "run.txt").write_text("kept")
+    (source / ".cache").mkdir()
+    pack(source, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "out")
+    for folder in ("packed", "out"):
+        assert (tmp_path / folder / "logs" / "run.txt").read_text() == "kept"
+        assert (tmp_path / folder / "logs").stat().st_mode & 0o100
+        assert not (tmp_path / folder / ".cache").exists()
+
+
 def test_a_config_written_anew_is_unpacked_too(packed, tmp_path: Path) -> None:
     folder = edit_config(copy_of(packed["vit"], tmp_path / "m"), comment="new")
     unpack(folder, tmp_path / "out")
