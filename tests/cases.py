@@ -11,17 +11,36 @@ from functools import partial
 import torch
 from timm.layers import BlurPool2d, RmsNorm
 from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.efficientnet import EfficientNet, mobilenetv1_100
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    CLIPConfig,
+    CLIPForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -98,6 +117,32 @@ def transformers_resnet(layer_type: str, **changes: object) -> nn.Module:
     return ResNetForImageClassification(ResNetConfig(**_TRANSFORMERS_RESNET, layer_type=layer_type, **changes))
 
 
+def transformers_tower(cls: type[nn.Module], config: type) -> nn.Module:
+    """A vision tower with a classifier, whose configuration has that of a text tower beside it."""
+    tower = {name: value for name, value in _TRANSFORMERS_VIT.items() if name != "num_labels"}
+    return cls(config(vision_config=tower, num_labels=5))
+
+
+def transformers_swin(image_size: int = 16, **changes: object) -> nn.Module:
+    """On a grid of 8 x 8 tokens, 4 x 4 in the second stage: shifted windows, and one as large as the grid."""
+    sizes = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "patch_size": 2}
+    return SwinForImageClassification(SwinConfig(**sizes | changes, image_size=image_size, num_labels=5))
+
+
+def timm_swin(img_size: int = 16, **changes: object) -> nn.Module:
+    sizes = {"embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "patch_size": 2}
+    return SwinTransformer(**sizes | changes, img_size=img_size, num_classes=5)
+
+
+def transformers_convnext(cls: type[nn.Module], config: type, **changes: object) -> nn.Module:
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "layer_scale_init_value": 0.5}
+    return cls(config(**sizes | changes, num_labels=5))
+
+
+def timm_convnext(**changes: object) -> nn.Module:
+    return ConvNeXt(**{"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16), "num_classes": 5} | changes)
+
+
 def timm_vit(cls: type[nn.Module] = VisionTransformer, **changes: object) -> nn.Module:
     return cls(**_TIMM_VIT | changes)
 
@@ -172,4 +217,64 @@ CASES = [
     Case("timm-mobilenet-squeeze-excitation", partial(timm_mobilenet, "ds", options="_se0.5"), 32),
     Case("timm-mobilenet-anti-aliasing", partial(timm_mobilenet, aa_layer="avg"), 32),
     Case("timm-mobilenetv1_100", partial(mobilenetv1_100, num_classes=5), 32),
+    Case(
+        "transformers-dinov2", partial(transformers_vit, Dinov2ForImageClassification, Dinov2Config, mlp_ratio=2), 16
+    ),
+    Case(
+        "transformers-dinov2-registers",
+        partial(
+            transformers_vit,
+            Dinov2WithRegistersForImageClassification,
+            Dinov2WithRegistersConfig,
+            mlp_ratio=2,
+            num_register_tokens=3,
+        ),
+        16,
+    ),
+    Case("timm-vit-dinov2", partial(timm_vit, init_values=0.1, reg_tokens=4, no_embed_class=True), 16),
+    Case("transformers-clip", partial(transformers_tower, CLIPForImageClassification, CLIPConfig), 16),
+    Case("transformers-siglip", partial(transformers_tower, SiglipForImageClassification, SiglipConfig), 16),
+    Case("timm-vit-clip", partial(timm_vit, pre_norm=True, act_layer="quick_gelu"), 16),
+    Case(
+        "timm-vit-siglip",
+        partial(timm_vit, class_token=False, global_pool="map", act_layer="gelu_tanh"),
+        16,
+    ),
+    Case("transformers-beit", partial(transformers_vit, BeitForImageClassification, BeitConfig), 16),
+    Case(
+        "transformers-beit-position-biases",
+        partial(
+            transformers_vit,
+            BeitForImageClassification,
+            BeitConfig,
+            use_relative_position_bias=True,
+            use_shared_relative_position_bias=True,
+            use_absolute_position_embeddings=True,
+            use_mean_pooling=False,
+            layer_scale_init_value=0.0,
+        ),
+        16,
+    ),
+    Case("timm-beit", partial(timm_vit, Beit, qkv_bias=True, init_values=0.1, use_rel_pos_bias=True), 16),
+    Case("timm-beit-shared-bias", partial(timm_vit, Beit, use_abs_pos_emb=False, use_shared_rel_pos_bias=True), 16),
+    Case("transformers-swin", transformers_swin, 16),
+    Case("transformers-swin-padded", partial(transformers_swin, 20, use_absolute_embeddings=True), 20),
+    Case("transformers-swin-odd", partial(transformers_swin, 18, window_size=3, qkv_bias=False), 18),
+    Case("timm-swin", timm_swin, 16),
+    Case("timm-swin-padded", partial(timm_swin, 20), 20),
+    Case("timm-swin-always-partition", partial(timm_swin, 20, always_partition=True, window_size=3), 20),
+    Case("transformers-convnext", partial(transformers_convnext, ConvNextForImageClassification, ConvNextConfig), 32),
+    Case(
+        "transformers-convnext-no-scale",
+        partial(transformers_convnext, ConvNextForImageClassification, ConvNextConfig, layer_scale_init_value=0.0),
+        32,
+    ),
+    Case(
+        "transformers-convnextv2",
+        partial(transformers_convnext, ConvNextV2ForImageClassification, ConvNextV2Config),
+        32,
+    ),
+    Case("timm-convnext", timm_convnext, 64),
+    Case("timm-convnext-convolutions", partial(timm_convnext, conv_mlp=True, stem_type="overlap_tiered"), 64),
+    Case("timm-convnextv2", partial(timm_convnext, use_grn=True, ls_init_value=None, head_norm_first=True), 64),
 ]

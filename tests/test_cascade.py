@@ -255,6 +255,7 @@ def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
     assert joint.loss_pruned < joint.loss_masked
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 def test_a_better_start_is_taken_and_a_worse_one_is_not(network):
     """The start never enters the targets: losses are those of the dense network's, whichever start was taken."""
     plain = tiny.prune(network(), 12)

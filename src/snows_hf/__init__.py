@@ -1,6 +1,6 @@
 """Hessian-free one-shot pruning of vision models (SNOWS), native to the Hugging Face Hub.
 
-Importing it registers the CIFAR ResNets with timm.
+Importing it registers the CIFAR ResNets with timm, and packed files with transformers.
 """
 
 from .adapters import build_chain
@@ -8,13 +8,14 @@ from .config import PruneConfig, SolverConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
 from .hub.load import Checkpoint, load
+from .hub.repack import pack, unpack
 from .inspect import inspect
 from .prune import PruneResult, prune
 from .version import __version__
 
 
 def from_pretrained(source: str, revision: str | None = None) -> Checkpoint:
-    """Loads a checkpoint, pruned or dense, from the Hub or a folder: see :func:`snows_hf.hub.load.load`."""
+    """Loads a checkpoint, packed or not, from the Hub or a folder: see :func:`snows_hf.hub.load.load`."""
     return load(source, revision)
 
 
@@ -31,5 +32,7 @@ __all__ = [
     "from_pretrained",
     "inspect",
     "load",
+    "pack",
     "prune",
+    "unpack",
 ]

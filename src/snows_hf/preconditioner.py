@@ -143,8 +143,9 @@ def row_preconditioner(
     f = [o for _, o in outputs]
     sensitivities = torch.autograd.grad(f, [seen[name][2] for name in masks], u, retain_graph=True)
     blocks = []
-    for mask, x_gram, g in zip(masks.values(), grams, sensitivities, strict=True):
-        per_row = g.flatten(0, -2) if g.dim() != 4 else g.movedim(1, -1).flatten(0, -2)
+    for (name, mask), x_gram, g in zip(masks.items(), grams, sensitivities, strict=True):
+        # A Linear's channels are last, on windows or feature maps (n, …, …, out) too.
+        per_row = (g.movedim(1, -1) if isinstance(seen[name][0], nn.Conv2d) else g).flatten(0, -2)
         b = per_row.to(x_gram.dtype).square().mean(0)
         blocks.append(RowBlocks(mask, x_gram, b.clamp_min(1e-3 * float(b.mean())), damping))
     sizes = [int(mask.sum()) for mask in masks.values()]

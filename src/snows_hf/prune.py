@@ -3,6 +3,7 @@
 import fnmatch
 import math
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from .errors import AdapterError, ConfigError, DataError, MaskError
 from .evaluate import Accuracy, evaluate, logits_of
 from .hub.card import write_card
 from .hub.load import Checkpoint, load, short_name
+from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .masks import Choice, Evidence, Masks, Pattern, choose, load_masks, parse_pattern, split_by_fit
 from .masks.scores import criterion, needs_labels
@@ -39,6 +41,9 @@ DEFAULT_DATA = "timm/mini-imagenet"
 """Calibration images where none are named: 50,000 images of ImageNet's training set, openly on the Hub."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+FORMATS = ("safetensors", "packed")
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,12 @@ def prune(
     memory: float | None = None,
     preset: str = "default",
     update: bool = True,
+    format: str = "safetensors",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_stage: Callable[[str], None] = lambda stage: None,
     **settings: Any,
 ) -> PruneResult:
-    """Prunes a checkpoint one-shot, and saves the result as an ordinary checkpoint.
+    """Prunes a checkpoint one-shot, and saves the result as an ordinary checkpoint, or packed.
 
     Args:
         model: Hub id or folder, of transformers or timm.
@@ -88,6 +94,7 @@ def prune(
         preset: ``default``, or ``paper`` for the paper's own settings.
         update: whether SNOWS re-optimises the kept weights; without it they are the dense ones, or what a criterion
             with an update of its own (sparsegpt, obc) makes of them.
+        format: of the result: ``safetensors``, or ``packed``, which leaves out the zeros (see :func:`snows_hf.pack`).
         on_progress: called as the cascade goes on.
         on_stage: called with a line of text when a new stage begins.
         **settings: changes to the preset, by the names of PruneConfig and SolverConfig.
@@ -100,6 +107,8 @@ def prune(
     check_mask(preset_for(preset, "", pattern).updated(**settings).mask)  # bad settings, before anything is loaded
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    if format not in FORMATS:
+        raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
     target_device = find_device(device)
     calibration_name = data or DEFAULT_DATA
     if eval_data is not None and data_split == eval_split and _place(calibration_name) == _place(eval_data):
@@ -206,8 +215,13 @@ def prune(
     report["name"] = Path(output).resolve().name
     summary = {"version": __version__, "pattern": str(sparsity_pattern), "sparsity": round(report["sparsity"], 6)}
     with whole_folder(Path(output)) as folder:
-        save_checkpoint(checkpoint, folder, summary, report)
-        write_card(checkpoint, folder, report)
+        target = folder / "ordinary" if format == "packed" else folder
+        target.mkdir(exist_ok=True)
+        save_checkpoint(checkpoint, target, summary, report)
+        write_card(checkpoint, target, report)
+        if target is not folder:
+            pack_into(target, folder)
+            shutil.rmtree(target)
     return PruneResult(network, Path(output), {"output": str(output), **report})
 
 

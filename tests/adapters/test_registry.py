@@ -1,16 +1,19 @@
 """Which models get a chain, and how the others are refused."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
-from cases import CASES, timm_mobilenet, timm_resnet, timm_vit
+from cases import CASES, timm_mobilenet, timm_resnet, timm_vit, transformers_vit
 from timm.layers import SwiGLU
+from timm.models.beit import Beit
 from timm.models.efficientnet import EfficientNet
 from timm.models.res2net import Bottle2neck
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import SwinConfig, SwinForImageClassification
+from transformers import Dinov2Config, Dinov2ForImageClassification, Swinv2Config, Swinv2ForImageClassification
 
 from snows_hf.adapters import Chain, Group, Operation, State, base, build_chain, register, supported
 from snows_hf.errors import AdapterError
@@ -45,15 +48,15 @@ def toy_operations(model: nn.Module) -> list[Operation]:
     ]
 
 
-def tiny_swin() -> nn.Module:
-    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=2)
-    return SwinForImageClassification(config)
+def tiny_swin_v2() -> nn.Module:
+    config = Swinv2Config(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=2)
+    return Swinv2ForImageClassification(config)
 
 
 def test_other_transformers_architecture_is_refused_by_name() -> None:
     with pytest.raises(AdapterError) as caught:
-        build_chain(tiny_swin())
-    assert "transformers.SwinForImageClassification" in str(caught.value)
+        build_chain(tiny_swin_v2())
+    assert "transformers.Swinv2ForImageClassification" in str(caught.value)
     assert all(name in caught.value.remedy for name in supported())
 
 
@@ -94,6 +97,22 @@ def test_other_networks_of_the_efficientnet_class_are_refused(name: str) -> None
 def test_other_vision_transformer_blocks_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         build_chain(timm_vit(**changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: transformers_vit(Dinov2ForImageClassification, Dinov2Config, use_swiglu_ffn=True),
+            r"dinov2\.encoder\.layer\.0\.mlp is a Dinov2SwiGLUFFN; expected an MLP of two layers",
+        ),
+        (lambda: timm_vit(Beit, swiglu_mlp=True), r"blocks\.0\.mlp is a SwiGLU; expected timm's Mlp"),
+    ],
+    ids=["dinov2-giant", "beit-swiglu"],
+)
+def test_gated_mlps_are_refused(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        build_chain(make())
 
 
 def test_other_residual_blocks_are_refused() -> None:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from embedded import DIGITS, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import ConvNextConfig, ConvNextForImageClassification, ViTModel
+from transformers import Swinv2Config, Swinv2ForImageClassification, ViTModel
 
 
 JOB = import_module("snows_hf.prune")  # the module: the package has a function of that name
@@ -173,10 +173,10 @@ def other_classes(tmp: Path) -> Path:
     return write_tensors(folder, tensors)
 
 
-def convnext(tmp: Path) -> Path:
+def swin_v2(tmp: Path) -> Path:
     folder = copy_of(VIT, tmp / "m")
-    config = ConvNextConfig(num_labels=10, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], image_size=32)
-    ConvNextForImageClassification(config).save_pretrained(folder)
+    config = Swinv2Config(num_labels=10, image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2])
+    Swinv2ForImageClassification(config).save_pretrained(folder)
     return folder
 
 
@@ -212,8 +212,8 @@ MODELS = [
     ("NaN", damaged, "Weight classifier.weight of {tmp}/m holds NaN"),
     ("no head", headless, "lacks weights of ViTForImageClassification, or has them in another shape: classifier.bias"),
     ("head of other classes", other_classes, "in another shape: classifier.weight"),
-    ("unsupported", convnext, "No adapter for the architecture transformers.ConvNextForImageClassification"),
-    ("timm unsupported", lambda tmp: timm_folder(tmp, "test_convnext"), "No adapter for the architecture timm.ConvNeXt"),  # noqa: E501
+    ("unsupported", swin_v2, "No adapter for the architecture transformers.Swinv2ForImageClassification"),
+    ("timm unsupported", lambda tmp: timm_folder(tmp, "test_byobnet"), "No adapter for the architecture timm.ByobNet"),
     ("timm unknown", lambda tmp: edit_config(timm_folder(tmp), architecture="vitt"), "timm cannot load {tmp}/m"),
     ("timm without head", lambda tmp: timm_folder(tmp, num_classes=0), "lacks weights of VisionTransformer"),
     ("timm head of other classes", lambda tmp: edit_config(timm_folder(tmp), num_classes=7), "head.weight"),

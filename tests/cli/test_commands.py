@@ -224,10 +224,41 @@ def test_paper_preset_on_top_of_options(run) -> None:
     assert (settings["k"], settings["samples"], settings["solver"]["curvature"]) == (1, 64, "hessian")
 
 
+def test_pack_and_unpack(run) -> None:
+    """What `prune` makes goes there and back; what `prune --format packed` makes is read by every command."""
+    run("prune", VIT, "--pattern", "2:4", *QUICK, "--output", "out", "--quiet")
+    packing = run("pack", "out", "packed", "--json")
+    sizes = json.loads(packing.out)
+    assert (packing.code, sizes["output"]) == (0, "packed")
+    assert sizes["bytes_after"] < 0.6 * sizes["bytes_before"]  # embeddings and header are dense
+    unpacking = run("unpack", "packed", "again")
+    assert unpacking.code == 0
+    assert re.search(r"^Weights: 0\.\d+ MB in packed, 0\.\d+ MB in again", unpacking.out)
+    for path in Path("out").iterdir():
+        assert path.read_bytes() == Path("again", path.name).read_bytes(), path.name
+
+    result = run("prune", VIT, "--pattern", "2:4", *MEASURED, "--output", "small", "--format", "packed", "--json")
+    report = json.loads(result.out)
+    assert not Path("small/model.safetensors").exists()
+    assert json.loads(run("inspect", "small", "--json").out)["pattern_ok"] is True
+    assert json.loads(run("eval", "small", "--data", DIGITS, "--json").out) == report["pruned"]
+
+    for arguments in (
+        ("pack", "packed", "x"),
+        ("unpack", "out", "x"),
+        ("pack", "nowhere", "x"),
+        ("pack", "out", "out"),
+    ):
+        failed = run(*arguments)
+        assert failed.code == 1
+        assert failed.err.startswith("Error: ")
+    assert not Path("x").exists()
+
+
 def test_version_and_help(run) -> None:
     result = run("--version")
     assert (result.code, result.out.strip()) == (0, __version__)
-    for command in ((), ("prune",), ("eval",), ("inspect",), ("demo",)):
+    for command in ((), ("prune",), ("eval",), ("inspect",), ("pack",), ("unpack",), ("demo",)):
         result = run(*command, "--help")
         assert result.code == 0
         assert "Usage:" in result.out

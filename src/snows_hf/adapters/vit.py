@@ -13,7 +13,7 @@ import torch
 from timm.layers import Mlp
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 
 from ..errors import AdapterError
@@ -23,7 +23,7 @@ from .base import Group, Operation, State, module_names, register
 @dataclass(frozen=True)
 class TransformerBlock:
     """What a pre-norm block computes, x → x + out(attend(norm(x))) → x + mlp3(act(mlp0(norm(x)))), as callables on
-    token sequences (n, tokens, width), with the live names of the prunable layers."""
+    tokens x (n, …, width), with the live names of the prunable layers."""
 
     name: str
     attend: Callable[[Tensor], Tensor]
@@ -56,39 +56,69 @@ class TransformerBlock:
         )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale·q kᵀ) v for (n, heads, tokens, d), heads merged to (n, tokens, heads·d).
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale·q kᵀ + bias) v for (n, …, heads, tokens, d), heads merged to (n, …, tokens, heads·d).
 
     Written out because fused attention has neither a double backward nor a forward-mode rule.
     """
-    weights = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    scores = (q * scale) @ k.transpose(-2, -1)
+    weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+    return (weights @ v).transpose(-3, -2).flatten(-2)
 
 
-def _transformers_block(layer: Any, name: str) -> TransformerBlock:
-    attn = layer.attention
+def split_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (n, …, heads, tokens, d) of a transformers attention, from tokens (n, …, tokens, width)."""
+    q, k, v = (
+        linear(x).unflatten(-1, (-1, attn.head_dim)).transpose(-3, -2)
+        for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    return q, k, v
 
-    def attend(x: Tensor) -> Tensor:
-        x = layer.layernorm_before(x)
-        q, k, v = (
-            linear(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-            for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        return attention(q, k, v, attn.scaling)
 
-    qkv = tuple(f"{name}.attention.{part}_proj.weight" for part in "qkv")
+def transformers_block(
+    name: str,
+    names: dict[nn.Module, str],
+    attn: Any,
+    mlp: Any,
+    attend: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor],
+    norm2: Callable[[Tensor], Tensor],
+    scale2: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008  has no state
+) -> TransformerBlock:
+    """A block with transformers' ``q_proj``, ``k_proj``, ``v_proj``, ``fc1``, ``activation_fn`` and ``fc2``.
+
+    Args:
+        name: live name of the block.
+        names: live names of its modules.
+        attn: what owns the projections; the one for the output is ``o_proj`` or ``out_proj``.
+        mlp: what owns fc1 and fc2.
+        attend: tokens to the attention's output, norm included.
+        project: that output to what is added to the residual stream.
+        norm2: before the MLP.
+        scale2: after it.
+    """
+    output = attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj
     return TransformerBlock(
         name=name,
         attend=attend,
-        qkv=Group(f"{name}.attention.qkv", qkv, "qkv"),
-        project=attn.o_proj,
-        projection=f"{name}.attention.o_proj",
-        mlp0=lambda x: layer.mlp.fc1(layer.layernorm_after(x)),
-        mlp0_name=f"{name}.mlp.fc1",
-        activation=layer.mlp.activation_fn,
-        mlp3=layer.mlp.fc2,
-        mlp3_name=f"{name}.mlp.fc2",
+        qkv=Group(f"{names[attn]}.qkv", tuple(f"{names[attn]}.{part}_proj.weight" for part in "qkv"), "qkv"),
+        project=project,
+        projection=names[output],
+        mlp0=lambda x: mlp.fc1(norm2(x)),
+        mlp0_name=names[mlp.fc1],
+        activation=mlp.activation_fn,
+        mlp3=lambda h: scale2(mlp.fc2(h)),
+        mlp3_name=names[mlp.fc2],
     )
+
+
+def _vit_block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
+    attn = layer.attention
+
+    def attend(x: Tensor) -> Tensor:
+        return attention(*split_heads(attn, layer.layernorm_before(x)), attn.scaling)
+
+    return transformers_block(names[layer], names, attn, layer.mlp, attend, attn.o_proj, layer.layernorm_after)
 
 
 @register(ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, family="vit")
@@ -97,7 +127,7 @@ def transformers_vit(model: Any) -> list[Operation]:
     base, names = model.base_model, module_names(model)
     operations = [Operation(names[base.embeddings], lambda s: (base.embeddings(s[0]),))]
     for layer in base.layers:
-        operations += _transformers_block(layer, names[layer]).operations()
+        operations += _vit_block(layer, names).operations()
 
     def head(s: State) -> State:
         x = base.layernorm(s[0])

@@ -6,7 +6,7 @@ import typer
 
 from ..errors import SnowsError
 from ..version import __version__
-from . import demo, evaluate, inspect, prune
+from . import demo, evaluate, inspect, prune, repack
 from .sink import Sink
 
 
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("prune")(prune.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
+app.command("pack")(repack.pack_command)
+app.command("unpack")(repack.unpack_command)
 app.command("demo")(demo.command)
 
 

@@ -40,6 +40,9 @@ def command(
     preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (Table 7).")] = "default",
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options override it.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the result. Default: NAME-PATTERN here.")] = None,
+    format: Annotated[
+        str, typer.Option(help="safetensors, or packed: without the zeros, for import snows_hf alone.")
+    ] = "safetensors",
     eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure accuracy on.")] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
     device: Device = "auto",
@@ -76,6 +79,7 @@ def command(
             memory=memory,
             preset=preset,
             update=not no_update,
+            format=format,
             on_progress=progress.update,
             on_stage=sink.stage,
             **settings,

@@ -27,6 +27,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
 from ..data import HUB_REMEDY, Preprocess
 from ..errors import LoadError, NumericsError, one_line
+from . import quantizer  # noqa: F401  registers packed files with transformers
+from .packed import PACKED_FILE, check_packed, read_packed
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -40,7 +42,7 @@ class Checkpoint:
         source: what the user asked for.
         folder: where its files are.
         library: ``transformers`` or ``timm``.
-        config: the contents of its config.json.
+        config: the contents of its config.json, less what says that the weights are packed.
         model: the network, in evaluation mode.
         preprocess: RGB PIL images → pixel values (n, 3, height, width).
         processor: the transformers image processor; None for timm, which keeps preprocessing in its config.
@@ -115,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoadError(f"{folder} has no config.json.", "Expected a transformers or timm checkpoint.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise LoadError(f"{path}: expected a JSON object, got {type(config).__name__}.")
@@ -140,12 +142,17 @@ def library_of(config: dict[str, Any], folder: Path) -> str:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuses folders without safetensors, and safetensors files whose header does not fit their size.
+    """Refuses folders without safetensors, safetensors files whose header does not fit their size, and packed files
+    that are not what they say.
 
     Raises:
-        LoadError: only pickles, nothing at all, or a corrupt or truncated file.
+        LoadError: only pickles, nothing at all, weights packed and not, or a corrupt or truncated file.
     """
     files = sorted(folder.glob("*.safetensors"))
+    if folder / PACKED_FILE in files:
+        if (folder / "model.safetensors").exists():
+            raise LoadError(f"{folder} holds {PACKED_FILE} and model.safetensors.", "Remove one of them.")
+        check_packed(folder / PACKED_FILE)
     if not files:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickles:
@@ -179,6 +186,8 @@ def load(source: str, revision: str | None = None) -> Checkpoint:
     config = read_config(folder)
     library = library_of(config, folder)
     check_weights(folder)
+    if (folder / PACKED_FILE).is_file():
+        config.pop("quantization_config", None)
     load_one = _load_timm if library == "timm" else _load_transformers
     checkpoint = load_one(source, folder, config)
     checkpoint.model.eval()
@@ -225,12 +234,19 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
 
 
 def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
-    if not (folder / "model.safetensors").is_file():
+    packed = (folder / PACKED_FILE).is_file()
+    if not packed and not (folder / "model.safetensors").is_file():
         raise LoadError(f"{folder} has no model.safetensors, the file that timm reads.")
     model: Any
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        stored = load_file(folder / "model.safetensors")
+        if packed:
+            stored = read_packed(folder / PACKED_FILE)[0]
+            source_of_weights = {"source": "", "state_dict": stored}
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=source_of_weights)
+            model.pretrained_cfg.pop("state_dict")
+        else:
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            stored = load_file(folder / "model.safetensors")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError, SafetensorError) as error:
         raise LoadError(f"timm cannot load {source}: {one_line(error)}") from error
     heads = model.pretrained_cfg.get("classifier") or ()

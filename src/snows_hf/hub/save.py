@@ -67,8 +67,9 @@ def whole_folder(output: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         mode = partial.stat().st_mode & 0o666  # what the umask allows; safetensors would keep its file to the owner
-        for path in partial.iterdir():
-            path.chmod(mode)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
         if output.exists():
             for path in partial.iterdir():
                 path.rename(output / path.name)

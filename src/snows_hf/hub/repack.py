@@ -1,0 +1,130 @@
+"""A checkpoint's folder packed and unpacked again, bit for bit: the format of the file is in packed.py."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import LoadError, one_line
+from .packed import PACKED_FILE, check_packed, opened, read_packed, write_packed
+from .save import check_output, whole_folder, write_json
+
+
+DENSE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Put into config.json and README.md as text, so that taking them out again restores every byte.
+_CONFIG_OPENING = '{\n  "quantization_config": {"quant_method": "snows"},'
+_CARD_NOTE = f"""
+## This copy is packed
+
+Its weights are in `{PACKED_FILE}`, without their zeros, which stock libraries do not read. After
+`import snows_hf`, `AutoModelForImageClassification.from_pretrained` reads it, and so does `snows_hf.from_pretrained`.
+`snows-hf unpack THIS_FOLDER OUT` turns it into an ordinary checkpoint again, bit for bit.
+"""
+
+
+def pack(source: Path, output: Path) -> None:
+    """Makes a packed copy of a checkpoint's folder; everything but weights, config.json and card is copied as it is.
+
+    Raises:
+        LoadError: no safetensors weights, or packed or quantised already.
+        SaveError: the output cannot be written.
+    """
+    check_output(output, size=0)
+    with whole_folder(output) as folder:
+        pack_into(source, folder)
+
+
+def pack_into(source: Path, folder: Path) -> None:
+    """Like :func:`pack`, into an existing folder."""
+    if (source / PACKED_FILE).exists():
+        raise LoadError(f"{source} is packed already.", "`snows-hf unpack` makes an ordinary checkpoint of it.")
+    tensors, metadata, files = _read_dense(source)
+    path = source / "config.json"
+    text = _read_text(path)
+    if "quantization_config" in _json(path, text):
+        raise LoadError(f"{source} is quantised.", "Only checkpoints of plain weights can be packed.")
+    packed_text = text.replace("{", _CONFIG_OPENING, 1)
+    _json(path, packed_text)
+    _copy(source, folder, {*files, "config.json", "README.md"})
+    write_packed(folder / PACKED_FILE, tensors, metadata)
+    (folder / "config.json").write_text(packed_text, encoding="utf-8", newline="")
+    if (source / "README.md").is_file():
+        card = _read_text(source / "README.md") + _CARD_NOTE
+        (folder / "README.md").write_text(card, encoding="utf-8", newline="")
+
+
+def unpack(source: Path, output: Path) -> None:
+    """Makes an ordinary copy of a packed folder, which stock transformers and timm load.
+
+    Raises:
+        LoadError: not packed, or damaged.
+        SaveError: the output cannot be written.
+    """
+    path = source / PACKED_FILE
+    if not path.is_file():
+        raise LoadError(f"{source} has no {PACKED_FILE}.", "Give a folder that `snows-hf pack` made.")
+    check_packed(path)
+    check_output(output, size=0)
+    text = _read_text(source / "config.json")
+    restored = text.replace(_CONFIG_OPENING, "{", 1)
+    config = _json(source / "config.json", restored)
+    with whole_folder(output) as folder:
+        _copy(source, folder, {PACKED_FILE, "config.json", "README.md"})
+        tensors, metadata = read_packed(path)
+        save_file(tensors, folder / DENSE_FILE, metadata)
+        if config.pop("quantization_config", None) is None:
+            (folder / "config.json").write_text(restored, encoding="utf-8", newline="")
+        else:  # somebody wrote config.json anew
+            write_json(folder / "config.json", config)
+        if (source / "README.md").is_file():
+            card = _read_text(source / "README.md").removesuffix(_CARD_NOTE)
+            (folder / "README.md").write_text(card, encoding="utf-8", newline="")
+
+
+def _read_dense(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | None, set[str]]:
+    """Tensors and metadata of model.safetensors or of the shards of its index, and the names of these files."""
+    names = {DENSE_FILE}
+    if not (folder / DENSE_FILE).is_file():
+        if not (folder / INDEX_FILE).is_file():
+            raise LoadError(f"{folder} has no {DENSE_FILE}.", "Only safetensors checkpoints can be packed.")
+        index = _json(folder / INDEX_FILE, _read_text(folder / INDEX_FILE)).get("weight_map")
+        names = set(map(str, index.values())) if isinstance(index, dict) else set()
+        if not names or any(Path(name).name != name for name in names):
+            raise LoadError(f"{folder / INDEX_FILE} names no shards beside it.", "Download or copy it again.")
+    tensors: dict[str, Tensor] = {}
+    metadata = None
+    for name in sorted(names):
+        with opened(folder / name) as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+            metadata = file.metadata()
+    return tensors, metadata, names | {INDEX_FILE}
+
+
+def _copy(source: Path, folder: Path, without: set[str]) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in without:
+            shutil.copyfile(path, folder / path.name)
+        elif path.is_dir() and not path.name.startswith("."):
+            shutil.copytree(path, folder / path.name)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+    return value
