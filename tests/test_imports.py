@@ -10,7 +10,8 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 EVERYTHING_BUT_CLI = (
-    "adapters cascade config data errors evaluate hub inspect masks models objective preconditioner prune solver"
+    "adapters bench cascade config data errors evaluate flops hub inspect masks models objective preconditioner prune "
+    "remote solver speed"
 )
 MAY_IMPORT = {
     "errors": "",
@@ -23,10 +24,14 @@ MAY_IMPORT = {
     "preconditioner": "adapters.base",
     "objective": "adapters.base masks preconditioner solver",
     "cascade": "adapters config masks objective solver",
-    "data": "config errors",
+    "remote": "errors",
+    "data": "config errors remote",
     "evaluate": "data errors masks",
-    "hub": "hub config data errors models version",
+    "hub": "hub config data errors models remote version",
+    "flops": "",
+    "speed": "masks",
     "prune": f"{EVERYTHING_BUT_CLI} version",
+    "bench": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
     "__init__": f"{EVERYTHING_BUT_CLI} version",
     "__main__": "cli",

@@ -8,8 +8,10 @@ from .config import PruneConfig, SolverConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
 from .hub.load import Checkpoint, load
+from .hub.push import Pushed, push
 from .inspect import inspect
 from .prune import PruneResult, prune
+from .speed import Acceleration, accelerate
 from .version import __version__
 
 
@@ -19,17 +21,21 @@ def from_pretrained(source: str, revision: str | None = None) -> Checkpoint:
 
 
 __all__ = [
+    "Acceleration",
     "Accuracy",
     "Checkpoint",
     "PruneConfig",
     "PruneResult",
+    "Pushed",
     "SnowsError",
     "SolverConfig",
     "__version__",
+    "accelerate",
     "build_chain",
     "evaluate",
     "from_pretrained",
     "inspect",
     "load",
     "prune",
+    "push",
 ]

@@ -6,7 +6,7 @@ import typer
 
 from ..errors import SnowsError
 from ..version import __version__
-from . import demo, evaluate, inspect, prune
+from . import bench, demo, evaluate, inspect, prune, push
 from .sink import Sink
 
 
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("prune")(prune.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
+app.command("push")(push.command)
+app.command("bench")(bench.command)
 app.command("demo")(demo.command)
 
 
