@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -33,10 +34,10 @@ def bench(
     """Measures a checkpoint's forward pass on random images, dense and after :func:`snows_hf.accelerate`.
 
     Returns:
-        ``supported``, and ``reason`` where it is False (nothing is timed then); ``sparse_layers`` (that qualify by type,
-        shape and pattern), ``dense_layers`` with reasons; ``batches`` with milliseconds, images per second and ``ratio``
-        (dense over sparse time: above 1 sparse is faster); ``layers`` with the same for each sparse layer at the largest
-        batch; ``difference``, the largest between dense and sparse logits over the largest logit.
+        ``supported``, and ``reason`` where it is False (nothing is timed then); ``sparse_layers`` (that qualify by
+        type, shape and pattern), ``dense_layers`` with reasons; ``batches`` with milliseconds, images per second and
+        ``ratio`` (dense over sparse time: above 1 sparse is faster); ``layers`` with the same for each sparse layer
+        at the largest batch; ``difference``, the largest between dense and sparse logits over the largest logit.
 
     Raises:
         SnowsError: bad settings, or no such checkpoint.
@@ -100,32 +101,33 @@ def compare(
     for count in batch_sizes:
         on_stage(f"Timing batches of {count}")
         images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        times = versus(lambda x=images: dense(x), lambda x=images: sparse(x), weight.device)
+        times = versus(dense, sparse, images)
         rate = {f"{which}_images_per_s": 1000 * count / times[f"{which}_ms"] for which in ("dense", "sparse")}
         batches.append({"batch": count, **times, **rate})
     images = torch.randn(max(batch_sizes), *size).to(weight.device, weight.dtype)
     inputs: dict[str, Tensor] = {}
-    modules = dict(dense.named_modules())
+    pairs: dict[str, tuple[Any, Any]] = {
+        name: (dense.get_submodule(name), sparse.get_submodule(name)) for name in layers
+    }
     hooks = [
-        modules[name].register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
-        for name in layers
+        layer.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
+        for name, (layer, _) in pairs.items()
     ]
     expected = logits_of(dense, images).float()
     for hook in hooks:
         hook.remove()
     difference = float((logits_of(sparse, images).float() - expected).abs().max() / expected.abs().max())
     on_stage("Timing single layers")
-    twins = dict(sparse.named_modules())
-    rows = []
-    for name, x in inputs.items():
-        times = versus(lambda n=name, x=x: modules[n](x), lambda n=name, x=x: twins[n](x), weight.device)
-        rows.append({"name": name, "shape": list(modules[name].weight.shape), **times})  # type: ignore[union-attr, arg-type]
+    rows = [
+        {"name": name, "shape": list(pairs[name][0].weight.shape), **versus(*pairs[name], x)}
+        for name, x in inputs.items()
+    ]
     return {"batches": batches, "layers": rows, "difference": difference}
 
 
-def versus(dense: Callable[[], Any], sparse: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Times of both, and dense over sparse."""
-    dense_ms, sparse_ms = time_ms(dense, device), time_ms(sparse, device)
+def versus(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, float]:
+    """Times of both on one input, and dense over sparse."""
+    dense_ms, sparse_ms = (time_ms(partial(module, x), x.device) for module in (dense, sparse))
     return {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "ratio": dense_ms / sparse_ms}
 
 

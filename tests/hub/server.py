@@ -1,7 +1,7 @@
 """A small Hub on localhost: what huggingface_hub, transformers, timm and datasets ask of the real one, over HTTP.
 
-It keeps repositories in memory, wants a token for every write, checks the SHA-256 of large files, makes a commit whole or
-not at all, and fails on command: see ``Hub.fail``.
+It keeps repositories in memory, wants a token for every write, checks the SHA-256 of large files, makes a commit whole
+or not at all, and fails on command: see ``Hub.fail``.
 """
 
 import base64
@@ -59,7 +59,7 @@ class Fault:
     times: int
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer other than 200."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
@@ -154,9 +154,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.read_body(length)
         try:
             if isinstance(self.what, int):
-                raise Refusal(self.what, message="as the test wants it")
+                raise RefusalError(self.what, message="as the test wants it")
             self.route(path, parse_qs(url.query), body)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             headers = {"X-Error-Message": refusal.message, "Retry-After": "0"}
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
@@ -197,10 +197,10 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in ("", WRITER, READER):
-            raise Refusal(401, message="Invalid credentials in Authorization header")
+            raise RefusalError(401, message="Invalid credentials in Authorization header")
         if path == "/api/whoami-v2":
             if not token:
-                raise Refusal(401, message="Invalid username or password.")
+                raise RefusalError(401, message="Invalid username or password.")
             return self.json({"type": "user", "name": "me", "orgs": []})
         if path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
@@ -208,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.create(token, json.loads(body))
         if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):  # a signed address: needs no token
             if hashlib.sha256(body).hexdigest() != match[1]:
-                raise Refusal(400, message="The content does not have the SHA-256 it was announced with")
+                raise RefusalError(400, message="The content does not have the SHA-256 it was announced with")
             self.hub.large[match[1]] = body
             return self.send(b"")
         if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
@@ -221,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
             repository = self.repository(kind, name, token, write=action in ("preupload", "commit"))
             commit = repository.at(revision or "main")
             if commit is None:
-                raise Refusal(404, "RevisionNotFound")
+                raise RefusalError(404, "RevisionNotFound")
             sha, files = commit
             if action in (None, "revision"):
                 return self.json(
@@ -235,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
                     }
                 )
             if repository.gated and token != WRITER:
-                raise Refusal(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
+                raise RefusalError(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
             if action == "tree":
                 return self.tree(files, rest or "", "recursive" in query and query["recursive"] != ["False"])
             if action == "paths-info":
@@ -245,27 +245,27 @@ class Handler(BaseHTTPRequestHandler):
                 return self.json({"files": [preupload(file["path"], files) for file in json.loads(body)["files"]]})
             if action == "commit":
                 return self.commit(name, repository, body)
-        raise Refusal(404, message="No such route")
+        raise RefusalError(404, message="No such route")
 
     def repository(self, kind: str, name: str, token: str, write: bool = False) -> Repository:
         repository = self.hub.repositories.get((kind, name))
         if write and not token:
-            raise Refusal(401, message="Invalid username or password.")
+            raise RefusalError(401, message="Invalid username or password.")
         if repository is None or (repository.private and not token):
-            raise Refusal(404 if token else 401, "RepoNotFound", "Repository not found")
+            raise RefusalError(404 if token else 401, "RepoNotFound", "Repository not found")
         if write and token != WRITER:
-            raise Refusal(403, message="You don't have the rights to write here")
+            raise RefusalError(403, message="You don't have the rights to write here")
         return repository
 
     def create(self, token: str, wanted: dict[str, Any]) -> None:
         if not token:
-            raise Refusal(401, message="Invalid username or password.")
+            raise RefusalError(401, message="Invalid username or password.")
         name = f"{wanted['organization'] or 'me'}/{wanted['name']}"
         if token != WRITER or not name.startswith("me/"):
-            raise Refusal(403, message="You don't have the rights to create a repository here")
+            raise RefusalError(403, message="You don't have the rights to create a repository here")
         key = ("models" if wanted.get("type", "model") == "model" else "datasets", name)
         if key in self.hub.repositories:
-            raise Refusal(409, message="You already created this repository")
+            raise RefusalError(409, message="You already created this repository")
         self.hub.repositories[key] = Repository(private=wanted.get("visibility") == "private")
         self.hub.repositories[key].commit({".gitattributes": b""})
         self.json({"url": f"{self.hub.url}/{name}", "name": name})
@@ -288,7 +288,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 if value["oid"] not in self.hub.large:
-                    raise Refusal(400, message=f"{value['path']} was not uploaded")
+                    raise RefusalError(400, message=f"{value['path']} was not uploaded")
                 files[value["path"]] = self.hub.large[value["oid"]]
             elif entry["key"] == "deletedFile":
                 del files[value["path"]]
@@ -298,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, files: dict[str, bytes], under: str, recursive: bool) -> None:
         inside = [entry for entry in entries(files) if not under or entry["path"].startswith(f"{under}/")]
         if under and not inside:
-            raise Refusal(404, "EntryNotFound")
+            raise RefusalError(404, "EntryNotFound")
         depth = under.count("/") + (2 if under else 1)
         self.json([entry for entry in inside if recursive or entry["path"].count("/") < depth])
 
@@ -306,12 +306,12 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(kind, name, token)
         commit = repository.at(revision)
         if commit is None:
-            raise Refusal(404, "RevisionNotFound")
+            raise RefusalError(404, "RevisionNotFound")
         if repository.gated and token != WRITER:
-            raise Refusal(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
+            raise RefusalError(403 if token else 401, "GatedRepo", "Access to this repository is restricted")
         sha, files = commit
         if path not in files:
-            raise Refusal(404, "EntryNotFound")
+            raise RefusalError(404, "EntryNotFound")
         content = files[path]
         oid = hashlib.sha256(content).hexdigest() if path.endswith(LARGE) else git_oid(content)
         headers = {"ETag": f'"{oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}

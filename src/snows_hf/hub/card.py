@@ -44,6 +44,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
     is_hub_id = local_folder(checkpoint.source) is None
     licence = licence_of(checkpoint.folder)
     datasets = [report[key]["name"] for key in ("calibration_data", "eval_data") if report[key]]
+    fields: dict[str, Any] = dict(licence)
     data = ModelCardData(
         model_name=report["name"],
         base_model=report["source"] if is_hub_id else None,
@@ -52,7 +53,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         tags=["snows-hf", "sparse", "pruned", *([] if ":" not in report["pattern"] else [report["pattern"]])],
         datasets=sorted({name for name in datasets if "/" in name}) or None,
         eval_results=results,
-        **licence,
+        **fields,
     )
     template = files("snows_hf.hub").joinpath("card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
