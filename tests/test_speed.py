@@ -1,5 +1,6 @@
 """Which layers may run on sparse tensor cores, what a machine without them says, and operation counts."""
 
+import re
 import time
 
 import pytest
@@ -37,11 +38,8 @@ def two_of_four(rows: int, columns: int, dtype: torch.dtype = torch.float16) -> 
     ],
 )
 def test_what_a_weight_must_be(weight: torch.Tensor, reason: str | None) -> None:
-    if reason is None:
-        assert obstacle(weight) is None
-    else:
-        with pytest.raises(AssertionError, match=reason):
-            raise AssertionError(obstacle(weight))
+    found = obstacle(weight)
+    assert found is None if reason is None else re.search(reason, found or "")
 
 
 def test_a_single_weight_too_many_is_noticed() -> None:
@@ -109,7 +107,7 @@ def test_timing_the_same_network_twice() -> None:
 
 
 def test_the_clock() -> None:
-    assert 10 <= time_ms(lambda: time.sleep(0.01), torch.device("cpu")) < 30
+    assert 10 <= time_ms(lambda: time.sleep(0.01), torch.device("cpu")) < 100
 
 
 def test_operations_of_a_known_network() -> None:

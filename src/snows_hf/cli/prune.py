@@ -64,7 +64,7 @@ def command(
 
     calm_libraries()
     if push_to is not None:
-        check_push(push_to)
+        check_push(push_to, private)
     output = default_output(model, pattern) if output is None else output
     with LayerProgress(sink) as progress:
         result = prune(

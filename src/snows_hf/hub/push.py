@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -38,19 +38,36 @@ class Pushed:
     left_out: tuple[str, ...]
 
 
-def check_push(repository: str) -> None:
+def check_push(repository: str, private: bool = False) -> ModelInfo | None:
     """Refuses what could not be pushed at the end, before any work is done.
 
+    Returns:
+        The repository as it is, or None where there is none yet.
+
     Raises:
-        SaveError: a bad name, offline mode, no token, or one that the Hub does not accept.
+        SaveError: a bad name, offline mode, no token, one that the Hub does not accept, or a public repository for a
+            private push.
     """
+    if repository.count("/") != 1:
+        raise SaveError(f"Cannot push to {repository!r}.", "Give the repository as USER/NAME.")
+    if constants.HF_HUB_OFFLINE:
+        raise SaveError(f"Cannot push to {repository}: offline mode is on.", "Unset HF_HUB_OFFLINE.")
+    api = HfApi()
     with hub_errors(SaveError, "model", repository, writing=True):
-        if repository.count("/") != 1:
-            raise SaveError(f"Cannot push to {repository!r}.", "Give the repository as USER/NAME.")
         validate_repo_id(repository)
-        if constants.HF_HUB_OFFLINE:
-            raise SaveError(f"Cannot push to {repository}: offline mode is on.", "Unset HF_HUB_OFFLINE.")
-        HfApi().whoami()
+        api.whoami()
+        try:
+            info = api.model_info(repository)
+        except RepositoryNotFoundError as error:
+            if isinstance(error, GatedRepoError):  # it exists
+                raise
+            return None
+    if private and not info.private:
+        raise SaveError(
+            f"{repository} exists and is public: --private would not change that.",
+            "Make it private on its page, or choose another name.",
+        )
+    return info
 
 
 def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
@@ -71,29 +88,20 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
     folder = Path(folder).expanduser()
     library_of(read_config(folder), folder)
     check_weights(folder)
-    check_push(repository)
-    api = HfApi()
+    info = check_push(repository, private)
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     files = [path for path in paths if path.suffix in PUSHED or path.name.startswith("LICENSE")]
+    old = {file.rfilename for file in info.siblings or ()} if info is not None else set()
+    stale = {name for name in old if name.endswith(WEIGHTS)} - {path.name for path in files}
+    api = HfApi()
     with hub_errors(SaveError, "model", repository, writing=True):
-        stale: set[str] = set()
-        try:
-            info = api.model_info(repository)
-            if private and not info.private:
-                raise SaveError(
-                    f"{repository} exists and is public: --private would not change that.",
-                    "Make it private on its page, or choose another name.",
-                )
-            stale = {file.rfilename for file in info.siblings or () if file.rfilename.endswith(WEIGHTS)}
-        except RepositoryNotFoundError as error:
-            if isinstance(error, GatedRepoError):  # it exists
-                raise
+        if info is None:
             api.create_repo(repository, private=private or None, exist_ok=True)
         commit = api.create_commit(
             repository,
             [
                 *(CommitOperationAdd(path.name, _content(path, repository)) for path in files),
-                *(CommitOperationDelete(name) for name in sorted(stale - {path.name for path in files})),
+                *(CommitOperationDelete(name) for name in sorted(stale)),
             ],
             commit_message="Add a sparse model, pruned with snows-hf",
         )
