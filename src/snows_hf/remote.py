@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    XetDownloadError,
 )
 
 from .errors import SnowsError, one_line
@@ -39,7 +40,7 @@ def hub_errors(
     try:
         yield
     # httpx's errors are not OSErrors; huggingface_hub hides those of its upload threads in RuntimeErrors.
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError) as error:
         raise error_class(*explain(error, kind, name, revision, writing)) from error
 
 

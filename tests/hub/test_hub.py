@@ -206,12 +206,13 @@ def scenarios(
 ) -> Iterator[dict[str, Future[None]]]:
     """The scenarios that this run of pytest chose, under way."""
     wanted = {item.name for item in request.session.items}
-    with ThreadPoolExecutor(3) as threads:
-        yield {
-            s.__name__: threads.submit(play, s, model, tmp_path_factory.mktemp(s.__name__))
-            for s in SCENARIOS
-            if f"test_scenario[{s.__name__}]" in wanted
-        }
+    threads = ThreadPoolExecutor(3)
+    yield {
+        s.__name__: threads.submit(play, s, model, tmp_path_factory.mktemp(s.__name__))
+        for s in SCENARIOS
+        if f"test_scenario[{s.__name__}]" in wanted
+    }
+    threads.shutdown(cancel_futures=True)
 
 
 @scenario
