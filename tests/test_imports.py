@@ -10,7 +10,7 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = "adapters cascade config errors masks memory models objective preconditioner solver"
-EVERYTHING_BUT_CLI = f"{ALGORITHM} data evaluate hub inspect prune"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote speed"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -23,10 +23,14 @@ MAY_IMPORT = {
     "objective": "adapters.base preconditioner solver",
     "memory": "errors",
     "cascade": "adapters config masks memory objective solver",
-    "data": "config errors",
+    "remote": "errors",
+    "data": "config errors remote",
     "evaluate": "data errors masks",
-    "hub": "hub config data errors models version",
+    "hub": "hub config data errors models remote version",
+    "flops": "",
+    "speed": "masks",
     "prune": f"{EVERYTHING_BUT_CLI} version",
+    "bench": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
     "__init__": f"{EVERYTHING_BUT_CLI} version",
     "__main__": "cli",

@@ -8,9 +8,11 @@ from .config import PruneConfig, SolverConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
 from .hub.load import Checkpoint, load
+from .hub.push import Pushed, push
 from .hub.repack import pack, unpack
 from .inspect import inspect
 from .prune import PruneResult, prune
+from .speed import Acceleration, accelerate
 from .version import __version__
 
 
@@ -20,13 +22,16 @@ def from_pretrained(source: str, revision: str | None = None) -> Checkpoint:
 
 
 __all__ = [
+    "Acceleration",
     "Accuracy",
     "Checkpoint",
     "PruneConfig",
     "PruneResult",
+    "Pushed",
     "SnowsError",
     "SolverConfig",
     "__version__",
+    "accelerate",
     "build_chain",
     "evaluate",
     "from_pretrained",
@@ -34,5 +39,6 @@ __all__ = [
     "load",
     "pack",
     "prune",
+    "push",
     "unpack",
 ]

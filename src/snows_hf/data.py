@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,11 +13,12 @@ import PIL.Image
 import torch
 from datasets import ClassLabel, Image, Value
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from timm.data import ImageNetInfo
 from torch import Tensor
 
 from .errors import DataError, one_line
+from .remote import hub_errors
 
 
 Preprocess = Callable[[Sequence[Any]], Tensor]
@@ -32,8 +34,6 @@ SHUFFLE_BUFFER = 10_000
 
 CHUNK = 64
 """Calibration images that are decoded and preprocessed together."""
-
-HUB_REMEDY = "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder."
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class ImageSource:
 
 
 def open_images(name: str, split: str) -> ImageSource:
-    """Opens a split of ``name``: an existing folder (images by class, or parquet), or else a Hub dataset, streamed.
+    """Opens a split of ``name``: an existing folder (images by class, or parquet), or else a Hub dataset
+    (``USER/NAME`` or ``USER/NAME@REVISION``), streamed; in offline mode as the cache has it.
 
     Raises:
         DataError: nothing there, no such split, no image column, or no access.
@@ -71,9 +72,10 @@ def open_images(name: str, split: str) -> ImageSource:
     local = Path(name).expanduser()
     if local.is_file():
         raise DataError(f"Data {name} is a file.", "Give the folder that holds it, or a Hub dataset as USER/NAME.")
-    if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    repository, revision = split_revision(name)
+    if not local.exists() and (name.startswith((".", "/", "~")) or repository.count("/") != 1):
         raise DataError(f"Data folder {name} does not exist.", "Give a folder, or a Hub dataset as USER/NAME.")
-    rows = _load_folder(name, local) if local.exists() else _load_from_hub(name)
+    rows = _load_folder(name, local) if local.exists() else _load_from_hub(repository, revision)
     if split not in rows:
         raise DataError(f"Data {name} has no split {split!r}.", f"It has {', '.join(rows)}.")
     return describe_rows(name, split, rows[split])
@@ -93,28 +95,41 @@ def _load_folder(name: str, folder: Path) -> Any:
         ) from error
 
 
-def _load_from_hub(name: str) -> Any:
+def split_revision(name: str) -> tuple[str, str | None]:
+    """``USER/NAME@REVISION`` → ``(USER/NAME, REVISION)``; a folder may have an @ in its name."""
+    if Path(name).expanduser().exists():
+        return name, None
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
+def _load_from_hub(name: str, revision: str | None) -> Any:
+    with hub_errors(DataError, "dataset", name, revision), _unreadable(f"Dataset {name}"):
+        if constants.HF_HUB_OFFLINE:
+            return _load_offline(name, revision)
+        # Downloads nothing, and says at once what datasets says after many retries.
+        snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[])
+        return datasets.load_dataset(name, revision=revision, streaming=True)
+
+
+def _load_offline(name: str, revision: str | None) -> Any:
     try:
-        if not constants.HF_HUB_OFFLINE:
-            # Downloads nothing, and says at once what datasets says after many retries.
-            snapshot_download(name, repo_type="dataset", allow_patterns=[])
-        return datasets.load_dataset(name, streaming=True)
-    except GatedRepoError as error:
-        raise DataError(
-            f"Dataset {name} is gated.",
-            f"Accept its terms on the Hub page of datasets/{name}, then set HF_TOKEN or run `hf auth login`.",
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise DataError(
-            f"Data {name} is neither a folder here nor a dataset on the Hub.",
-            "Check the spelling; for a private dataset set HF_TOKEN.",
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise DataError(
-            f"Data {name} is no folder here, and cannot be read from the Hub: {one_line(error)}", HUB_REMEDY
-        ) from error
+        return datasets.load_dataset(snapshot_download(name, repo_type="dataset", revision=revision))
+    except LocalEntryNotFoundError as error:
+        try:
+            return datasets.load_dataset(name, revision=revision)  # what datasets itself prepared earlier
+        except (OSError, ValueError, datasets.exceptions.DatasetsError):
+            raise error from None
+
+
+@contextmanager
+def _unreadable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, HFValidationError):
+        raise  # the Hub's, or the connection's
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"Dataset {name} cannot be read: {one_line(error)}") from error
+        raise DataError(f"{what} cannot be read: {one_line(error)}") from error
 
 
 def describe_rows(name: str, split: str, rows: Any) -> ImageSource:
@@ -184,7 +199,7 @@ def _drawn(source: ImageSource, samples: int, seed: int) -> Iterator[tuple[list[
     """Decoded images and their numbered rows, some at a time."""
     rows: Iterable[tuple[int, dict[str, Any]]]
     if source.size is None:
-        rows = enumerate(source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples))
+        rows = enumerate(_stream(source, source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples)))
     else:
         order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
         rows = ((i, source.rows[i]) for i in order)
@@ -203,9 +218,17 @@ def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: in
         DataError: no label column, labels that are no numbers, or an unreadable image.
     """
     check_labels(source, "measuring accuracy")
-    for chunk in _chunks(enumerate(source.rows), batch_size):
+    for chunk in _chunks(enumerate(_stream(source, source.rows)), batch_size):
         labels = [_label(row, source, i) for i, row in chunk]
         yield preprocess([_decode(row, source, i) for i, row in chunk]), torch.tensor(labels)
+
+
+def _stream(source: ImageSource, rows: Iterable[T]) -> Iterator[T]:
+    if source.size is not None:
+        yield from rows
+        return
+    with hub_errors(DataError, "dataset", source.name), _unreadable(f"Data {source.name} ({source.split})"):
+        yield from rows
 
 
 def _chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:

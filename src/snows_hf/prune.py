@@ -23,9 +23,18 @@ from .adapters import Chain, Group, build_chain, frozen
 from .cascade import LayerReport, Progress, bytes_per_image, prune_chain
 from .config import PruneConfig
 from .config import preset as preset_for
-from .data import calibration_chunks, calibration_examples, check_labels, label_map, open_images, to_classes
+from .data import (
+    calibration_chunks,
+    calibration_examples,
+    check_labels,
+    label_map,
+    open_images,
+    split_revision,
+    to_classes,
+)
 from .errors import AdapterError, ConfigError, DataError, MaskError
 from .evaluate import Accuracy, evaluate, logits_of
+from .flops import count_flops
 from .hub.card import write_card
 from .hub.load import Checkpoint, load, short_name
 from .hub.repack import pack_into
@@ -80,8 +89,8 @@ def prune(
     Args:
         model: Hub id or folder, of transformers or timm.
         pattern: ``"2:4"``, ``"1:4"``, any ``"N:M"`` (N kept of M), or a fraction of zeros such as ``"0.7"``.
-        data: calibration images: Hub data set, image folder or folder of parquet. Labels are read only if the
-            mask criterion needs them.
+        data: calibration images: Hub data set (``@REVISION`` may follow), image folder or folder of parquet. Labels
+            are read only if the mask criterion needs them.
         data_split: split of ``data``.
         eval_data: labelled images on which dense, masked and pruned accuracy are measured; None measures nothing.
         eval_split: split of ``eval_data``.
@@ -160,6 +169,7 @@ def prune(
     dense = measure("dense")
     network.to(DTYPES[dtype])
     check_chain(chain, images[:2].to(target_device))
+    flops = count_flops(network, images[:1].to(target_device))
     if labels is not None:
         with torch.no_grad():
             classes = chain.logits(images[:1].to(target_device)).shape[1]
@@ -189,7 +199,7 @@ def prune(
     network.to("cpu")
 
     report = make_report(checkpoint, chain, layers, masks, sparsity_pattern, config, reports)
-    report |= {
+    report |= describe_size(network, masks, flops) | {
         "update": update,
         "criterion": {
             "seconds": criterion_seconds,
@@ -198,8 +208,8 @@ def prune(
             **choice.facts,
         },
         "samples": len(images),
-        "calibration_data": {"name": short_name(calibration_name), "split": data_split},
-        "eval_data": {"name": short_name(eval_data), "split": eval_split} if eval_data is not None else None,
+        "calibration_data": describe_data(calibration_name, data_split),
+        "eval_data": describe_data(eval_data, eval_split) if eval_data is not None else None,
         "dense": dense.to_dict() if dense else None,
         "masked": masked.to_dict() if masked else None,
         "pruned": pruned.to_dict() if pruned else None,
@@ -227,7 +237,13 @@ def prune(
 
 def _place(data: str) -> Path:
     # The same for every spelling of a folder; a Hub id names a folder that does not exist.
-    return Path(data).expanduser().resolve()
+    return Path(split_revision(data)[0]).expanduser().resolve()
+
+
+def describe_data(data: str, split: str) -> dict[str, str | None]:
+    """What the report says of a dataset: of a folder only its last name."""
+    name, revision = split_revision(data)
+    return {"name": short_name(name), "split": split, "revision": revision}
 
 
 def check_mask(mask: str) -> None:
@@ -421,6 +437,28 @@ def summary(chain: Chain, group: Group) -> dict[str, Any]:
         "parameters": list(group.parameters),
         "shape": [sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]],
         "sparsity": zeros / sum(weight.numel() for weight in weights),
+    }
+
+
+def describe_size(network: nn.Module, masks: Masks, flops: dict[str, int]) -> dict[str, Any]:
+    """Weights and floating-point operations per image, dense and without those that the zeros make superfluous.
+
+    Args:
+        network: pruned.
+        masks: of the pruned weights.
+        flops: of each module on one image, by name, ``""`` being the whole network.
+    """
+    state = network.state_dict()
+    zeros = {name: float((state[name] == 0).double().mean()) for name in masks}
+    superfluous = sum(share * flops.get(name.removesuffix(".weight"), 0) for name, share in zeros.items())
+    parameters = list(network.parameters())
+    return {
+        "parameters": {
+            "total": sum(p.numel() for p in parameters),
+            "nonzero": sum(int(torch.count_nonzero(p)) for p in parameters),
+        },
+        "flops": {"dense": flops[""], "pruned": round(flops[""] - superfluous)},
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
     }
 
 

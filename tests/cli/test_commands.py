@@ -276,3 +276,17 @@ def test_prune_within_a_budget_of_memory(run) -> None:
     result = run("prune", RESNET, "--pattern", "2:4", "--data", DIGITS, "--memory", "0.1", "--output", "refused")
     assert result.code != 0
     assert "the libraries and the model alone take" in result.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_bench_without_a_gpu(run) -> None:
+    run("prune", VIT, "--pattern", "2:4", *QUICK, "--output", "out")
+    result = run("bench", "out")
+    assert result.code == 0
+    assert "Not measured: 2:4 kernels need an NVIDIA GPU, and this is a CPU." in result.out
+    assert "24 of 25 Linear layers qualify" in result.out
+    found = json.loads(run("bench", "out", "--json").out)
+    assert (found["supported"], len(found["sparse_layers"]), found["batches"]) == (False, 24, [])
+    wrong = run("bench", "out", "--batch-sizes", "1,many")
+    assert wrong.code == 1
+    assert "Batch sizes '1,many'" in wrong.err

@@ -91,7 +91,7 @@ def test_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_folder(f"local-dir:{VIT}") == VIT
     assert asked == []
     assert find_folder("hf-hub:user/model") == find_folder("user/other") == VIT
-    assert asked == ["user/model", "user/other"]
+    assert sorted(set(asked)) == ["user/model", "user/other"]
     with pytest.raises(LoadError, match="other does not exist"):
         find_folder("local-dir:user/other")
     names = {

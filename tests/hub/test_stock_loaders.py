@@ -1,6 +1,7 @@
 """What is saved loads in a process that has never heard of this package."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,16 @@ def test_timm_computes_the_same_logits(results: dict[str, Pruned], tmp_path: Pat
     with torch.no_grad():
         expected = load(str(folder)).model(some_images())
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+
+
+def test_the_cards_snippet_runs(results: dict[str, Pruned]) -> None:
+    for result in results.values():
+        card = (result.folder / "README.md").read_text()
+        snippet = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
+        names: dict[str, object] = {}
+        exec(snippet.replace("THIS_FOLDER", str(result.folder)), names)
+        state = names["model"].state_dict()
+        assert all(torch.equal(state[name], t) for name, t in load(str(result.folder)).model.state_dict().items())
 
 
 def test_transformers_loads_timm_folders(results: dict[str, Pruned]) -> None:

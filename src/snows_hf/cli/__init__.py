@@ -6,7 +6,7 @@ import typer
 
 from ..errors import SnowsError
 from ..version import __version__
-from . import demo, evaluate, inspect, prune, repack
+from . import bench, demo, evaluate, inspect, prune, push, repack
 from .sink import Sink
 
 
@@ -22,6 +22,8 @@ app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
 app.command("pack")(repack.pack_command)
 app.command("unpack")(repack.unpack_command)
+app.command("push")(push.command)
+app.command("bench")(bench.command)
 app.command("demo")(demo.command)
 
 

@@ -10,3 +10,4 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the object of --json).")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository on the Hub private.")]

@@ -1,6 +1,7 @@
 """``snows-hf prune``"""
 
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +10,10 @@ import typer
 import yaml
 
 from ..config import PruneConfig, SolverConfig
-from ..errors import ConfigError, one_line
-from .options import Device, Json, Model, Quiet, Revision
+from ..errors import ConfigError, SaveError, SnowsError, one_line
+from .options import Device, Json, Model, Private, Quiet, Revision
 from .progress import LayerProgress
+from .push import push_and_show
 from .sink import Sink, calm_libraries
 
 
@@ -20,7 +22,10 @@ def command(
     pattern: Annotated[str, typer.Option(help="N:M (N of M weights kept), or a fraction of zeros such as 0.7.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Calibration images: Hub data set, image folder or parquet. Default: timm/mini-imagenet."),
+        typer.Option(
+            help="Calibration images: Hub data set (USER/NAME or USER/NAME@REVISION), image folder or parquet. "
+            "Default: timm/mini-imagenet."
+        ),
     ] = None,
     data_split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
     samples: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
@@ -45,6 +50,8 @@ def command(
     ] = "safetensors",
     eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure accuracy on.")] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
+    push_to: Annotated[str | None, typer.Option(help="Publish the result on the Hub as USER/NAME.")] = None,
+    private: Private = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64, bfloat16 or float16.")] = "float32",
     seed: Annotated[int | None, typer.Option(help="Of the choice and order of calibration images.")] = None,
@@ -61,9 +68,13 @@ def command(
     if layers:
         settings["layers"] = tuple(layers)
 
+    from ..hub.push import check_push
     from ..prune import prune
 
     calm_libraries()
+    if push_to is not None:
+        check_push(push_to, private)
+    output = default_output(model, pattern) if output is None else output
     with LayerProgress(sink) as progress:
         result = prune(
             model,
@@ -72,7 +83,7 @@ def command(
             data_split=data_split,
             eval_data=eval_data,
             eval_split=eval_split,
-            output=default_output(model, pattern) if output is None else output,
+            output=output,
             device=device,
             dtype=dtype,
             revision=revision,
@@ -85,7 +96,18 @@ def command(
             **settings,
         )
     show_report(sink, result.report)
-    sink.json(result.report)
+    if push_to is None:
+        sink.json(result.report)
+        return
+    try:
+        pushed = push_and_show(sink, output, push_to, private)
+    except SnowsError as error:
+        sink.json(result.report | {"pushed_to": None})
+        again = f"snows-hf push {shlex.quote(str(output))} {push_to}{' --private' if private else ''}"
+        raise SaveError(
+            error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the push."
+        ) from error
+    sink.json(result.report | {"pushed_to": pushed})
 
 
 def default_output(model: str, pattern: str) -> Path:

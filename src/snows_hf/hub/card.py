@@ -4,9 +4,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .load import Checkpoint, local_folder
+
+
+PLACEHOLDER = "THIS_FOLDER"
+"""Stands in the card's snippets for where the checkpoint is; a push puts the repository's id in its place."""
+
+LICENCE_KEYS = ("license", "license_name", "license_link")
+BAR = 20
+"""Characters of a full bar in the table of layers."""
 
 
 def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
@@ -25,6 +34,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
                 dataset_type=report["eval_data"]["name"],
                 dataset_name=report["eval_data"]["name"],
                 dataset_split=report["eval_data"]["split"],
+                dataset_revision=report["eval_data"]["revision"],
                 metric_type="accuracy",
                 metric_name=metric,
                 metric_value=round(report["pruned"][key], 4),
@@ -32,13 +42,18 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
             for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5"))
         ]
     is_hub_id = local_folder(checkpoint.source) is None
+    licence = licence_of(checkpoint.folder)
+    datasets = [report[key]["name"] for key in ("calibration_data", "eval_data") if report[key]]
+    fields: dict[str, Any] = dict(licence)
     data = ModelCardData(
         model_name=report["name"],
         base_model=report["source"] if is_hub_id else None,
         library_name=checkpoint.library,
         pipeline_tag="image-classification",
         tags=["snows-hf", "sparse", "pruned", *([] if ":" not in report["pattern"] else [report["pattern"]])],
+        datasets=sorted({name for name in datasets if "/" in name}) or None,
         eval_results=results,
+        **fields,
     )
     template = files("snows_hf.hub").joinpath("card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
@@ -48,5 +63,26 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         library=checkpoint.library,
         source=report["source"],
         architecture=checkpoint.config.get("architecture", ""),
+        licence=licence,
+        here=PLACEHOLDER,
+        layers=[layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_masked" in layer],
     )
     card.save(folder / "README.md")
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the base model's card says of its licence, by the card's own keys; empty where it says nothing."""
+    path = folder / "README.md"
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError):  # someone else's file, and only its licence is wanted
+        return {}
+    return {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
+
+
+def bar_of(layer: dict[str, Any]) -> str:
+    """The share of the mask's error that is left, as a bar."""
+    before, after = layer["loss_masked"], layer["loss_pruned"]
+    if not before or after is None:
+        return ""
+    return "█" * max(1, round(BAR * min(1.0, after / before)))

@@ -1,7 +1,10 @@
 """From a Hub id or a folder to a model with its preprocessing, of transformers or timm."""
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +12,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -25,8 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
-from ..data import HUB_REMEDY, Preprocess
+from ..data import Preprocess
 from ..errors import LoadError, NumericsError, one_line
+from ..remote import hub_errors
 from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, read_packed
 
@@ -86,24 +82,39 @@ def find_folder(source: str, revision: str | None = None) -> Path:
             raise LoadError(f"Model folder {local} {fault}.", "Give a folder with config.json and *.safetensors.")
         return local
     name = source.removeprefix("hf-hub:")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except GatedRepoError as error:
-        raise LoadError(
-            f"Model {name} is gated.",
-            f"Accept its terms on the Hub page of {name}, then set HF_TOKEN or run `hf auth login`.",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise LoadError(f"Model {name} has no revision {revision!r}.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise LoadError(
-            f"Model {source} is neither a folder here nor a repository on the Hub.",
-            "Check the spelling; for a private repository set HF_TOKEN.",
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise LoadError(
-            f"Model {name} is no folder here, and cannot be read from the Hub: {one_line(error)}", HUB_REMEDY
-        ) from error
+    with hub_errors(LoadError, "model", name, revision):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        # Wanted, and no reason to fail: an older snapshot in the cache may not have them.
+        with suppress(LocalEntryNotFoundError):
+            snapshot_download(name, revision=folder.name, allow_patterns=["README.md", "LICENSE*"])
+    check_download(name, folder)
+    return folder
+
+
+def check_download(name: str, snapshot: Path) -> None:
+    """Compares what the cache holds with the checksums that it came with, which the Hub's client leaves undone.
+
+    The cache names each file by its ETag: the SHA-256 of a large file, else git's SHA-1. A file that fails is removed
+    from the cache, so that the next run downloads it again.
+
+    Raises:
+        LoadError: a file is not what the Hub has.
+    """
+    for path in sorted(snapshot.iterdir()):
+        blob = path.resolve()
+        if path.is_dir() or blob == path.absolute() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+            continue  # no link into the cache (Windows): nothing says what it should be
+        digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+        with blob.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != blob.name:
+            path.unlink()
+            blob.unlink()
+            raise LoadError(
+                f"{path.name} of {name} was damaged on its way: its checksum is not the Hub's.",
+                "It was removed from the cache. Repeat the command to download it again.",
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

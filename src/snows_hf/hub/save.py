@@ -108,6 +108,9 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
     # The libraries' own rewriting of the configuration depends on their versions: only ``snows`` is new.
     write_json(folder / "config.json", {**config, "snows": summary})
     write_json(folder / REPORT_FILE, report)
+    for licence in checkpoint.folder.glob("LICENSE*"):  # most licences want to go along
+        if licence.is_file():
+            shutil.copyfile(licence, folder / licence.name)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

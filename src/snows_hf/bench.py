@@ -1,0 +1,149 @@
+"""Latency and throughput of a 2:4 model with dense and with sparse kernels."""
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .evaluate import logits_of
+from .hub.load import load
+from .prune import DTYPES, describe_hardware, find_device
+from .speed import accelerate, device_obstacle, linear_layers, obstacle
+
+
+WARM_UP = 10
+REPEATS = 50
+SECONDS = 1.0
+"""A figure is the median of up to ``REPEATS`` runs, in about this time, after ``WARM_UP`` runs that do not count."""
+
+
+def bench(
+    source: str,
+    batch_sizes: Sequence[int] = (1, 4, 16, 64, 256),
+    dtype: str = "float16",
+    device: str = "auto",
+    revision: str | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Measures a checkpoint's forward pass on random images, dense and after :func:`snows_hf.accelerate`.
+
+    Returns:
+        ``supported``, and ``reason`` where it is False (nothing is timed then); ``sparse_layers`` (that qualify by
+        type, shape and pattern), ``dense_layers`` with reasons; ``batches`` with milliseconds, images per second and
+        ``ratio`` (dense over sparse time: above 1 sparse is faster); ``layers`` with the same for each sparse layer
+        at the largest batch; ``difference``, the largest between dense and sparse logits over the largest logit.
+
+    Raises:
+        SnowsError: bad settings, or no such checkpoint.
+    """
+    if dtype not in ("float16", "bfloat16"):
+        raise ConfigError(f"dtype {dtype!r}: the 2:4 kernels take float16 or bfloat16.")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError(f"Batch sizes {list(batch_sizes)}: expected whole numbers from 1 on.")
+    target = find_device(device)
+    on_stage(f"Loading {source}")
+    checkpoint = load(source, revision)
+    model = checkpoint.model.to(target, DTYPES[dtype]).requires_grad_(False)
+    reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
+    result: dict[str, Any] = {
+        "source": source,
+        "device": describe_hardware(target),
+        "dtype": dtype,
+        "supported": True,
+        "reason": None,
+        "sparse_layers": [name for name, reason in reasons.items() if reason is None],
+        "dense_layers": {name: reason for name, reason in reasons.items() if reason is not None},
+        "batches": [],
+        "layers": [],
+        "difference": None,
+    }
+    reason = device_obstacle(target)
+    if reason is None and not result["sparse_layers"]:
+        reason = "no Linear layer of this model can run sparse"
+    if reason is not None:
+        return result | {"supported": False, "reason": reason}
+    sparse = deepcopy(model)
+    done = accelerate(sparse)
+    result |= {"sparse_layers": list(done.sparse), "dense_layers": done.dense}
+    if not done.sparse:
+        return result | {"supported": False, "reason": "torch refuses every layer: see dense_layers"}
+    _, *size = checkpoint.preprocess([PIL.Image.new("RGB", (64, 64))]).shape
+    return result | compare(model, sparse, done.sparse, tuple(size), batch_sizes, on_stage)
+
+
+@torch.inference_mode()
+def compare(
+    dense: nn.Module,
+    sparse: nn.Module,
+    layers: Sequence[str],
+    size: tuple[int, ...],
+    batch_sizes: Sequence[int],
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Times two versions of a model, as a whole at each batch size, and the named layers at the largest.
+
+    Args:
+        dense: on its device, in its type.
+        sparse: the same network with other kernels.
+        layers: names of Linear layers that differ.
+        size: of an image, (3, height, width).
+        batch_sizes: at which the whole model is timed.
+        on_stage: called with a line of text when a batch size begins.
+    """
+    weight = next(dense.parameters())
+    batches = []
+    for count in batch_sizes:
+        on_stage(f"Timing batches of {count}")
+        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+        times = versus(dense, sparse, images)
+        rate = {f"{which}_images_per_s": 1000 * count / times[f"{which}_ms"] for which in ("dense", "sparse")}
+        batches.append({"batch": count, **times, **rate})
+    images = torch.randn(max(batch_sizes), *size).to(weight.device, weight.dtype)
+    inputs: dict[str, Tensor] = {}
+    pairs: dict[str, tuple[Any, Any]] = {
+        name: (dense.get_submodule(name), sparse.get_submodule(name)) for name in layers
+    }
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
+        for name, (layer, _) in pairs.items()
+    ]
+    expected = logits_of(dense, images).float()
+    for hook in hooks:
+        hook.remove()
+    difference = float((logits_of(sparse, images).float() - expected).abs().max() / expected.abs().max())
+    on_stage("Timing single layers")
+    rows = [
+        {"name": name, "shape": list(pairs[name][0].weight.shape), **versus(*pairs[name], x)}
+        for name, x in inputs.items()
+    ]
+    return {"batches": batches, "layers": rows, "difference": difference}
+
+
+def versus(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, float]:
+    """Times of both on one input, and dense over sparse."""
+    dense_ms, sparse_ms = (time_ms(partial(module, x), x.device) for module in (dense, sparse))
+    return {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "ratio": dense_ms / sparse_ms}
+
+
+def time_ms(run: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a run in milliseconds, the device's work included."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":  # kernels run on after their launch
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    for _ in range(WARM_UP):
+        once()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < REPEATS and sum(times) < SECONDS):
+        times.append(once())
+    return 1000 * sorted(times)[len(times) // 2]

@@ -1,0 +1,116 @@
+"""From a saved folder to a repository on the Hub, in one commit: complete, or not visible."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import SaveError
+from ..remote import hub_errors
+from .card import PLACEHOLDER
+from .load import check_weights, library_of, read_config
+
+
+PUSHED = (".json", ".safetensors", ".md", ".txt", ".svg", ".png")
+"""What a checkpoint consists of. Nothing else is published: a folder may hold anything."""
+
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A push that ended well.
+
+    Attributes:
+        repository: id on the Hub.
+        url: its page.
+        revision: the commit.
+        files: what it wrote.
+        left_out: what else lies in the folder.
+    """
+
+    repository: str
+    url: str
+    revision: str
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def check_push(repository: str, private: bool = False) -> ModelInfo | None:
+    """Refuses what could not be pushed at the end, before any work is done.
+
+    Returns:
+        The repository as it is, or None where there is none yet.
+
+    Raises:
+        SaveError: a bad name, offline mode, no token, one that the Hub does not accept, or a public repository for a
+            private push.
+    """
+    if repository.count("/") != 1:
+        raise SaveError(f"Cannot push to {repository!r}.", "Give the repository as USER/NAME.")
+    if constants.HF_HUB_OFFLINE:
+        raise SaveError(f"Cannot push to {repository}: offline mode is on.", "Unset HF_HUB_OFFLINE.")
+    api = HfApi()
+    with hub_errors(SaveError, "model", repository, writing=True):
+        validate_repo_id(repository)
+        api.whoami()
+        try:
+            info = api.model_info(repository)
+        except RepositoryNotFoundError as error:
+            if isinstance(error, GatedRepoError):  # it exists
+                raise
+            return None
+    if private and not info.private:
+        raise SaveError(
+            f"{repository} exists and is public: --private would not change that.",
+            "Make it private on its page, or choose another name.",
+        )
+    return info
+
+
+def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
+    """Publishes a saved checkpoint. The folder is only read, so that a push that failed can be repeated.
+
+    The repository is made where there is none. Weights of an earlier push that this one does not replace are deleted
+    in the same commit, since a loader would mix them with the new ones.
+
+    Args:
+        folder: as ``snows-hf prune`` saves it.
+        repository: ``USER/NAME``.
+        private: make it private; a repository that exists and is public is refused.
+
+    Raises:
+        LoadError: the folder holds no checkpoint.
+        SaveError: the Hub cannot be reached, or refuses.
+    """
+    folder = Path(folder).expanduser()
+    library_of(read_config(folder), folder)
+    check_weights(folder)
+    info = check_push(repository, private)
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = [path for path in paths if path.suffix in PUSHED or path.name.startswith("LICENSE")]
+    old = {file.rfilename for file in info.siblings or ()} if info is not None else set()
+    stale = {name for name in old if name.endswith(WEIGHTS)} - {path.name for path in files}
+    api = HfApi()
+    with hub_errors(SaveError, "model", repository, writing=True):
+        if info is None:
+            api.create_repo(repository, private=private or None, exist_ok=True)
+        commit = api.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(path.name, _content(path, repository)) for path in files),
+                *(CommitOperationDelete(name) for name in sorted(stale)),
+            ],
+            commit_message="Add a sparse model, pruned with snows-hf",
+        )
+    left_out = tuple(path.name for path in paths if path not in files)
+    return Pushed(repository, f"{constants.ENDPOINT}/{repository}", commit.oid, tuple(p.name for p in files), left_out)
+
+
+def _content(path: Path, repository: str) -> bytes | Path:
+    if path.name != "README.md":
+        return path
+    text = path.read_text(encoding="utf-8")
+    return text.replace(f"local-dir:{PLACEHOLDER}", f"hf-hub:{repository}").replace(PLACEHOLDER, repository).encode()

@@ -1,0 +1,373 @@
+"""Pull and push through the command line, with the real clients, against the Hub of server.py. Nothing is mocked.
+
+Each command is a process that spends seconds on importing torch, or on the clients' waits between retries. So what
+goes wrong is told in scenarios, each with a Hub and a home of its own, that run some at a time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from embedded import DIGITS, VIT, copy_of
+from huggingface_hub import ModelCard, snapshot_download
+from server import READER, WRITER, Hub
+
+from snows_hf import push
+from snows_hf.errors import LoadError
+
+
+QUICK = ("--pattern", "2:4", "--data", "me/digits", "--samples", 32, "--k", 0)
+LICENCE = "---\nlicense: other\nlicense_name: digits-licence\nlicense_link: LICENSE\n---\n# A model\n"
+
+STOCK = """
+import io, json, re, sys
+import pyarrow.parquet, torch
+from PIL import Image
+from huggingface_hub import hf_hub_download
+
+rows = pyarrow.parquet.read_table(hf_hub_download("me/digits", "test.parquet", repo_type="dataset")).to_pylist()
+images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
+labels = torch.tensor([row["label"] for row in rows])
+top1 = {}
+for repository in sys.argv[1:]:
+    card = open(hf_hub_download(repository, "README.md"), encoding="utf-8").read()
+    names = {}
+    exec(re.search("```python\\n(.*?)```", card, re.DOTALL)[1], names)
+    if "processor" in names:
+        logits = lambda: names["model"](**names["processor"](images=images, return_tensors="pt")).logits
+    else:
+        logits = lambda: names["model"](torch.stack([names["transform"](image) for image in images]))
+    with torch.no_grad():
+        top1[repository] = 100 * float((logits().argmax(1) == labels).double().mean())
+assert "snows_hf" not in sys.modules
+print(json.dumps(top1))
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A user's computer: an empty home, a cache and a folder to work in."""
+
+    hub: Hub
+    place: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.place / "home/hub"
+
+    def python(self, *arguments: object, token: str | None = WRITER, offline: bool = False) -> "Outcome":
+        (self.place / "work").mkdir(parents=True, exist_ok=True)
+        home = str(self.place / "home")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
+            "HOME": home, "HF_HOME": home, "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "1" if offline else "0", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        if token is not None:
+            environment["HF_TOKEN"] = token
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=self.place / "work", env=environment, capture_output=True, text=True, timeout=300
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def __call__(self, *arguments: object, **options: Any) -> "Outcome":
+        return self.python("-m", "snows_hf", *arguments, **options)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a process did."""
+
+    code: int
+    out: str
+    err: str
+
+    def fails_with(self, *parts: str) -> None:
+        assert self.code == 1, self
+        assert "Traceback" not in self.err
+        assert self.out == ""
+        message = self.err[self.err.index("Error: ") :]
+        for part in parts:
+            assert part in message
+        for token in (WRITER, READER):
+            assert token not in self.err
+
+    def succeeds(self) -> "Outcome":
+        assert self.code == 0, self.err
+        return self
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as repositories have it: with a card, and a licence of its own."""
+    folder = copy_of(VIT, tmp_path_factory.mktemp("repository") / "vit")
+    (folder / "README.md").write_text(LICENCE)
+    (folder / "LICENSE").write_text("Do good.")
+    return folder
+
+
+def fill(hub: Hub, model: Path) -> Hub:
+    hub.add("models", "me/vit", model)
+    hub.add("models", "me/gated", model, gated=True)
+    hub.add("datasets", "me/digits", DIGITS)
+    hub.add("datasets", "me/gated", DIGITS, gated=True)
+    return hub
+
+
+@pytest.fixture(scope="module")
+def hub(model: Path) -> Iterator[Hub]:
+    with fill(Hub(), model).running() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def published(
+    scenarios: object, hub: Hub, tiny_timm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Reports of two prunes from the Hub to the Hub, by the repository that was made."""
+    hub.add("models", "me/tiny", tiny_timm)
+    machine = Machine(hub, tmp_path_factory.mktemp("publisher"))
+    reports = {}
+    for source, options in (("me/vit", ["--private"]), ("hf-hub:me/tiny", [])):
+        target = f"{source.removeprefix('hf-hub:')}-2to4"
+        data = ("--eval-data", "me/digits@main", "--push-to", target, "--output", f"out/{target}", "--json", *options)
+        reports[target] = json.loads(machine("prune", source, *QUICK, *data).succeeds().out)
+    return reports
+
+
+def test_prune_from_hub_to_hub(hub: Hub, published: dict[str, dict[str, Any]]) -> None:
+    for name, report in published.items():
+        repository = hub.repositories["models", name]
+        assert repository.private == (name == "me/vit-2to4")
+        assert len(repository.commits) == 2  # the empty one, and all files at once
+        files = repository.files
+        assert {"README.md", "config.json", "model.safetensors", "snows_config.json"} <= files.keys()
+        assert report["pushed_to"]["repository"] == name
+        assert report["pushed_to"]["revision"] == repository.commits[-1][0]
+        assert report["eval_data"] == {"name": "me/digits", "split": "test", "revision": "main"}
+        assert json.loads(files["config.json"])["snows"]["pattern"] == "2:4"
+    assert hub.repositories["models", "me/vit-2to4"].files["LICENSE"] == b"Do good."
+
+
+def test_stock_libraries_load_the_repository_as_its_card_says(
+    hub: Hub, published: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    machine = Machine(hub, tmp_path)
+    measured = json.loads(machine.python("-c", STOCK, *published).succeeds().out)
+    assert measured == pytest.approx({name: report["pruned"]["top1"] for name, report in published.items()}, abs=1e-9)
+
+
+def test_the_cards_metadata_are_the_report(hub: Hub, published: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    for name, report in published.items():
+        snapshot = snapshot_download(name, endpoint=hub.url, cache_dir=tmp_path, token=WRITER)
+        card = ModelCard.load(Path(snapshot) / "README.md")
+        assert card.data.base_model == report["source"] == name.removesuffix("-2to4")
+        assert card.data.datasets == ["me/digits"]
+        assert (card.data.library_name, card.data.pipeline_tag) == (report["library"], "image-classification")
+        results = {result.metric_name: result for result in card.data.eval_results}
+        for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5")):
+            result = results[metric]
+            assert result.metric_value == pytest.approx(report["pruned"][key], abs=1e-4)
+            place = (result.dataset_name, result.dataset_type, result.dataset_split, result.dataset_revision)
+            assert place == ("me/digits", "me/digits", "test", "main")
+        for key in ("dense", "masked", "pruned"):
+            assert f"{report[key]['top1']:.2f}" in card.text
+        assert f"{report['parameters']['nonzero']:,}" in card.text
+        for layer in report["layers"]:
+            assert f"| `{layer['name']}` |" in card.text
+        licence = ("other", "digits-licence", "LICENSE") if name == "me/vit-2to4" else (None, None, None)
+        assert (card.data.license, card.data.get("license_name"), card.data.get("license_link")) == licence
+
+
+Scenario = Callable[[Hub, Machine, Path], None]
+SCENARIOS: list[Scenario] = []
+
+
+def scenario(function: Scenario) -> Scenario:
+    SCENARIOS.append(function)
+    return function
+
+
+def play(chosen: Scenario, model: Path, place: Path) -> None:
+    with fill(Hub(), model).running() as hub:
+        chosen(hub, Machine(hub, place), model)
+
+
+@pytest.fixture(scope="module")
+def scenarios(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    """The scenarios that this run of pytest chose, under way."""
+    wanted = {item.name for item in request.session.items}
+    threads = ThreadPoolExecutor(3)
+    yield {
+        s.__name__: threads.submit(play, s, model, tmp_path_factory.mktemp(s.__name__))
+        for s in SCENARIOS
+        if f"test_scenario[{s.__name__}]" in wanted
+    }
+    threads.shutdown(cancel_futures=True)
+
+
+@scenario
+def a_push_that_fails_after_a_prune_leaves_the_result(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("POST", "/commit/", 503)
+    output = machine.place / "work/out"
+    done = machine("prune", "me/vit", *QUICK, "--layers", "*.0.mlp.fc1", "--push-to", "me/later", "--output", "out")
+    assert done.code == 1
+    assert "Saved to out" in done.out
+    for part in ("out of order (503)", "The result is safe in out", "snows-hf push out me/later"):
+        assert part in done.err
+    assert hub.repositories["models", "me/later"].files == {".gitattributes": b""}
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    hub.heal()
+    machine("push", "out", "me/later").succeeds()
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    files = hub.repositories["models", "me/later"].files
+    assert files["model.safetensors"] == before["model.safetensors"]
+    assert b'from_pretrained("me/later")' in files["README.md"]
+
+
+@scenario
+def interrupted_upload(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("PUT", "/lfs/", "drop")
+    folder = copy_of(model, machine.place / "folder")
+    machine("push", folder, "me/new").fails_with("Model me/new cannot be pushed", "repeat it")
+    repository = hub.repositories["models", "me/new"]
+    assert repository.files == {".gitattributes": b""}
+    hub.heal()
+    (folder / "notes.docx").write_bytes(b"private")
+    assert "notes.docx" in machine("push", folder, "me/new").succeeds().out
+    assert repository.files == {".gitattributes": b""} | {p.name: p.read_bytes() for p in model.iterdir()}
+    assert len(repository.commits) == 2
+    machine("push", folder, "me/new").succeeds()
+    assert len(repository.commits) == 2  # nothing new, no commit
+
+
+@scenario
+def a_new_push_replaces_the_weights_of_the_last(hub: Hub, machine: Machine, model: Path) -> None:
+    repository = hub.add("models", "me/sharded", model)
+    repository.commit({"model-00001-of-00002.safetensors": b"old", "notes.txt": b"kept", "README.md": b"old"})
+    done = machine("push", model, "me/sharded", "--private", "--json")
+    done.fails_with("me/sharded exists and is public")
+    result = json.loads(machine("push", model, "me/sharded", "--json").succeeds().out)
+    assert (result["repository"], result["revision"]) == ("me/sharded", repository.commits[-1][0])
+    assert repository.files["notes.txt"] == b"kept"
+    assert "model-00001-of-00002.safetensors" not in repository.files
+    assert repository.files["README.md"].decode() == LICENCE
+
+
+@scenario
+def missing_token(hub: Hub, machine: Machine, model: Path) -> None:
+    machine("push", model, "me/none", token=None).fails_with("needs a token, and there is none", "HF_TOKEN", "hf auth")
+    assert ("models", "me/none") not in hub.repositories
+
+
+@scenario
+def wrong_token(hub: Hub, machine: Machine, model: Path) -> None:
+    # Before any work is done: no model is loaded for a prune that could not be pushed.
+    early = machine("prune", "me/vit", *QUICK, "--push-to", "me/none", token="hf_wrong")
+    early.fails_with("does not accept the token", "settings/tokens")
+    assert "hf_wrong" not in early.err
+    assert "Loading" not in early.err
+    assert ("models", "me/none") not in hub.repositories
+    reading = machine("inspect", "me/vit", token="hf_wrong")
+    reading.fails_with("does not accept the token")
+    assert "hf_wrong" not in reading.err
+
+
+@scenario
+def token_that_may_not_write(hub: Hub, machine: Machine, model: Path) -> None:
+    machine("push", model, "me/none", token=READER).fails_with("forbids this for me/none", "HF_TOKEN")
+    assert ("models", "me/none") not in hub.repositories
+
+
+@scenario
+def gated_model(hub: Hub, machine: Machine, model: Path) -> None:
+    done = machine("inspect", "me/gated", token=None)
+    done.fails_with("Model me/gated is gated", f"licence on {hub.url}/me/gated", "HF_TOKEN")
+
+
+@scenario
+def gated_dataset(hub: Hub, machine: Machine, model: Path) -> None:
+    done = machine("eval", VIT, "--data", "me/gated", token=READER)
+    done.fails_with("Dataset me/gated is gated", f"licence on {hub.url}/datasets/me/gated", "HF_TOKEN")
+
+
+@scenario
+def no_such_revision(hub: Hub, machine: Machine, model: Path) -> None:
+    machine("inspect", "me/vit", "--revision", "v9").fails_with("Model me/vit has no revision 'v9'")
+    machine("eval", VIT, "--data", "me/digits@v9").fails_with("Dataset me/digits has no revision 'v9'")
+
+
+@scenario
+def interrupted_download(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("GET", "me/vit/resolve/.*safetensors", "drop")
+    machine("inspect", "me/vit").fails_with("Model me/vit", "cannot be read from the Hub", "connection")
+    assert not list(machine.cache.rglob("*.safetensors"))
+    assert not list(machine.cache.rglob("*.incomplete"))
+    hub.heal()
+    for passing in (429, "drop"):  # what the client mends by itself
+        hub.fail("GET", "me/vit/resolve/.*safetensors", passing, times=1)
+    machine("inspect", "me/vit").succeeds()
+    assert len([r for r in hub.requests if r.startswith("GET") and r.endswith("safetensors")]) == 3
+
+
+@scenario
+def corrupt_byte(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("GET", "me/vit/resolve/.*safetensors", "corrupt", times=1)
+    machine("inspect", "me/vit").fails_with("model.safetensors of me/vit was damaged", "Repeat the command")
+    machine("inspect", "me/vit").succeeds()
+
+
+@scenario
+def corrupt_byte_of_a_dataset(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("GET", "digits/resolve/.*test.parquet", "corrupt")
+    machine("eval", VIT, "--data", "me/digits").fails_with("me/digits", "cannot be read")
+
+
+@scenario
+def too_many_requests(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("GET", "/api/models/me/vit", 429)
+    machine("inspect", "me/vit").fails_with("number of requests (429)", "Wait")
+
+
+@scenario
+def hub_out_of_order(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("GET", "/api/datasets/me/digits", 503)
+    machine("eval", VIT, "--data", "me/digits").fails_with("out of order (503), at dataset me/digits", "later")
+
+
+@scenario
+def offline_without_cache(hub: Hub, machine: Machine, model: Path) -> None:
+    machine("inspect", "me/vit", offline=True).fails_with("Model me/vit", "offline mode is on", "hf download me/vit`")
+    done = machine("eval", VIT, "--data", "me/digits", offline=True)
+    done.fails_with("Dataset me/digits", "offline mode is on", "hf download me/digits --repo-type dataset`")
+
+
+@scenario
+def offline_with_cache(hub: Hub, machine: Machine, model: Path) -> None:
+    snapshot_download("me/vit", endpoint=hub.url, cache_dir=machine.cache)
+    snapshot_download("me/digits", endpoint=hub.url, cache_dir=machine.cache, repo_type="dataset")
+    hub.heal()
+    done = machine("eval", "me/vit", "--data", "me/digits", "--json", offline=True).succeeds()
+    assert json.loads(done.out)["images"] == 597
+    assert hub.requests == []
+    done = machine("push", VIT, "me/none", offline=True)
+    done.fails_with("offline mode is on", "HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize("name", [s.__name__ for s in SCENARIOS])
+def test_scenario(scenarios: dict[str, Future[None]], name: str) -> None:
+    scenarios[name].result()
+
+
+def test_push_of_no_checkpoint() -> None:
+    with pytest.raises(LoadError, match=r"has no config\.json"):
+        push(DIGITS, "me/new")
