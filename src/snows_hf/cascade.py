@@ -245,6 +245,11 @@ class Cascade:
         """Operations whose group has a mask."""
         return [i for i, group in self.chain.groups() if any(name in self.masks for name in group.parameters)]
 
+    def layer_steps(self, learners: int) -> int:
+        """Newton steps for one layer with that many batches."""
+        steps = self.config.solver.passes * learners
+        return min(steps, self.config.layer_steps or steps)
+
     def sweep(self, number: int, streams: Streams) -> list[LayerReport]:
         """All layers once, in forward order; ``number`` counts from 1."""
         reports: list[LayerReport] = []
@@ -254,7 +259,8 @@ class Cascade:
                 total = self.config.sweeps * len(self.todo) + (self.config.joint_steps > 0)
                 place = (number - 1) * len(self.todo) + len(reports), total
                 segment = Segment.cut(self.chain, index, self.config.k)
-                report, weights = self.solve(segment, number, streams, *place)
+                steps = self.layer_steps(len(streams.pruned) - 1)
+                report, weights = self.solve(segment, number, streams, *place, steps)
                 reports.append(report)
                 self.on_progress(Progress(*place, report.name, report=report))
             if self.config.targets == "dense":
@@ -276,21 +282,17 @@ class Cascade:
         return report
 
     def solve(
-        self, segment: Segment, sweep: int, streams: Streams, place: int, total: int, steps: int | None = None
+        self, segment: Segment, sweep: int, streams: Streams, place: int, total: int, steps: int
     ) -> tuple[LayerReport, dict[str, Tensor]]:
-        """Algorithm 2 for the group of a segment, the ``place``-th of ``total``: report, and new full weights.
-
-        ``steps`` Newton steps at most; None means as many as the solver's passes give.
-        """
+        """Algorithm 2 for a segment's group, the ``place``-th of ``total``, in ``steps`` steps: report, full weights."""
         started = time.perf_counter()
         group = segment.group
         self.on_progress(Progress(place, total, group.name))
         active = ActiveWeights({n: self.masks[n].to(self.device) for n in group.parameters if n in self.masks})
         judge = len(streams.pruned) - 1
-        order: Sequence[int] = range(judge)
-        solver = self.config.solver
-        if steps is not None:
-            order, solver = [i % judge for i in range(steps)], replace(solver, passes=1)
+        solver = replace(self.config.solver, passes=1)  # the order has them all
+        # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
+        order = [(place * steps + i) % judge for i in range(steps)]
         batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
         held_out = batches.objective(judge)
         own = {name: self.chain.weight(name).detach() for name in active.masks}

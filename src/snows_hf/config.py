@@ -81,6 +81,7 @@ class PruneConfig:
         weighting: of the operations in Eq. 3: ``mean`` (mean squared errors) or ``relative`` (these over the variance
             of their targets).
         sweeps: passes of the cascade over the layers; from the second on, what follows a layer is pruned already.
+        layer_steps: most Newton steps for one layer in one sweep; 0 means as many as the passes give.
         joint_steps: Newton steps, after the sweeps, that move the weights of all layers together.
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
@@ -96,6 +97,7 @@ class PruneConfig:
     targets: str = "dense"
     weighting: str = "mean"
     sweeps: int = 1
+    layer_steps: int = 0
     joint_steps: int = 0
     seed: int = 0
     solver: SolverConfig = field(default_factory=SolverConfig)
@@ -104,6 +106,7 @@ class PruneConfig:
         _check(isinstance(self.k, int) and self.k >= 0, "k", self.k, "an integer ≥ 0")
         _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
         _check(self.sweeps >= 1, "sweeps", self.sweeps, "an integer ≥ 1")
+        _check(self.layer_steps >= 0, "layer_steps", self.layer_steps, "an integer ≥ 0")
         _check(self.joint_steps >= 0, "joint_steps", self.joint_steps, "an integer ≥ 0")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
@@ -141,12 +144,12 @@ _PAPER = {
 _PAPER_CNN = {**_PAPER, "cg_atol": 1e-3, "cg_max_iter": 1000, "passes": 3, "samples": 3000}
 _PAPER_VIT = {**_PAPER, "cg_atol": 5e-4, "cg_max_iter": 500, "passes": 1, "samples": 5000}
 
-_CNN = {"weighting": "relative", "cg_max_iter": 5, "joint_steps": 40}
+_CNN = {"weighting": "relative", "cg_max_iter": 5, "layer_steps": 4, "joint_steps": 40}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # What measured best here (docs/results.md).
     "default": {
-        "vit": {"k": 5, "weighting": "relative", "batch_size": 128, "cg_max_iter": 5, "passes": 2},
+        "vit": {"k": 5, "weighting": "relative", "batch_size": 128, "cg_max_iter": 5, "passes": 2, "layer_steps": 8},
         "cifar_resnet": {"k": 40, **_CNN},
         "resnet": {"k": 30, **_CNN},
         "mobilenet": {"k": 60, **_CNN},
