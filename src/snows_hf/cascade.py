@@ -284,7 +284,7 @@ class Cascade:
     def solve(
         self, segment: Segment, sweep: int, streams: Streams, place: int, total: int, steps: int
     ) -> tuple[LayerReport, dict[str, Tensor]]:
-        """Algorithm 2 for a segment's group, the ``place``-th of ``total``, in ``steps`` steps: report, full weights."""
+        """Algorithm 2 for a segment's group, number ``place`` of ``total``, in ``steps`` steps: report, weights."""
         started = time.perf_counter()
         group = segment.group
         self.on_progress(Progress(place, total, group.name))
