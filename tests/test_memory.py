@@ -11,6 +11,8 @@ from snows_hf.adapters import build_chain
 from snows_hf.cascade import bytes_per_image, prune_chain
 from snows_hf.errors import ConfigError
 from snows_hf.memory import Images, Shelf, room, saved_bytes
+from snows_hf.preconditioner import factor_bytes
+from snows_hf.prune import fit_batches
 
 
 CPU = torch.device("cpu")
@@ -88,6 +90,25 @@ def test_bytes_per_image_do_not_depend_on_the_images_and_grow_with_k():
     chain = build_chain(model)
     sizes = [bytes_per_image(chain, tiny.images(2), run.masks, run.config.updated(k=k), CPU) for k in (0, 2, 8)]
     assert 0 < sizes[0] < sizes[1] < sizes[2]
+
+
+def test_batches_shrink_to_the_budget():
+    run, said = tiny.prune(tiny.cifar_resnet()), []
+    chain, images = build_chain(run.dense), tiny.images(2)
+    each = bytes_per_image(chain, images, run.masks, run.config, CPU)
+
+    def fitted(left: int, **changes: object) -> int:
+        settings = run.config.updated(batch_size=250, **changes)
+        return fit_batches(chain, images, run.masks, settings, CPU, left, said.append).batch_size
+
+    left = 2 * int(1.5 * each * 10) + 2
+    assert fitted(left) == 10
+    assert said == ["Batches of 10 images in place of 250, to fit into memory"]
+    assert fitted(left, joint_steps=3) < 10
+    assert fitted(left + 2 * factor_bytes(run.masks), preconditioner="gram") >= 10
+    assert fitted(10**12) == 250
+    with pytest.raises(ConfigError, match="One image needs"):
+        fitted(each)
 
 
 def test_a_budget_that_the_libraries_exceed_is_refused():

@@ -279,6 +279,7 @@ class Cascade:
         report, weights = self.solve(segment, number, streams, total, total + 1, steps)
         for name, weight in weights.items():
             self.chain.weight(name).data.copy_(weight)
+        self.on_progress(Progress(total, total + 1, report.name, report=report))
         return report
 
     def solve(
