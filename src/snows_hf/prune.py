@@ -169,7 +169,8 @@ def prune(
     dense = measure("dense")
     network.to(DTYPES[dtype])
     check_chain(chain, images[:2].to(target_device))
-    flops = count_flops(network, images[:1].to(target_device))
+    with frozen(network):  # counting hooks every module's inputs, and fails where one needs a gradient
+        flops = count_flops(network, images[:1].to(target_device))
     if labels is not None:
         with torch.no_grad():
             classes = chain.logits(images[:1].to(target_device)).shape[1]

@@ -242,4 +242,6 @@ def test_frozen_puts_everything_back() -> None:
 
 def test_every_registered_class_has_a_case() -> None:
     covered = {cls for case in CASES for cls in type(build(case).model).__mro__}
-    assert set(base._BUILDERS) <= covered
+    # Other tests register networks of their own.
+    ours = {cls for cls, (builder, _) in base._BUILDERS.items() if builder.__module__.startswith("snows_hf.")}
+    assert ours <= covered
