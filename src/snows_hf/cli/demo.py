@@ -23,8 +23,13 @@ def command(
     """Prune a small model that comes with the package, on real scanned digits, with nothing to download."""
     if model not in ("vit", "resnet"):
         raise typer.BadParameter("expected vit or resnet", param_hint="--model")
+    import torch
+
     from ..prune import prune
 
+    # Such small matrices gain nothing from a second thread, and where other programs use the processor threads that
+    # wait for each other cost many times the work itself.
+    torch.set_num_threads(1)
     calm_libraries()
     sink = Sink(as_json, quiet)
     with as_file(files("snows_hf") / "embedded") as embedded, LayerProgress(sink) as progress:
