@@ -68,8 +68,8 @@ def compare(setting: Setting, index: int, limit: float) -> list[str]:
     goal = judge.value(plain.w)
 
     config = preset("default", chain.family, "2:4")
-    # Two passes at least, and no stop on small gains: when it gets there is the question, not where it would stop.
-    solver = replace(config.solver, passes=max(config.solver.passes, 2), min_gain=0.0)
+    # Many passes, and no stop on small gains: when it gets there is the question, not where it would stop.
+    solver = replace(config.solver, passes=20, min_gain=0.0)
     *batches, judge = setting.objectives(index, config.batch_size)
     trace: list[tuple[float, float]] = []
     started = time.perf_counter()
