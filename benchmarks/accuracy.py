@@ -7,15 +7,19 @@ Each run is the main job itself, with its defaults; runs that the log already ho
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from log import once
+
 from snows_hf import prune
 
 
-def runs(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def measured(model: str, pattern: str, data: str, given: dict[str, Any]) -> dict[str, Any]:
+    report = prune(model, pattern, data=data, eval_data=data, **given).report
+    return {part: report[part] for part in ("dense", "masked", "pruned", "seconds", "hardware", "layers")}
 
 
 def row(found: list[dict[str, Any]]) -> str:
@@ -44,17 +48,12 @@ def main() -> None:
     name = Path(arguments.model).name
     lines = []
     for pattern in arguments.pattern:
+        found = []
         for seed in arguments.seed:
             key = {"model": name, "pattern": pattern, "samples": arguments.samples, "seed": seed, "settings": settings}
-            if any(run | key == run for run in runs(arguments.log)):
-                continue
-            data = {"data": arguments.data, "eval_data": arguments.data}
-            report = prune(arguments.model, pattern, samples=arguments.samples, seed=seed, **data, **settings).report
-            kept = {part: report[part] for part in ("dense", "masked", "pruned", "seconds", "hardware", "layers")}
-            with arguments.log.open("a") as log:
-                log.write(json.dumps(key | kept) + "\n")
-        same = {"model": name, "pattern": pattern, "samples": arguments.samples, "settings": settings}
-        lines.append(row([run for run in runs(arguments.log) if run | same == run and run["seed"] in arguments.seed]))
+            given = {"samples": arguments.samples, "seed": seed, **settings}
+            found.append(once(arguments.log, key, partial(measured, arguments.model, pattern, arguments.data, given)))
+        lines.append(row(found))
         print(lines[-1], flush=True)
     print("\n| model | pattern | images | dense | mask alone | pruned: mean (range) | drop | seconds |")
     print("|---|---|---|---|---|---|---|---|", *lines, sep="\n")

@@ -9,15 +9,21 @@ criterion and the whole run took. Each is one run of the main job; runs that the
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from log import once
 
 from snows_hf import prune
 from snows_hf.masks.scores import criteria
 
 
-def runs(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def measured(model: str, pattern: str, data: str, given: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    report = prune(model, pattern, data=data, eval_data=data, **given).report
+    kept = {part: report[part] for part in ("dense", "masked", "pruned", "sparsity", "criterion", "hardware")}
+    return kept | {"seconds": time.perf_counter() - started}
 
 
 def cell(run: dict[str, Any] | None) -> str:
@@ -46,19 +52,10 @@ def main() -> None:
         for model, pattern in columns:
             key = {"model": Path(model).name, "pattern": pattern, "mask": mask}
             key |= {"samples": arguments.samples, "seed": arguments.seed, "settings": settings}
-            found = [run for run in runs(arguments.log) if run | key == run]
-            if not found:
-                data = {"data": arguments.data, "eval_data": arguments.data}
-                given = {"samples": arguments.samples, "seed": arguments.seed, "mask": mask}
-                started = time.perf_counter()
-                report = prune(model, pattern, **data, **given, **settings).report
-                kept = {part: report[part] for part in ("dense", "masked", "pruned", "sparsity", "criterion")}
-                seconds = {"seconds": time.perf_counter() - started, "hardware": report["hardware"]}
-                found = [key | kept | seconds]
-                with arguments.log.open("a") as log:
-                    log.write(json.dumps(found[0]) + "\n")
-            cells.append(cell(found[-1]))
-            dense[model, pattern] = found[-1]["dense"]["top1"]
+            given = {"samples": arguments.samples, "seed": arguments.seed, "mask": mask, **settings}
+            found = once(arguments.log, key, partial(measured, model, pattern, arguments.data, given))
+            cells.append(cell(found))
+            dense[model, pattern] = found["dense"]["top1"]
         rows.append(f"| {mask} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
     heads = [f"{Path(model).name} {pattern} (dense {dense[model, pattern]:.2f})" for model, pattern in columns]

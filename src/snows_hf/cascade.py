@@ -150,6 +150,11 @@ def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
     return [*(slice(*pair) for pair in pairwise(ends)), slice(n - judges, n)]
 
 
+def masked_operations(chain: Chain, masks: Masks) -> list[int]:
+    """Operations whose group has a mask."""
+    return [i for i, group in chain.groups() if any(name in masks for name in group.parameters)]
+
+
 def whole(chain: Chain, masks: Masks) -> Segment:
     """The network from its images on, with all pruned weights as one group."""
     names = tuple(name for _, group in chain.groups() for name in group.parameters if name in masks)
@@ -160,9 +165,10 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
     """Most that the graphs of any layer's objective keep in memory per image of a batch; ``images`` holds two."""
     start: State = (images.to(device),)
     state, segments = start, []
+    todo = masked_operations(chain, masks)
     with frozen(chain.model):
         for index, operation in enumerate(chain.operations):
-            if operation.group is not None and any(name in masks for name in operation.group.parameters):
+            if index in todo:
                 segments.append((Segment.cut(chain, index, config.k), state))
             with torch.no_grad():
                 state = operation.run(state)
@@ -178,8 +184,7 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
 def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -> Expansion:
     with torch.no_grad():
         targets = segment.outputs(state)
-    device = targets[0].device
-    active = ActiveWeights({n: masks[n].to(device) for n in segment.group.parameters if n in masks})
+    active = ActiveWeights.of(segment.group, masks, targets[0].device)
     w = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
     return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)
 
@@ -208,7 +213,8 @@ def prune_chain(
             where their held-out loss is below that of the dense weights masked; targets stay the dense network's.
 
     Returns:
-        One report per pruned group, in forward order; the groups once more for every further sweep.
+        One report per pruned group, in forward order; the groups once more for every further sweep, and one for the
+        joint solve.
     """
     batches = split_images(len(images), config.batch_size, config.held_out)
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
@@ -240,11 +246,6 @@ class Cascade:
     on_progress: Callable[[Progress], None]
     start: Mapping[str, Tensor]
 
-    @property
-    def todo(self) -> list[int]:
-        """Operations whose group has a mask."""
-        return [i for i, group in self.chain.groups() if any(name in self.masks for name in group.parameters)]
-
     def layer_steps(self, learners: int) -> int:
         """Newton steps for one layer with that many batches."""
         steps = self.config.solver.passes * learners
@@ -253,32 +254,31 @@ class Cascade:
     def sweep(self, number: int, streams: Streams) -> list[LayerReport]:
         """All layers once, in forward order; ``number`` counts from 1."""
         reports: list[LayerReport] = []
-        for index, operation in enumerate(self.chain.operations[: max(self.todo, default=-1) + 1]):
+        todo = masked_operations(self.chain, self.masks)
+        total = self.config.sweeps * len(todo) + (self.config.joint_steps > 0)
+        steps = self.layer_steps(len(streams.pruned) - 1)
+        for index, operation in enumerate(self.chain.operations[: max(todo, default=-1) + 1]):
             weights: Mapping[str, Tensor] = {}
-            if index in self.todo:
-                total = self.config.sweeps * len(self.todo) + (self.config.joint_steps > 0)
-                place = (number - 1) * len(self.todo) + len(reports), total
+            if index in todo:
+                place = (number - 1) * len(todo) + len(reports), total
                 segment = Segment.cut(self.chain, index, self.config.k)
-                steps = self.layer_steps(len(streams.pruned) - 1)
                 report, weights = self.solve(segment, number, streams, *place, steps)
                 reports.append(report)
                 self.on_progress(Progress(*place, report.name, report=report))
             if self.config.targets == "dense":
                 with holding(self.chain, self.dense):
                     streams.advance(operation.run, "dense", self.device)
-            for name, weight in weights.items():
-                self.chain.weight(name).data.copy_(weight)
+            self.chain.put(weights)
             streams.advance(operation.run, "pruned", self.device)
         return reports
 
     def joint(self, streams: Streams) -> LayerReport:
         """All layers at once: Algorithm 2 on the outputs of every operation of the network, from its images on."""
         segment = whole(self.chain, self.masks)
-        total = self.config.sweeps * len(self.todo)
+        total = self.config.sweeps * len(masked_operations(self.chain, self.masks))
         number, steps = self.config.sweeps + 1, self.config.joint_steps
         report, weights = self.solve(segment, number, streams, total, total + 1, steps)
-        for name, weight in weights.items():
-            self.chain.weight(name).data.copy_(weight)
+        self.chain.put(weights)
         self.on_progress(Progress(total, total + 1, report.name, report=report))
         return report
 
@@ -289,7 +289,7 @@ class Cascade:
         started = time.perf_counter()
         group = segment.group
         self.on_progress(Progress(place, total, group.name))
-        active = ActiveWeights({n: self.masks[n].to(self.device) for n in group.parameters if n in self.masks})
+        active = ActiveWeights.of(group, self.masks, self.device)
         judge = len(streams.pruned) - 1
         solver = replace(self.config.solver, passes=1)  # the order has them all
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.

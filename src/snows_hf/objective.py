@@ -26,6 +26,11 @@ class ActiveWeights:
 
     masks: Mapping[str, Tensor]
 
+    @classmethod
+    def of(cls, group: Group, masks: Mapping[str, Tensor], device: torch.device) -> "ActiveWeights":
+        """Those of a group, by the masks that there are for its parameters."""
+        return cls({name: masks[name].to(device) for name in group.parameters if name in masks})
+
     @property
     def size(self) -> int:
         return sum(int(mask.sum()) for mask in self.masks.values())

@@ -99,7 +99,7 @@ def prune(
         dtype: in which the solver computes; the result is saved in the checkpoint's own dtypes.
         revision: of the model on the Hub.
         memory: budget of main memory for this process, in GB. Batches are made small enough for it, and activations
-            beyond a quarter of it rest on disk. None: as the settings say, and activations in half of what is free.
+            beyond a quarter of it rest on disk. None: half of what is free for each of the two.
         preset: ``default``, or ``paper`` for the paper's own settings.
         update: whether SNOWS re-optimises the kept weights; without it they are the dense ones, or what a criterion
             with an update of its own (sparsegpt, obc) makes of them.
@@ -186,11 +186,11 @@ def prune(
     masked = pruned = None
     reports: list[LayerReport] = []
     if evaluation is not None or not update:
-        set_weights(chain, alone(choice, original))
+        chain.put(alone(choice, original))
         restore_untouched(network, original, masks)
         masked = pruned = measure("masked")
     if update:
-        set_weights(chain, {name: original[name] for name in masks})
+        chain.put({name: original[name] for name in masks})
         network.to(DTYPES[dtype])
         config = fit_batches(chain, images[:2], masks, config, target_device, left, on_stage)
         on_stage(f"Pruning {len(layers)} layers to {pattern}")
@@ -266,12 +266,6 @@ def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
         name: choice.weights[name] if name in choice.weights else original[name].to(mask.device) * mask
         for name, mask in choice.masks.items()
     }
-
-
-@torch.no_grad()
-def set_weights(chain: Chain, weights: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        chain.weight(name).copy_(weight)
 
 
 def finite(value: Any) -> Any:

@@ -3,7 +3,7 @@
 An architecture is one file beside this one: a function that cuts a model into operations, and ``@register``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,12 @@ class Chain(nn.Module):
 
     def weight(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(name)
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Overwrites the model's weights of these names."""
+        for name, weight in weights.items():
+            self.weight(name).copy_(weight)
 
 
 Builder = Callable[[nn.Module], list[Operation]]
