@@ -255,6 +255,17 @@ def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
     assert joint.loss_pruned < joint.loss_masked
 
 
+def test_augmented_images_teach_and_never_judge():
+    settings = {"joint_steps": 4, "average": 3}
+    plain, augmented, again = (
+        tiny.prune(tiny.cifar_resnet(), count=200, augment=augment, **settings) for augment in (False, True, True)
+    )
+    assert augmented.reports[-1].loss_masked == plain.reports[-1].loss_masked > augmented.reports[-1].loss_pruned
+    assert augmented.reports[-1].loss_pruned != plain.reports[-1].loss_pruned
+    for name in augmented.masks:
+        assert torch.equal(augmented.pruned.get_parameter(name), again.pruned.get_parameter(name))
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_better_start_is_taken_and_a_worse_one_is_not(network):
     """The start never enters the targets: losses are those of the dense network's, whichever start was taken."""

@@ -9,7 +9,7 @@ import snows_hf
 
 
 ROOT = Path(snows_hf.__file__).parent
-ALGORITHM = "adapters cascade config errors masks memory models objective preconditioner solver"
+ALGORITHM = "adapters augment cascade config errors masks memory models objective preconditioner solver"
 EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote speed"
 MAY_IMPORT = {
     "errors": "",
@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "preconditioner": "adapters.base",
     "objective": "adapters.base preconditioner solver",
     "memory": "errors",
-    "cascade": "adapters config masks memory objective solver",
+    "augment": "",
+    "cascade": "adapters augment config masks memory objective solver",
     "remote": "errors",
     "data": "config errors remote",
     "evaluate": "data errors masks",

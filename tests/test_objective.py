@@ -72,10 +72,11 @@ class Case:
     pattern: tuple[int, int]
     k: int
     weighting: str = "mean"
+    emphasis: float = 0.0
 
     @property
     def id(self) -> str:
-        return f"{self.model.__name__}-{self.group}-K{self.k}-{self.weighting}"
+        return f"{self.model.__name__}-{self.group}-K{self.k}-{self.weighting}-{self.emphasis}"
 
 
 QKV = tuple(f"vit.layers.0.attention.{part}_proj.weight" for part in "qkv")
@@ -88,13 +89,14 @@ def _case(
     k: int,
     parameters: tuple[str, ...] = (),
     weighting: str = "mean",
+    emphasis: float = 0.0,
 ) -> Case:
     make, sites = {
         "vit": (tiny.transformers_vit, vit_sites),
         "timm": (tiny.timm_vit, timm_vit_sites),
         "cifar": (tiny.cifar_resnet, cifar_sites),
     }[model]
-    return Case(make, sites, group, parameters or (f"{group}.weight",), pattern, k, weighting)
+    return Case(make, sites, group, parameters or (f"{group}.weight",), pattern, k, weighting, emphasis)
 
 
 CASES = [
@@ -109,7 +111,7 @@ CASES = [
     _case("cifar", "layer2.0.conv2", (1, 32), 5),
     _case("cifar", "layer2.0.conv1", (1, 16), BEYOND),
     _case("vit", "vit.layers.0.attention.qkv", (2, 4), 3, QKV, "relative"),
-    _case("cifar", "layer1.0.conv1", (1, 16), 3, (), "relative"),
+    _case("cifar", "layer1.0.conv1", (1, 16), 3, (), "relative", 2.5),
 ]
 
 
@@ -124,6 +126,7 @@ class Built:
     state: tuple[Tensor, ...]
     targets: list[Tensor]
     relative: bool
+    emphasis: float
     reference_outputs: Callable[[Tensor], list[Tensor]]
     reference_targets: list[Tensor]
 
@@ -137,22 +140,24 @@ class Built:
             preconditioner=preconditioner,
             damping=damping,
             relative=self.relative,
+            emphasis=self.emphasis,
         )
 
-    def entries(self, y: Tensor) -> float:
-        """What the squared error of an operation is divided by: its entries, times their variance where relative."""
-        return y.numel() * (float(((y - y.mean()) ** 2).sum() / (y.numel() - 1)) if self.relative else 1.0)
+    def divisor(self, place: int, y: Tensor) -> float:
+        """Of the squared error of an operation: its entries, times their variance where relative, less if it is late."""
+        variance = float(((y - y.mean()) ** 2).sum() / (y.numel() - 1)) if self.relative else 1.0
+        return y.numel() * variance * (len(self.reference_targets) / (place + 1)) ** self.emphasis
 
     def reference_loss(self, w: Tensor) -> Tensor:
         """Eq. 3 with the mean over the entries of each operation."""
         total = torch.zeros((), dtype=torch.float64)
-        for y, o in zip(self.reference_targets, self.reference_outputs(w), strict=True):
-            total = total + ((y - o) ** 2).sum() / self.entries(y)
+        for place, (y, o) in enumerate(zip(self.reference_targets, self.reference_outputs(w), strict=True)):
+            total = total + ((y - o) ** 2).sum() / self.divisor(place, y)
         return total
 
     def joined(self, outputs: list[Tensor]) -> Tensor:
         """All outputs in one (images, entries), scaled so that Eq. 3 is a sum of squared differences."""
-        scales = [self.entries(y) ** 0.5 for y in self.reference_targets]
+        scales = [self.divisor(place, y) ** 0.5 for place, y in enumerate(self.reference_targets)]
         return torch.cat([o.flatten(1) / scale for o, scale in zip(outputs, scales, strict=True)], dim=1)
 
 
@@ -213,6 +218,7 @@ def build(case: Case) -> Built:
         state=state,
         targets=segment.outputs(state),
         relative=case.weighting == "relative",
+        emphasis=case.emphasis,
         reference_outputs=reference_outputs,
         reference_targets=reference_outputs(None),
     )

@@ -18,6 +18,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from .adapters import Chain, Group, State, frozen
+from .augment import augmented
 from .config import PruneConfig
 from .masks import Masks
 from .memory import Images, Kept, Shelf, saved_bytes
@@ -115,10 +116,14 @@ class Batches:
     config: PruneConfig
     device: torch.device
     order: Sequence[int]
+    augment: bool = False
 
-    def objective(self, index: int) -> KStepObjective:
+    def objective(self, index: int, step: int | None = None) -> KStepObjective:
+        """That of one batch; with ``augment``, of its images as they look at a step."""
         pruned = send_to_device(self.streams.pruned[index].get(), self.device)
         source = self.streams.dense[index].get() if self.config.targets == "dense" else pruned
+        if self.augment and step is not None:
+            source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step),)
         with torch.no_grad(), holding(self.segment.chain, self.dense):
             targets = self.segment.outputs(send_to_device(source, self.device))
         solver = self.config.solver
@@ -131,10 +136,11 @@ class Batches:
             solver.preconditioner,
             solver.damping,
             relative=self.config.weighting == "relative",
+            emphasis=self.config.emphasis,
         )
 
     def __iter__(self) -> Iterator[KStepObjective]:
-        return (self.objective(i) for i in self.order)
+        return (self.objective(index, step) for step, index in enumerate(self.order))
 
 
 def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
@@ -294,7 +300,8 @@ class Cascade:
         solver = replace(self.config.solver, passes=1)  # the order has them all
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
         order = [(place * steps + i) % judge for i in range(steps)]
-        batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
+        augment = self.config.augment and group.kind == "joint"  # elsewhere what comes in is not images
+        batches = Batches(segment, self.dense, active, streams, self.config, self.device, order, augment)
         held_out = batches.objective(judge)
         own = {name: self.chain.weight(name).detach() for name in active.masks}
         w = active.gather(own)

@@ -29,6 +29,7 @@ class SolverConfig:
         cg_atol: … or at ‖r‖ ≤ cg_atol, the paper's test (Table 7: 1e-3 CNN, 5e-4 ViT).
         cg_max_iter: most products per Newton step.
         cg_stall: … or when the quadratic model stalls (Martens 2010, section 4.4); 0 switches the test off.
+        average: the running mean of the iterates looks back on that many (Polyak and Juditsky 1992); 0 means none.
     """
 
     curvature: str = "gauss-newton"
@@ -44,6 +45,7 @@ class SolverConfig:
     cg_atol: float = 0.0
     cg_max_iter: int = 10
     cg_stall: float = 0.0
+    average: int = 0
 
     def __post_init__(self) -> None:
         _check(
@@ -61,6 +63,7 @@ class SolverConfig:
         _check(0 <= self.cg_rtol < 1, "cg_rtol", self.cg_rtol, "a number from 0 to below 1")
         _check(self.cg_atol >= 0, "cg_atol", self.cg_atol, "a number ≥ 0")
         _check(self.cg_stall >= 0, "cg_stall", self.cg_stall, "a number ≥ 0")
+        _check(self.average >= 0, "average", self.average, "an integer ≥ 0")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class PruneConfig:
         sweeps: passes of the cascade over the layers; from the second on, what follows a layer is pruned already.
         layer_steps: most Newton steps for one layer in one sweep; 0 means as many as the passes give.
         joint_steps: Newton steps, after the sweeps, that move the weights of all layers together.
+        emphasis: of late operations in Eq. 3: output k of K weighs ((k + 1) / (K + 1)) to this power.
+        augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
     """
@@ -99,6 +104,8 @@ class PruneConfig:
     sweeps: int = 1
     layer_steps: int = 0
     joint_steps: int = 0
+    emphasis: float = 0.0
+    augment: bool = False
     seed: int = 0
     solver: SolverConfig = field(default_factory=SolverConfig)
 
@@ -110,6 +117,7 @@ class PruneConfig:
         _check(self.joint_steps >= 0, "joint_steps", self.joint_steps, "an integer ≥ 0")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
+        _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
         _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
 

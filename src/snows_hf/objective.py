@@ -81,6 +81,7 @@ class KStepObjective:
         preconditioner: ``gram`` (see preconditioner.py) or ``none``.
         damping: λ, which the preconditioner shares with the system it is for.
         relative: divide each operation's mean squared error by the variance of its targets.
+        emphasis: e of the weights ((k + 1) / (K + 1))ᵉ that the operations have; 0 weighs all alike, as Eq. 3 does.
     """
 
     def __init__(
@@ -93,10 +94,14 @@ class KStepObjective:
         preconditioner: str = "none",
         damping: float = 0.0,
         relative: bool = False,
+        emphasis: float = 0.0,
     ) -> None:
         self.segment, self.active, self.state, self.targets = segment, active, state, targets
         self.curvature, self.preconditioner, self.damping = curvature, preconditioner, damping
-        self.weights = [1 / (y.numel() * (float(y.var()) + 1e-12 if relative else 1)) for y in targets]
+        self.weights = [
+            (place / len(targets)) ** emphasis / (y.numel() * (float(y.var()) + 1e-12 if relative else 1))
+            for place, y in enumerate(targets, start=1)
+        ]
 
     def _outputs(self, w: Tensor) -> list[Tensor]:
         return self.segment.outputs(self.state, self.active.scatter(w))

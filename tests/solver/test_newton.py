@@ -341,3 +341,27 @@ def test_a_perfect_layer_stops_too():
     """A held-out loss of exactly zero cannot shrink, relative or not."""
     objective = Function(lambda w: (w - HARD_START).square().sum())
     assert newton([objective] * 20, objective, HARD_START, config(patience=2, min_gain=0.0)).steps == 2
+
+
+def test_the_running_mean_has_less_of_the_batches_noise_than_any_iterate():
+    minimisers = randn(40, 6, seed=1)
+    batches = [Function(lambda w, m=m: (w - m).square().sum()) for m in minimisers]
+    held_out = Function(lambda w: (w - minimisers.mean(0)).square().sum())
+    start = 5 * torch.ones(6, dtype=torch.float64)
+
+    last = newton(batches, held_out, start, config())
+    mean = newton(batches, held_out, start, config(average=40))
+    # One exact Newton step ends at its batch's own minimiser: the mean of all iterates is that of the minimisers.
+    torch.testing.assert_close(mean.w, minimisers.mean(0))
+    assert last.loss_end == pytest.approx(min(map(held_out.value, minimisers)))
+    assert mean.loss_end < 1e-20
+
+
+@pytest.mark.parametrize(("window", "mean"), [(2, 4.5), (3, 5.0)])
+def test_the_running_mean_looks_back_on_its_window(window, mean):
+    """Iterates 8, 4, 3: the means are 8, 6, then 6 + (3 - 6) / 2 or, of all three, 5."""
+    minimisers = torch.tensor([[8.0], [4.0], [3.0]], dtype=torch.float64)
+    batches = [Function(lambda w, m=m: (w - m).square().sum()) for m in minimisers]
+    held_out = Function(lambda w: (w - mean).square().sum())
+    result = newton(batches, held_out, torch.zeros(1, dtype=torch.float64), config(average=window))
+    assert float(result.w) == pytest.approx(mean)

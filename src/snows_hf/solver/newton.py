@@ -98,9 +98,9 @@ def newton(
 ) -> NewtonResult:
     """Minimises the mean of ``batches`` from w by one Newton step per batch and pass.
 
-    The weights returned are the best of all iterates, the start included, by the ``held_out`` loss: a layer never
-    comes out worse than it came in. The run ends early once ``patience`` steps in a row have brought less than
-    ``min_gain`` together.
+    The weights returned are the best by the ``held_out`` loss: of the start, so that a layer never comes out worse
+    than it came in, of all iterates and, with ``average``, of their running mean, which has less of the batches'
+    noise. The run ends early once ``patience`` steps in a row have brought less than ``min_gain`` together.
 
     Args:
         batches: one objective per mini-batch, at least one; iterated once per pass.
@@ -114,7 +114,7 @@ def newton(
     if not math.isfinite(start):
         result.status = NewtonStatus.NON_FINITE
         return result
-    milestone, stale = start, 0
+    milestone, stale, mean = start, 0, w
     for batch in chain.from_iterable(repeat(batches, config.passes)):
         local = batch.expand(w)
         if not math.isfinite(local.value) or not torch.isfinite(local.gradient).all():
@@ -139,9 +139,12 @@ def newton(
             result.rejected += 1
         else:
             w = w + alpha * direction.delta
-            loss = held_out.value(w)
-            if loss < result.loss_end:
-                result.w, result.loss_end, result.status = w, loss, NewtonStatus.IMPROVED
+            taken = result.steps - result.rejected
+            mean = mean + (w - mean) / min(taken, max(config.average, 1))
+            for candidate in (w, mean) if config.average and taken > 1 else (w,):
+                loss = held_out.value(candidate)
+                if loss < result.loss_end:
+                    result.w, result.loss_end, result.status = candidate, loss, NewtonStatus.IMPROVED
         if progress is not None:
             progress(result.cg_iterations, start, result.loss_end)
         if result.loss_end < (1 - config.min_gain) * milestone:
