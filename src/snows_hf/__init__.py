@@ -11,6 +11,7 @@ from .hub.load import Checkpoint, load
 from .hub.push import Pushed, push
 from .hub.repack import pack, unpack
 from .inspect import inspect
+from .probe import probe
 from .prune import PruneResult, prune
 from .speed import Acceleration, accelerate
 from .version import __version__
@@ -38,6 +39,7 @@ __all__ = [
     "inspect",
     "load",
     "pack",
+    "probe",
     "prune",
     "push",
     "unpack",

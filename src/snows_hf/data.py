@@ -175,11 +175,22 @@ def calibration_examples(
         DataError: also where there are no labels, or they are no numbers.
     """
     check_labels(source, "the mask criterion")
-    images, labels = [], []
+    images, labels = zip(*labelled_chunks(source, samples, seed, preprocess), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def labelled_chunks(
+    source: ImageSource, samples: int, seed: int, preprocess: Preprocess
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The chunks of :func:`calibration_chunks` with the data's own labels: (c, 3, height, width) and (c,).
+
+    Raises:
+        DataError: no image, no label column, labels that are no numbers, or an unreadable image.
+    """
+    check_labels(source, "this")
     for pictures, rows in _drawn(source, samples, seed):
-        labels += [_label(row, source, i) for i, row in rows]
-        images.append(preprocess(pictures))
-    return torch.cat(images), torch.tensor(labels)
+        labels = torch.tensor([_label(row, source, i) for i, row in rows])
+        yield preprocess(pictures), labels
 
 
 def check_labels(source: ImageSource, what: str) -> None:
