@@ -4,9 +4,10 @@ Importing it registers the CIFAR ResNets with timm, and packed files with transf
 """
 
 from .adapters import build_chain
-from .config import PruneConfig, SolverConfig
+from .config import FinetuneConfig, PruneConfig, SolverConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
+from .finetune import finetune
 from .hub.load import Checkpoint, load
 from .hub.push import Pushed, push
 from .hub.repack import pack, unpack
@@ -26,6 +27,7 @@ __all__ = [
     "Acceleration",
     "Accuracy",
     "Checkpoint",
+    "FinetuneConfig",
     "PruneConfig",
     "PruneResult",
     "Pushed",
@@ -35,6 +37,7 @@ __all__ = [
     "accelerate",
     "build_chain",
     "evaluate",
+    "finetune",
     "from_pretrained",
     "inspect",
     "load",

@@ -12,7 +12,7 @@ from .data import ImageSource, check_labels, label_map, labelled_batches, labell
 from .errors import AdapterError, ConfigError, DataError, NumericsError
 from .evaluate import logits_of
 from .hub.load import load
-from .prune import describe_data, find_device
+from .prune import check_apart, describe_data, find_device
 
 
 STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(2, -13, -1))
@@ -71,11 +71,7 @@ def probe(
     if samples is not None and samples < 2:
         raise ConfigError(f"samples = {samples}: a probe needs at least two training images.")
     measured = data if eval_data is None else eval_data
-    if measured == data and train_split == test_split:
-        raise DataError(
-            f"The probe would be trained and measured on the same split {test_split!r} of {data}.",
-            "Give --train-split or --test-split.",
-        )
+    check_apart(data, train_split, measured, test_split, "Give --train-split or --test-split")
     target = find_device(device)
     train, test = open_images(data, train_split), open_images(measured, test_split)
     for source in (train, test):
