@@ -4,6 +4,7 @@ Importing it registers the CIFAR ResNets with timm, and packed files with transf
 """
 
 from .adapters import build_chain
+from .attention import attention
 from .config import FinetuneConfig, PruneConfig, SolverConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
@@ -35,6 +36,7 @@ __all__ = [
     "SolverConfig",
     "__version__",
     "accelerate",
+    "attention",
     "build_chain",
     "evaluate",
     "finetune",
