@@ -150,7 +150,7 @@ class FinetuneConfig:
         flip: half of the images, at random, are mirrored left to right.
         distillation: α in (1 - α)·cross-entropy + α·T²·KL(teacher ‖ student), where there is a teacher.
         temperature: T, by which the logits of both are divided in the second term (Hinton et al., 2015).
-        samples: training images to draw; 0 means all.
+        samples: training images to draw; None means all.
         seed: of the draw, the order and the augmentation.
     """
 
@@ -166,7 +166,7 @@ class FinetuneConfig:
     flip: bool = True
     distillation: float = 0.9
     temperature: float = 4.0
-    samples: int = 0
+    samples: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -181,7 +181,7 @@ class FinetuneConfig:
         _check(0 <= self.crop < 1, "crop", self.crop, "a number from 0 to below 1")
         _check(0 <= self.distillation <= 1, "distillation", self.distillation, "a number from 0 to 1")
         _check(self.temperature > 0, "temperature", self.temperature, "a number > 0")
-        _check(self.samples == 0 or self.samples >= 2, "samples", self.samples, "an integer ≥ 2, or 0 for all")
+        _check(self.samples is None or self.samples >= 2, "samples", self.samples, "an integer ≥ 2")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

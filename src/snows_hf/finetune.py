@@ -51,7 +51,8 @@ def finetune(
     """Retrains a pruned checkpoint on labelled images; weights that are zero stay zero.
 
     After each epoch the state goes to a hidden folder beside ``output``. The same call, made again after an
-    interruption, goes on from there, and ends with the same weights as a run without one.
+    interruption, goes on from there, and ends with the same weights as a run without one. (With ``minutes`` the number
+    of epochs depends on the machine.)
 
     Args:
         model: Hub id or folder of what ``prune`` wrote.
@@ -91,7 +92,7 @@ def finetune(
     check_output(output, 4 * sum(tensor.numel() * 4 for tensor in network.state_dict().values()))
     tutor = load(teacher) if teacher is not None else None
 
-    source, labels = drawn_labelled(open_images(data, data_split), config.samples or None, config.seed)
+    source, labels = drawn_labelled(open_images(data, data_split), config.samples, config.seed)
     if len(labels) < 2:
         raise ConfigError(f"{data} ({data_split}) has one image.", "Retraining needs at least two.")
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None

@@ -37,7 +37,7 @@ def command(
     ] = None,
     distillation: Annotated[float, typer.Option(help="The teacher's share of the loss.")] = DEFAULT.distillation,
     temperature: Annotated[float, typer.Option(help="Softens the teacher's probabilities.")] = DEFAULT.temperature,
-    samples: Annotated[int, typer.Option(help="Training images to draw. 0: all.")] = DEFAULT.samples,
+    samples: Annotated[int | None, typer.Option(help="Training images to draw. Default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw, the order and the augmentation.")] = DEFAULT.seed,
     eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure accuracy on.")] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
