@@ -13,7 +13,7 @@ from PIL import Image
 from snows_hf import finetune, inspect, load, prune
 from snows_hf.config import FinetuneConfig
 from snows_hf.data import drawn_labelled, open_images, pictures
-from snows_hf.errors import ConfigError, DataError, LoadError, SnowsError
+from snows_hf.errors import ConfigError, DataError, LoadError, NumericsError, SnowsError
 from snows_hf.finetune import STATE_FILE, augmented, distillation, learning_rate, unfinished
 from snows_hf.hub.save import REPORT_FILE
 
@@ -85,6 +85,22 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_weights(mask: Path, tmp_path:
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_seed_and_epoch_alone_decide_order_and_augmentation(mask: Path, tmp_path: Path) -> None:
+    """At a vanishing learning rate losses differ by what the images went through alone."""
+
+    def losses(name: str, ambient: int, **settings: int) -> list[float]:
+        still = {"lr": 1e-20, "momentum": 0.0, "weight_decay": 0.0}
+        with torch.random.fork_rng([]):
+            torch.manual_seed(ambient)
+            result = finetune(str(mask), str(DIGITS), output=tmp_path / name, **QUICK | still | settings)
+        return list(result.report["finetune"]["losses"])
+
+    first = losses("a", 0)
+    assert len(set(first)) == 3
+    assert losses("b", 1) == first
+    assert not set(losses("c", 0, seed=2)) & set(first)
 
 
 def test_an_unfinished_run_is_continued_by_its_own_command_alone(mask: Path, tmp_path: Path) -> None:
@@ -188,6 +204,9 @@ def test_half_precision_stays_half(mask: Path, tmp_path: Path) -> None:
     for name, tensor in half.items():
         if tensor.ndim == 4:
             assert (after[name][tensor == 0] == 0).all()
+    with pytest.raises(NumericsError, match="has become"):  # finite in float32, not in float16
+        retrained(source, tmp_path / "overflow", epochs=1, samples=32, lr=1e10)
+    assert not (tmp_path / "overflow").exists()
 
 
 def test_bad_requests(mask: Path, tmp_path: Path) -> None:
@@ -196,7 +215,15 @@ def test_bad_requests(mask: Path, tmp_path: Path) -> None:
         retrained(RESNET, output)
     with pytest.raises(ConfigError, match="Unknown setting 'learning_rate'"):
         retrained(mask, output, learning_rate=1)
-    for wrong in ({"epochs": 0}, {"lr": 0}, {"lr": math.inf}, {"momentum": 1}, {"crop": -1}, {"samples": 1}):
+    for wrong in (
+        {"epochs": 0},
+        {"lr": 0},
+        {"lr": math.inf},
+        {"minutes": math.inf},
+        {"momentum": 1},
+        {"crop": -1},
+        {"samples": 1},
+    ):
         with pytest.raises(ConfigError, match="expected"):
             retrained(mask, output, **wrong)
     with pytest.raises(DataError, match="same split"):
@@ -204,7 +231,7 @@ def test_bad_requests(mask: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another way"):
         retrained(mask, output, teacher=str(VIT))
     with pytest.raises(SnowsError, match="became"):
-        retrained(mask, output, lr=1e30)
+        retrained(mask, output, lr=1e29)
     broken = copy_of(mask, tmp_path / "broken")
     (broken / REPORT_FILE).write_text("{}")
     with pytest.raises(LoadError, match="not a report"):

@@ -171,12 +171,12 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "epochs", self.epochs, "an integer ≥ 1")
-        _check(self.minutes >= 0, "minutes", self.minutes, "a number ≥ 0")
-        _check(0 < self.lr < float("inf"), "lr", self.lr, "a number > 0")
+        _check(0 <= self.minutes < float("inf"), "minutes", self.minutes, "a number ≥ 0")
+        _check(0 < self.lr < 1e30, "lr", self.lr, "a number > 0, below 1e30")
         _check(0 < self.decay <= 1, "decay", self.decay, "a number above 0, up to 1")
         _check(self.decay_every >= 0, "decay_every", self.decay_every, "an integer ≥ 0")
         _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
-        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number ≥ 0")
+        _check(0 <= self.weight_decay < 1e30, "weight_decay", self.weight_decay, "a number ≥ 0, below 1e30")
         _check(self.batch_size >= 2, "batch_size", self.batch_size, "an integer ≥ 2")
         _check(0 <= self.crop < 1, "crop", self.crop, "a number from 0 to below 1")
         _check(0 <= self.distillation <= 1, "distillation", self.distillation, "a number from 0 to 1")

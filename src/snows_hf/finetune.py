@@ -116,6 +116,11 @@ def finetune(
     with torch.no_grad():
         for name, tensor in network.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(dtypes[name])
+            if not tensor.isfinite().all():
+                raise NumericsError(
+                    f"Weight {name} has become NaN or infinite.",
+                    f"Remove {unfinished(output)}, and give a smaller --lr.",
+                )
     if evaluation is not None:
         on_stage(f"Measuring it on {eval_data} ({eval_split})")
         after = evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
@@ -302,7 +307,7 @@ def train_epoch(student: Student, optimizer: torch.optim.SGD, config: FinetuneCo
     model, preprocess = student.checkpoint.model.train(), student.checkpoint.preprocess
     losses = []
     with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
-        torch.manual_seed(1_000_003 * config.seed + epoch)
+        torch.manual_seed((1_000_003 * config.seed + epoch) % 2**63)
         batches = torch.randperm(len(student.labels)).split(config.batch_size)
         if len(batches) > 1 and len(batches[-1]) < config.batch_size:
             batches = batches[:-1]
