@@ -18,9 +18,12 @@ from snows_hf.data import (
     calibration_examples,
     calibration_images,
     describe_rows,
+    drawn_labelled,
     label_map,
     labelled_batches,
+    labelled_chunks,
     open_images,
+    pictures,
     to_classes,
 )
 from snows_hf.errors import DataError
@@ -228,3 +231,26 @@ def test_labels_of_all_of_imagenet() -> None:
 def test_labels_that_cannot_be_matched(data: list[str], model: list[str] | None, classes: int) -> None:
     with pytest.raises(DataError, match="cannot be matched to the model's"):
         label_map(data, model, classes, "d")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_drawn_images_are_read_by_number_and_keep_their_labels(streamed: bool) -> None:
+    source = open_images(str(DIGITS), "test")
+    labels_of = {image.numpy().tobytes(): int(y) for x, ys in labelled_batches(source, pixels, 64)
+                 for image, y in zip(x, ys, strict=True)}  # fmt: skip
+    if streamed:
+        source = describe_rows("digits", "test", source.rows.to_iterable_dataset())
+        with pytest.raises(DataError, match="--samples"):
+            drawn_labelled(source, None, 0)
+    found, labels = drawn_labelled(source, 20, seed=3)
+    images = pixels(pictures(found, range(20)))
+    assert [labels_of[image.numpy().tobytes()] for image in images] == labels.tolist()
+    assert torch.equal(pixels(pictures(found, [7, 7, 2])), images[[7, 7, 2]])
+    again, same = drawn_labelled(source, 20, seed=3)
+    assert torch.equal(pixels(pictures(again, range(20))), images)
+    assert torch.equal(labels, same)
+    chunks = list(labelled_chunks(source, 20, 3, pixels))
+    assert torch.equal(torch.cat([x for x, _ in chunks]), images)
+    assert torch.equal(torch.cat([y for _, y in chunks]), labels)
+    if not streamed:
+        assert len(drawn_labelled(source, None, 0)[1]) == 597

@@ -10,7 +10,7 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = "adapters augment cascade config errors masks memory models objective preconditioner solver"
-EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote speed"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} attention bench data evaluate finetune flops hub inspect probe prune remote speed"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -32,6 +32,9 @@ MAY_IMPORT = {
     "speed": "masks",
     "prune": f"{EVERYTHING_BUT_CLI} version",
     "bench": f"{EVERYTHING_BUT_CLI} version",
+    "attention": f"{EVERYTHING_BUT_CLI} version",
+    "finetune": f"{EVERYTHING_BUT_CLI} version",
+    "probe": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
     "__init__": f"{EVERYTHING_BUT_CLI} version",
     "__main__": "cli",

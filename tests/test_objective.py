@@ -144,7 +144,7 @@ class Built:
         )
 
     def divisor(self, place: int, y: Tensor) -> float:
-        """Of the squared error of an operation: its entries, times their variance where relative, less if it is late."""
+        """Of the squared error of an operation: its entries, times their variance where relative; less if late."""
         variance = float(((y - y.mean()) ** 2).sum() / (y.numel() - 1)) if self.relative else 1.0
         return y.numel() * variance * (len(self.reference_targets) / (place + 1)) ** self.emphasis
 

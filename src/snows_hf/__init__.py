@@ -4,13 +4,16 @@ Importing it registers the CIFAR ResNets with timm, and packed files with transf
 """
 
 from .adapters import build_chain
-from .config import PruneConfig, SolverConfig
+from .attention import attention
+from .config import FinetuneConfig, PruneConfig, SolverConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
+from .finetune import finetune
 from .hub.load import Checkpoint, load
 from .hub.push import Pushed, push
 from .hub.repack import pack, unpack
 from .inspect import inspect
+from .probe import probe
 from .prune import PruneResult, prune
 from .speed import Acceleration, accelerate
 from .version import __version__
@@ -25,6 +28,7 @@ __all__ = [
     "Acceleration",
     "Accuracy",
     "Checkpoint",
+    "FinetuneConfig",
     "PruneConfig",
     "PruneResult",
     "Pushed",
@@ -32,12 +36,15 @@ __all__ = [
     "SolverConfig",
     "__version__",
     "accelerate",
+    "attention",
     "build_chain",
     "evaluate",
+    "finetune",
     "from_pretrained",
     "inspect",
     "load",
     "pack",
+    "probe",
     "prune",
     "push",
     "unpack",

@@ -139,6 +139,62 @@ class PruneConfig:
         return replace(self, solver=solver, **{n: v for n, v in changes.items() if n in own})
 
 
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a pruned model is retrained, by SGD with a stepwise decay of the learning rate (A.3.4).
+
+    Attributes:
+        epochs: passes over the training images. A.3.4: 90 (CIFAR-10).
+        minutes: of training at most; where they do not do for ``epochs``, as many are planned as the first one's time
+            lets expect. 0 means no limit.
+        lr: learning rate at the start. A.3.4: 3e-3.
+        decay: factor on the learning rate, every ``decay_every`` epochs. A.3.4: 0.1.
+        decay_every: 0 means a third of the epochs, rounded up. A.3.4: 30 of 90 epochs, 2 of 5.
+        momentum: A.3.4: 0.9.
+        weight_decay: A.3.4: 5e-5.
+        batch_size: images per step.
+        crop: images are padded by this share of their size on each side and cropped at random back to it; 0 switches
+            it off. 4 pixels of 32, as usual for CIFAR (He et al., 2015, section 4.2).
+        flip: half of the images, at random, are mirrored left to right.
+        distillation: α in (1 - α)·cross-entropy + α·T²·KL(teacher ‖ student), where there is a teacher.
+        temperature: T, by which the logits of both are divided in the second term (Hinton et al., 2015).
+        samples: training images to draw; None means all.
+        seed: of the draw, the order and the augmentation.
+    """
+
+    epochs: int = 90
+    minutes: float = 0.0
+    lr: float = 3e-3
+    decay: float = 0.1
+    decay_every: int = 0
+    momentum: float = 0.9
+    weight_decay: float = 5e-5
+    batch_size: int = 128
+    crop: float = 0.125
+    flip: bool = True
+    distillation: float = 0.9
+    temperature: float = 4.0
+    samples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 1, "epochs", self.epochs, "an integer ≥ 1")
+        _check(0 <= self.minutes < float("inf"), "minutes", self.minutes, "a number ≥ 0")
+        _check(0 < self.lr < 1e30, "lr", self.lr, "a number > 0, below 1e30")
+        _check(0 < self.decay <= 1, "decay", self.decay, "a number above 0, up to 1")
+        _check(self.decay_every >= 0, "decay_every", self.decay_every, "an integer ≥ 0")
+        _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
+        _check(0 <= self.weight_decay < 1e30, "weight_decay", self.weight_decay, "a number ≥ 0, below 1e30")
+        _check(self.batch_size >= 2, "batch_size", self.batch_size, "an integer ≥ 2")
+        _check(0 <= self.crop < 1, "crop", self.crop, "a number from 0 to below 1")
+        _check(0 <= self.distillation <= 1, "distillation", self.distillation, "a number from 0 to 1")
+        _check(self.temperature > 0, "temperature", self.temperature, "a number > 0")
+        _check(self.samples is None or self.samples >= 2, "samples", self.samples, "an integer ≥ 2")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 _PAPER = {
     "curvature": "hessian",
     "preconditioner": "none",

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,11 +175,22 @@ def calibration_examples(
         DataError: also where there are no labels, or they are no numbers.
     """
     check_labels(source, "the mask criterion")
-    images, labels = [], []
+    images, labels = zip(*labelled_chunks(source, samples, seed, preprocess), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def labelled_chunks(
+    source: ImageSource, samples: int, seed: int, preprocess: Preprocess
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The chunks of :func:`calibration_chunks` with the data's own labels: (c, 3, height, width) and (c,).
+
+    Raises:
+        DataError: no image, no label column, labels that are no numbers, or an unreadable image.
+    """
+    check_labels(source, "training")
     for pictures, rows in _drawn(source, samples, seed):
-        labels += [_label(row, source, i) for i, row in rows]
-        images.append(preprocess(pictures))
-    return torch.cat(images), torch.tensor(labels)
+        labels = torch.tensor([_label(row, source, i) for i, row in rows])
+        yield preprocess(pictures), labels
 
 
 def check_labels(source: ImageSource, what: str) -> None:
@@ -209,6 +220,38 @@ def _drawn(source: ImageSource, samples: int, seed: int) -> Iterator[tuple[list[
         yield [_decode(row, source, i) for i, row in chunk], chunk
     if empty:
         raise DataError(f"Data {source.name} ({source.split}) is empty.")
+
+
+def drawn_labelled(source: ImageSource, samples: int | None, seed: int) -> tuple[ImageSource, Tensor]:
+    """``samples`` images drawn at random, or all for None, that can be read again and again by number, and the data's
+    own labels (n,). They stay encoded: on disk, or those of a stream in memory.
+
+    Raises:
+        DataError: no image, no label column, labels that are no numbers, or all of a stream.
+    """
+    check_labels(source, "training")
+    if source.size is not None:
+        order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples]
+        rows = source.rows.select(order.tolist())
+    elif samples is None:
+        raise DataError(
+            f"Data {source.name} ({source.split}) is streamed from the Hub.",
+            "Give --samples, the images to take of it.",
+        )
+    else:
+        taken = _stream(source, source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples))
+        rows = datasets.Dataset.from_list(list(taken), features=source.rows.features)
+    if len(rows) == 0:
+        raise DataError(f"Data {source.name} ({source.split}) is empty.")
+    labels = [
+        _label({str(source.label_column): value}, source, i) for i, value in enumerate(rows[source.label_column])
+    ]
+    return replace(source, rows=rows), torch.tensor(labels)
+
+
+def pictures(source: ImageSource, numbers: Iterable[int]) -> list[PIL.Image.Image]:
+    """The images of these numbers, decoded, of a source that is no stream."""
+    return [_decode(source.rows[i], source, i) for i in numbers]
 
 
 def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

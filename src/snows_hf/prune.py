@@ -120,11 +120,8 @@ def prune(
         raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
     target_device = find_device(device)
     calibration_name = data or DEFAULT_DATA
-    if eval_data is not None and data_split == eval_split and _place(calibration_name) == _place(eval_data):
-        raise DataError(
-            f"Calibration and evaluation would use the same split {eval_split!r} of {eval_data}.",
-            "Give --data-split or --eval-split: images that calibrate cannot measure.",
-        )
+    if eval_data is not None:
+        check_apart(calibration_name, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     if output is not None:
         check_output(Path(output), size=0)
 
@@ -236,9 +233,19 @@ def prune(
     return PruneResult(network, Path(output), {"output": str(output), **report})
 
 
-def _place(data: str) -> Path:
-    # The same for every spelling of a folder; a Hub id names a folder that does not exist.
-    return Path(split_revision(data)[0]).expanduser().resolve()
+def check_apart(data: str, split: str, eval_data: str, eval_split: str, remedy: str) -> None:
+    """Refuses to measure a model on the images that made it.
+
+    Raises:
+        DataError: both are the same split of the same data, however it is spelled.
+    """
+    # A Hub id names a folder that does not exist, which serves as well.
+    places = [Path(split_revision(name)[0]).expanduser().resolve() for name in (data, eval_data)]
+    if split == eval_split and places[0] == places[1]:
+        raise DataError(
+            f"Calibration or training, and evaluation, would use the same split {eval_split!r} of {eval_data}.",
+            f"{remedy}: images that a model was made with cannot measure it.",
+        )
 
 
 def describe_data(data: str, split: str) -> dict[str, str | None]:
@@ -263,7 +270,8 @@ def check_mask(mask: str) -> None:
 def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
     """Full weights of a criterion without SNOWS: its own update where it has one, else the dense weights masked."""
     return {
-        name: choice.weights[name] if name in choice.weights else original[name].to(mask.device) * mask
+        # Not a product, which would leave zeros of negative weights negative.
+        name: choice.weights[name] if name in choice.weights else original[name].to(mask.device).where(mask, 0)
         for name, mask in choice.masks.items()
     }
 

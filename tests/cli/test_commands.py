@@ -258,7 +258,8 @@ def test_pack_and_unpack(run) -> None:
 def test_version_and_help(run) -> None:
     result = run("--version")
     assert (result.code, result.out.strip()) == (0, __version__)
-    for command in ((), ("prune",), ("eval",), ("inspect",), ("pack",), ("unpack",), ("demo",)):
+    names = ("prune", "eval", "inspect", "probe", "finetune", "attention", "pack", "unpack", "demo")
+    for command in ((), *((name,) for name in names)):
         result = run(*command, "--help")
         assert result.code == 0
         assert "Usage:" in result.out

@@ -6,6 +6,8 @@ operation that reads them, as batch norms are in CNNs (A.3.2).
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,21 @@ class TransformerBlock:
         )
 
 
+_RECORD: ContextVar[list[Tensor] | None] = ContextVar("_RECORD", default=None)
+
+
+@contextmanager
+def recorded_attention() -> Iterator[list[Tensor]]:
+    """For the time of the block, the attention probabilities (n, …, heads, tokens, tokens) of every transformer block
+    that is run through its chain are appended to the list, whatever the architecture."""
+    record: list[Tensor] = []
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """softmax(scale·q kᵀ + bias) v for (n, …, heads, tokens, d), heads merged to (n, …, tokens, heads·d).
 
@@ -63,6 +80,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     """
     scores = (q * scale) @ k.transpose(-2, -1)
     weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+    if (record := _RECORD.get()) is not None:
+        record.append(weights)
     return (weights @ v).transpose(-3, -2).flatten(-2)
 
 

@@ -6,6 +6,10 @@ import typer
 
 
 Model = Annotated[str, typer.Argument(help="Hub id or folder of a transformers or timm image classifier.")]
+Models = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Hub ids or folders; the first is what others are compared with."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the object of --json).")]

@@ -27,23 +27,30 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         report: the prune's report, as in snows_config.json.
     """
     results = None
-    if report["pruned"]:
+    retrained = report.get("finetune")
+    # Figures of the weights that are in the folder, or none.
+    accuracy, measured = (retrained["after"], retrained) if retrained else (report["pruned"], report)
+    if accuracy:
         results = [
             EvalResult(
                 task_type="image-classification",
-                dataset_type=report["eval_data"]["name"],
-                dataset_name=report["eval_data"]["name"],
-                dataset_split=report["eval_data"]["split"],
-                dataset_revision=report["eval_data"]["revision"],
+                dataset_type=measured["eval_data"]["name"],
+                dataset_name=measured["eval_data"]["name"],
+                dataset_split=measured["eval_data"]["split"],
+                dataset_revision=measured["eval_data"]["revision"],
                 metric_type="accuracy",
                 metric_name=metric,
-                metric_value=round(report["pruned"][key], 4),
+                metric_value=round(accuracy[key], 4),
             )
             for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5"))
         ]
-    is_hub_id = local_folder(checkpoint.source) is None
+    # What is retrained is a folder, and its report names the dense model.
+    is_hub_id = "/" in report["source"] if retrained else local_folder(checkpoint.source) is None
     licence = licence_of(checkpoint.folder)
-    datasets = [report[key]["name"] for key in ("calibration_data", "eval_data") if report[key]]
+    used = [report["calibration_data"], report["eval_data"]]
+    if retrained:
+        used += [retrained["data"], retrained["eval_data"]]
+    datasets = [data["name"] for data in used if data]
     fields: dict[str, Any] = dict(licence)
     data = ModelCardData(
         model_name=report["name"],
@@ -60,6 +67,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         data,
         template_str=template,
         report=report,
+        retrained=retrained,
         library=checkpoint.library,
         source=report["source"],
         architecture=checkpoint.config.get("architecture", ""),

@@ -69,6 +69,12 @@ def short_name(source: str) -> str:
     return source.removeprefix("hf-hub:") if folder is None else folder.resolve().name
 
 
+def distinct_names(sources: Sequence[str]) -> list[str]:
+    """Short names to tell several models apart by, or what was asked for, where two would have the same."""
+    names = [short_name(source) for source in sources]
+    return names if len({*names}) == len({*sources}) else list(sources)
+
+
 def find_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional).
 

@@ -13,11 +13,18 @@ from uuid import uuid4
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from ..errors import SaveError, one_line
+from ..errors import LoadError, SaveError, one_line
 from .load import Checkpoint
 
 
 REPORT_FILE = "snows_config.json"
+
+REPORT_KEYS = {
+    "source", "pattern", "sparsity", "layers", "dense_layers", "settings", "update", "criterion", "versions", "seed",
+    "samples", "calibration_data", "eval_data", "dense", "masked", "pruned", "parameters", "flops", "bytes", "seconds",
+    "hardware",
+}  # fmt: skip
+"""What the card reads of a report."""
 
 
 def check_output(output: Path, size: int) -> None:
@@ -111,6 +118,26 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
     for licence in checkpoint.folder.glob("LICENSE*"):  # most licences want to go along
         if licence.is_file():
             shutil.copyfile(licence, folder / licence.name)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of the prune that made a folder.
+
+    Raises:
+        LoadError: there is none, or it is not what ``prune`` writes.
+    """
+    path = folder / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(
+            f"{folder} has no {REPORT_FILE}.", "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(report, dict) or REPORT_KEYS - report.keys():
+        raise LoadError(f"{path} is not a report that this version of `snows-hf prune` writes.", "Prune again.")
+    return report
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

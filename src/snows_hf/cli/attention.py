@@ -1,0 +1,59 @@
+"""``snows-hf attention``"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Device, Json, Models, Quiet
+from .sink import Sink, calm_libraries
+
+
+def command(
+    models: Models,
+    data: Annotated[str, typer.Option(help="Images: Hub data set, image folder or parquet.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
+    images: Annotated[int, typer.Option(help="Images to draw.")] = 4,
+    samples: Annotated[int, typer.Option(help="Images to measure similarity on.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the attention maps of Vision Transformers side by side: dense, mask alone, pruned."""
+    from ..attention import attention
+
+    calm_libraries()
+    sink = Sink(as_json, quiet)
+    result = attention(
+        models,
+        data,
+        output=output,
+        split=split,
+        images=images,
+        samples=samples,
+        seed=seed,
+        device=device,
+        on_stage=sink.stage,
+    )
+    show(sink, result)
+    sink.json(result)
+
+
+def show(sink: Sink, result: dict[str, Any]) -> None:
+    """Similarity to the first model's maps for people, and where the picture is."""
+    from ..attention import KINDS
+    from ..hub.load import distinct_names
+
+    first, *others = distinct_names([row["model"] for row in result["models"]])
+    if others:
+        sink.table(
+            ["", *(f"{title}: {what}" for title in KINDS.values() for what in ("correlation", "cosine"))],
+            [
+                (name, *(f"{row[kind][what]:.3f}" for kind in KINDS for what in ("correlation", "cosine")))
+                for name, row in zip(others, result["models"][1:], strict=True)
+            ],
+            title=f"Attention maps against those of {first}, means over {result['samples']} images",
+        )
+    sink.text(f"Saved to {result['output']}")
