@@ -116,13 +116,13 @@ class Batches:
     config: PruneConfig
     device: torch.device
     order: Sequence[int]
-    augment: bool = False
 
     def objective(self, index: int, step: int | None = None) -> KStepObjective:
-        """That of one batch; with ``augment``, of its images as they look at a step."""
+        """That of one batch; where images are augmented, as they look at a step."""
+        joint = self.segment.group.kind == "joint"
         pruned = send_to_device(self.streams.pruned[index].get(), self.device)
         source = self.streams.dense[index].get() if self.config.targets == "dense" else pruned
-        if self.augment and step is not None:
+        if self.config.augment and joint and step is not None:  # elsewhere what comes in is not images
             source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step),)
         with torch.no_grad(), holding(self.segment.chain, self.dense):
             targets = self.segment.outputs(send_to_device(source, self.device))
@@ -136,7 +136,7 @@ class Batches:
             solver.preconditioner,
             solver.damping,
             relative=self.config.weighting == "relative",
-            emphasis=self.config.emphasis,
+            emphasis=self.config.emphasis if joint else 0.0,
         )
 
     def __iter__(self) -> Iterator[KStepObjective]:
@@ -300,8 +300,7 @@ class Cascade:
         solver = replace(self.config.solver, passes=1)  # the order has them all
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
         order = [(place * steps + i) % judge for i in range(steps)]
-        augment = self.config.augment and group.kind == "joint"  # elsewhere what comes in is not images
-        batches = Batches(segment, self.dense, active, streams, self.config, self.device, order, augment)
+        batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
         held_out = batches.objective(judge)
         own = {name: self.chain.weight(name).detach() for name in active.masks}
         w = active.gather(own)

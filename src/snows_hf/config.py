@@ -86,7 +86,7 @@ class PruneConfig:
         sweeps: passes of the cascade over the layers; from the second on, what follows a layer is pruned already.
         layer_steps: most Newton steps for one layer in one sweep; 0 means as many as the passes give.
         joint_steps: Newton steps, after the sweeps, that move the weights of all layers together.
-        emphasis: of late operations in Eq. 3: output k of K weighs ((k + 1) / (K + 1)) to this power.
+        emphasis: of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power.
         augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
