@@ -9,12 +9,14 @@ import snows_hf
 
 
 ROOT = Path(snows_hf.__file__).parent
-ALGORITHM = "adapters cascade config errors masks memory models objective preconditioner solver"
+ALGORITHM = "adapters cascade config distributed errors journal masks memory models objective preconditioner solver"
 EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote speed"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
     "config": "errors",
+    "distributed": "errors",
+    "journal": "distributed errors solver",
     "solver": "solver config",
     "masks": "masks adapters config errors memory objective preconditioner solver",
     "models": "models",
@@ -22,11 +24,11 @@ MAY_IMPORT = {
     "preconditioner": "adapters.base",
     "objective": "adapters.base preconditioner solver",
     "memory": "errors",
-    "cascade": "adapters config masks memory objective solver",
+    "cascade": "adapters config errors journal masks memory objective solver",
     "remote": "errors",
     "data": "config errors remote",
     "evaluate": "data errors masks",
-    "hub": "hub config data errors models remote version",
+    "hub": "hub config data errors journal models remote version",
     "flops": "",
     "speed": "masks",
     "prune": f"{EVERYTHING_BUT_CLI} version",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from .errors import ConfigError, SaveError, one_line
@@ -115,6 +116,28 @@ def room(memory: float | None) -> int | None:
             f"Give --memory {math.ceil(used / 1e8 + 5) / 10} or more.",
         )
     return left
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, main or a device's, did not suffice."""
+    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+def halves(batch: slice) -> list[slice]:
+    """A batch as two, the first no smaller; as itself where it has one image."""
+    middle = batch.start + (batch.stop - batch.start + 1) // 2
+    return [slice(batch.start, middle), slice(middle, batch.stop)] if middle < batch.stop else [batch]
+
+
+def in_parts(run: Callable[[Tensors], Tensors], state: Tensors) -> Tensors:
+    """``run(state)``, in halves where memory does not suffice: every image is computed by itself."""
+    try:
+        return run(state)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or len(state[0]) == 1:
+            raise
+    parts = [in_parts(run, tuple(t[half] for t in state)) for half in halves(slice(0, len(state[0])))]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def saved_bytes(build: Callable[[], object]) -> int:

@@ -52,6 +52,9 @@ def command(
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
     push_to: Annotated[str | None, typer.Option(help="Publish the result on the Hub as USER/NAME.")] = None,
     private: Private = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, where the last run of this was broken off.")
+    ] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64, bfloat16 or float16.")] = "float32",
     seed: Annotated[int | None, typer.Option(help="Of the choice and order of calibration images.")] = None,
@@ -90,6 +93,7 @@ def command(
             memory=memory,
             preset=preset,
             update=not no_update,
+            restart=restart,
             format=format,
             on_progress=progress.update,
             on_stage=sink.stage,
