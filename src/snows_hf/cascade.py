@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .adapters import Chain, Group, State, frozen
 from .config import PruneConfig
+from .distributed import processes, share
 from .errors import MemoryLimitError
 from .journal import Journal
 from .masks import Masks
@@ -77,7 +78,8 @@ class Progress:
 
 @dataclass
 class Streams:
-    """Activations before one operation, per batch of images: of the dense network, and of the one pruned so far.
+    """Activations before one operation, per batch of images (of this process's share of them): of the dense network,
+    and of the one pruned so far.
 
     They rest on a shelf (memory.py). The last batch only judges. ``halvings``: how often batches were halved.
     """
@@ -90,8 +92,18 @@ class Streams:
 
     @classmethod
     def start(cls, images: Tensor | Images, batches: Sequence[slice], shelf: Shelf) -> "Streams":
-        states = [shelf.keep((images[batch],)) for batch in batches]
+        parts = [(batch.start, share(batch.stop - batch.start)) for batch in batches]
+        states = [shelf.keep((images[first + part.start : first + part.stop],)) for first, part in parts]
         return cls(shelf, states, list(states), list(batches))
+
+    def size(self, index: int) -> int:
+        """Images of a batch, of all processes together."""
+        return self.batches[index].stop - self.batches[index].start
+
+    @property
+    def largest(self) -> int:
+        """Images of the largest batch."""
+        return max(map(self.size, range(len(self.batches))))
 
     def halve(self) -> None:
         """Cuts every batch in two; of the one that judges, only the first half stays."""
@@ -160,6 +172,7 @@ class Batches:
             solver.preconditioner,
             solver.damping,
             relative=self.config.weighting == "relative",
+            share=share(self.streams.size(index)),
         )
 
     def __iter__(self) -> Iterator[KStepObjective]:
@@ -335,15 +348,19 @@ class Cascade:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
+                if processes() > 1:  # the others wait for what this one cannot compute
+                    raise MemoryLimitError(
+                        f"{group.name}: out of memory, in one process of several.",
+                        "Repeat the command with --memory, or with more processes.",
+                    ) from error
             # Out of the block, which holds the graphs of what failed.
-            if max(batch.stop - batch.start for batch in streams.batches) == 1:
+            if streams.largest == 1:
                 raise MemoryLimitError(
                     f"{group.name}: memory does not suffice for a single image.", "Give a smaller --k."
                 )
             clear_device_cache(garbage_collection=True)
             streams.halve()
-            size = max(batch.stop - batch.start for batch in streams.batches)
-            note = f"{group.name}: out of memory; solved again in batches of {size} images"
+            note = f"{group.name}: out of memory; solved again in batches of {streams.largest} images"
             self.on_progress(Progress(place, total, group.name, note=note))
             self.journal.drop(f"{name}-")
             self.journal.put(f"{name}-halved", halvings=streams.halvings)
@@ -399,6 +416,6 @@ class Cascade:
             seconds=time.perf_counter() - started,
             status=result.status.value,
             remedy=result.status.remedy,
-            batch_size=max(batch.stop - batch.start for batch in streams.batches),
+            batch_size=streams.largest,
         )
         return report, active.scatter(result.w)

@@ -4,11 +4,13 @@ import fnmatch
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import safetensors
 import timm
 import torch
 import transformers
+from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from .adapters import Chain, Group, build_chain, frozen
@@ -34,6 +37,7 @@ from .data import (
     split_revision,
     to_classes,
 )
+from .distributed import from_main, local_processes, processes
 from .errors import AdapterError, ConfigError, DataError, MaskError
 from .evaluate import Accuracy, evaluate, logits_of
 from .flops import count_flops
@@ -41,7 +45,7 @@ from .hub.card import write_card
 from .hub.load import Checkpoint, load, short_name
 from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
-from .journal import Digest, Journal, checksum, open_journal
+from .journal import Digest, Journal, Record, checksum, open_journal
 from .masks import Choice, Evidence, Masks, Pattern, choose, load_masks, parse_pattern, split_by_fit
 from .masks.scores import criterion, needs_labels
 from .memory import Images, Shelf, room
@@ -155,7 +159,7 @@ def prune(
     source = open_images(calibration_name, data_split)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     left = room(memory)
-    shelf = Shelf(psutil.virtual_memory().available / 2 if left is None else left / 4)
+    shelf = Shelf(psutil.virtual_memory().available / 2 / local_processes() if left is None else left / 4)
     images, labels, digest = Images(shelf), None, Digest()
     chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
     if needs_labels(config.mask):
@@ -170,10 +174,10 @@ def prune(
         on_stage(f"{calibration_name} ({data_split}) has only {len(images)} images: all of them are used")
 
     run = describe_run(checkpoint, original, config, digest, labels)
-    run |= {"dtype": dtype, "device": target_device.type, "update": update}
+    run |= {"dtype": dtype, "device": target_device.type, "update": update, "processes": processes()}
     with open_journal(Path(output) if output is not None else None, run, restart, on_stage) as journal:
         if output is not None:
-            check_output(Path(output), size=0)  # another run may have been here until a moment ago
+            from_main(lambda: check_output(Path(output), size=0))  # another run may have been here until a moment ago
 
         def measure(what: str) -> Accuracy | None:
             if evaluation is None:
@@ -182,7 +186,7 @@ def prune(
             if (known := journal.get(name)) is not None:
                 return Accuracy(**known.facts)
             on_stage(f"Measuring the {what} model on {eval_data} ({eval_split})")
-            found = evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+            found = from_main(lambda: evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names))
             journal.put(name, **found.to_dict())
             return found
 
@@ -238,6 +242,7 @@ def prune(
             "device": str(target_device),
             "dtype": dtype,
             "hardware": describe_hardware(target_device),
+            "processes": processes(),
             "seconds": time.perf_counter() - started,
         }
         report = finite(report)
@@ -245,16 +250,25 @@ def prune(
             return PruneResult(network, None, {"output": None, **report})
         on_stage(f"Saving to {output}")
         report["name"] = Path(output).resolve().name
-        summary = {"version": __version__, "pattern": str(sparsity_pattern), "sparsity": round(report["sparsity"], 6)}
-        with whole_folder(Path(output), journal.folder) as folder:
-            target = folder / "ordinary" if format == "packed" else folder
-            target.mkdir(exist_ok=True)
-            save_checkpoint(checkpoint, target, summary, report)
-            write_card(checkpoint, target, report)
-            if target is not folder:
-                pack_into(target, folder)
-                shutil.rmtree(target)
+        from_main(lambda: save(checkpoint, Path(output), journal.folder, report, packed=format == "packed"))
         return PruneResult(network, Path(output), {"output": str(output), **report})
+
+
+def save(checkpoint: Checkpoint, output: Path, work: Path | None, report: dict[str, Any], packed: bool) -> None:
+    """Writes the result, with its report and card.
+
+    Raises:
+        SaveError: the disk is full or refuses.
+    """
+    summary = {"version": __version__, "pattern": report["pattern"], "sparsity": round(report["sparsity"], 6)}
+    with whole_folder(output, work) as folder:
+        target = folder / "ordinary" if packed else folder
+        target.mkdir(exist_ok=True)
+        save_checkpoint(checkpoint, target, summary, report)
+        write_card(checkpoint, target, report)
+        if target is not folder:
+            pack_into(target, folder)
+            shutil.rmtree(target)
 
 
 def describe_run(
@@ -283,22 +297,25 @@ def describe_run(
 
 def find_choice(journal: Journal, evidence: Evidence, on_stage: Callable[[str], None]) -> tuple[Choice, float]:
     """Masks (and weights) by the criterion, and the seconds that it took: an earlier run's where there was one."""
-    name = "choice"
-    if (known := journal.get(name)) is not None:
-        found: dict[str, dict[str, Tensor]] = {"mask": {}, "weight": {}}
-        for weight in evidence.weights:  # in their order
-            for kind, tensors in found.items():
-                if f"{kind}:{weight}" in known.tensors:
-                    tensors[weight] = known.tensors[f"{kind}:{weight}"].to(evidence.weights[weight].device)
-        return Choice(found["mask"], found["weight"], known.facts["facts"]), known.facts["seconds"]
-    on_stage(f"Choosing masks by {Path(evidence.config.mask).name}")
-    started = time.perf_counter()
-    choice = choose(evidence)
-    seconds = time.perf_counter() - started
-    tensors = {f"mask:{weight}": mask for weight, mask in choice.masks.items()}
-    tensors |= {f"weight:{weight}": updated for weight, updated in choice.weights.items()}
-    journal.put(name, tensors, facts=choice.facts, seconds=seconds)
-    return choice, seconds
+
+    def decide() -> Record:
+        started = time.perf_counter()
+        choice = choose(evidence)
+        tensors = {f"mask {name}": mask.cpu() for name, mask in choice.masks.items()}
+        tensors |= {f"weight {name}": weight.cpu() for name, weight in choice.weights.items()}
+        return Record(tensors, {"facts": dict(choice.facts), "seconds": time.perf_counter() - started})
+
+    record = journal.get("choice")
+    if record is None:
+        on_stage(f"Choosing masks by {Path(evidence.config.mask).name}")
+        record = from_main(decide)
+        journal.put("choice", record.tensors, **record.facts)
+    found: dict[str, dict[str, Tensor]] = {"mask": {}, "weight": {}}
+    for name, weight in evidence.weights.items():  # in their order
+        for kind, tensors in found.items():
+            if f"{kind} {name}" in record.tensors:
+                tensors[name] = record.tensors[f"{kind} {name}"].to(weight.device)
+    return Choice(found["mask"], found["weight"], record.facts["facts"]), record.facts["seconds"]
 
 
 def find_batches(
@@ -323,7 +340,7 @@ def find_batches(
                 "the result may differ"
             )
     if known is None or known.facts["memory"] != memory:
-        config = fit_batches(chain, images, masks, config, device, left, on_stage)
+        config = from_main(lambda: fit_batches(chain, images, masks, config, device, left, on_stage))
     journal.put("batches", size=config.batch_size, memory=memory, hardware=hardware)
     return config
 
@@ -379,7 +396,12 @@ def find_device(device: str) -> torch.device:
         raise ConfigError(f"Device {device!r}: expected auto, cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("Device cuda was asked for, and torch finds none here.", "Use --device cpu.")
-    return accelerate.Accelerator(cpu=device == "cpu").device
+    # While the main process measures or saves, the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    # Where several processes were started and there is no CUDA, accelerate must be told that they shall use CPUs.
+    cpu = device == "cpu" or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available())
+    found = accelerate.Accelerator(cpu=cpu, kwargs_handlers=[patience]).device
+    return torch.device("cpu") if found.type == "cpu" else found
 
 
 def select_layers(chain: Chain, globs: tuple[str, ...]) -> list[Group]:
@@ -437,13 +459,13 @@ def fit_batches(
     if device.type == "cuda":
         free = int(0.8 * torch.cuda.mem_get_info(device)[0])
     else:
-        free = (psutil.virtual_memory().available if left is None else left) // 2
+        free = (psutil.virtual_memory().available // local_processes() if left is None else left) // 2
     each = bytes_per_image(chain, images, masks, config, device)
     if config.solver.preconditioner == "gram":
         groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
         free -= factor_bytes(masks) if config.joint_steps else max(map(factor_bytes, groups))
     # What passes through while a product is computed comes on top of what the graphs keep.
-    fitting = int(free / (1.5 * max(each, 1)))
+    fitting = processes() * int(free / (1.5 * max(each, 1)))
     if fitting >= config.batch_size:
         return config
     if fitting < 1:

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from ..config import PruneConfig, SolverConfig
+from ..distributed import from_main
 from ..errors import ConfigError, SaveError, SnowsError, one_line
 from .options import Device, Json, Model, Private, Quiet, Revision
 from .progress import LayerProgress
@@ -104,7 +105,7 @@ def command(
         sink.json(result.report)
         return
     try:
-        pushed = push_and_show(sink, output, push_to, private)
+        pushed = from_main(lambda: push_and_show(sink, output, push_to, private))
     except SnowsError as error:
         sink.json(result.report | {"pushed_to": None})
         again = f"snows-hf push {shlex.quote(str(output))} {push_to}{' --private' if private else ''}"
