@@ -61,12 +61,17 @@ class Share:
         return self.sum(tensor * (self.weight * (self.stop - self.start) / self.total))
 
     def variance(self, y: Tensor) -> float:
-        """The variance of all entries of a tensor that has the images along its first dimension."""
-        if self.alone:
-            return float(y.var())
-        mean = self.mean(y.double().mean())
+        """The variance of all entries of a tensor that has the images along its first dimension; of entries that do
+        not vary, their mean square, and 1 where all are zero."""
         n = y[0].numel() * self.total
-        return float(self.mean((y.double() - mean).square().mean())) * n / (n - 1)
+        if n == 1:
+            variance = 0.0
+        elif self.alone:
+            variance = float(y.var())
+        else:
+            mean = self.mean(y.double().mean())
+            variance = float(self.mean((y.double() - mean).square().mean())) * n / (n - 1)
+        return variance or float(self.mean(y.double().square().mean())) or 1.0
 
 
 def whole(total: int) -> Share:

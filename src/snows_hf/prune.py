@@ -220,7 +220,8 @@ def prune(
             reports = prune_chain(
                 chain, images, masks, config, target_device, on_progress, shelf, choice.weights, journal
             )
-            restore_untouched(network, original, masks)
+            for name in restore_untouched(network, original, masks):
+                on_stage(f"{name}: weights beyond the range of {original[name].dtype} became its largest number")
             pruned = measure("pruned")
         network.to("cpu")
 
@@ -478,11 +479,23 @@ def fit_batches(
 
 
 @torch.no_grad()
-def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Masks) -> None:
-    """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned."""
+def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Masks) -> list[str]:
+    """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned.
+
+    Returns:
+        Names of those with weights beyond the range of their dtype: these are now the largest that it has.
+    """
+    beyond = []
     for name, tensor in network.state_dict(keep_vars=True).items():
         source = original[name]
-        tensor.data = tensor.data.to(source.dtype) if name in masks else source.to(tensor.device)
+        if name not in masks:
+            tensor.data = source.to(tensor.device)
+            continue
+        largest = torch.finfo(source.dtype).max
+        if float(tensor.abs().max()) > largest:
+            beyond.append(name)
+        tensor.data = tensor.data.clamp(-largest, largest).to(source.dtype)
+    return beyond
 
 
 def make_report(
