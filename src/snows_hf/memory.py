@@ -3,6 +3,7 @@
 import math
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +11,16 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .errors import ConfigError, SaveError, one_line
 
 
 Tensors = tuple[Tensor, ...]
+
+PREFIX = "snows-hf-"
+"""Of temporary folders."""
 
 
 class Shelf:
@@ -40,7 +45,10 @@ class Shelf:
             weakref.finalize(kept, self._give_back, size)
             return kept
         if self.folder is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="snows-hf-"))
+            remove_abandoned()
+            self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+            self.lock = FileLock(self.folder / "lock")
+            self.lock.acquire()
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         path = self.folder / f"{self.files}.pt"
         self.files += 1
@@ -98,6 +106,18 @@ class Images:
                 parts.append(kept.get()[0][max(start - offset, 0) : stop - offset])
             offset += size
         return torch.cat(parts)
+
+
+def remove_abandoned() -> None:
+    """Removes the temporary folders of processes that were killed: those whose lock is free, and that are old enough
+    to have taken it."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            if time.time() - folder.stat().st_mtime > 60:
+                with FileLock(folder / "lock", timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
+        except (Timeout, OSError):
+            pass  # in use, or somebody else's
 
 
 def room(memory: float | None) -> int | None:

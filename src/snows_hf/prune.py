@@ -179,6 +179,8 @@ def prune(
         if output is not None:
             from_main(lambda: check_output(Path(output), size=0))  # another run may have been here until a moment ago
 
+        resumed = len(journal.names()) > 1  # the description of the run is always there
+
         def measure(what: str) -> Accuracy | None:
             if evaluation is None:
                 return None
@@ -244,6 +246,7 @@ def prune(
             "dtype": dtype,
             "hardware": describe_hardware(target_device),
             "processes": processes(),
+            "resumed": resumed,
             "seconds": time.perf_counter() - started,
         }
         report = finite(report)
