@@ -143,12 +143,13 @@ def prune(
     on_stage(f"Loading {model}")
     checkpoint = load(model, revision)
     network = checkpoint.model
-    if output is not None:
-        # The result, and about as much again for what is kept on the way.
-        check_output(Path(output), 2 * sum(t.numel() * t.element_size() for t in network.state_dict().values()))
     original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     chain = build_chain(network)
     config = preset_for(preset, chain.family, pattern).updated(**settings)
+    if output is not None:
+        # The result, and what is kept on the way: masks, weights of layers, two states of the joint solve.
+        size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+        check_output(Path(output), size * (3 if config.joint_steps else 2))
     layers = select_layers(chain, config.layers)
     weights = {name: original[name] for group in layers for name in group.parameters}
     split_by_fit(weights, sparsity_pattern)
@@ -497,7 +498,8 @@ def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Ma
         largest = torch.finfo(source.dtype).max
         if float(tensor.abs().max()) > largest:
             beyond.append(name)
-        tensor.data = tensor.data.clamp(-largest, largest).to(source.dtype)
+            tensor.data = tensor.data.clamp(-largest, largest)
+        tensor.data = tensor.data.to(source.dtype)
     return beyond
 
 
