@@ -498,7 +498,7 @@ def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Ma
         largest = torch.finfo(source.dtype).max
         if float(tensor.abs().max()) > largest:
             beyond.append(name)
-            tensor.data = tensor.data.clamp(-largest, largest)
+            tensor.data = tensor.data.double().clamp(-largest, largest)
         tensor.data = tensor.data.to(source.dtype)
     return beyond
 
