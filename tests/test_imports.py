@@ -9,25 +9,29 @@ import snows_hf
 
 
 ROOT = Path(snows_hf.__file__).parent
-ALGORITHM = "adapters augment cascade config errors masks memory models objective preconditioner solver"
+ALGORITHM = (
+    "adapters augment cascade config distributed errors journal masks memory models objective preconditioner solver"
+)
 EVERYTHING_BUT_CLI = f"{ALGORITHM} attention bench data evaluate finetune flops hub inspect probe prune remote speed"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
     "config": "errors",
+    "distributed": "errors",
+    "journal": "distributed errors solver",
     "solver": "solver config",
     "masks": "masks adapters config errors memory objective preconditioner solver",
     "models": "models",
     "adapters": "adapters errors models",
-    "preconditioner": "adapters.base",
-    "objective": "adapters.base preconditioner solver",
+    "preconditioner": "adapters.base distributed",
+    "objective": "adapters.base distributed preconditioner solver",
     "memory": "errors",
-    "augment": "",
-    "cascade": "adapters augment config masks memory objective solver",
+    "augment": "distributed",
+    "cascade": "adapters augment config distributed errors journal masks memory objective solver",
     "remote": "errors",
     "data": "config errors remote",
     "evaluate": "data errors masks",
-    "hub": "hub config data errors models remote version",
+    "hub": "hub config data errors journal models remote version",
     "flops": "",
     "speed": "masks",
     "prune": f"{EVERYTHING_BUT_CLI} version",

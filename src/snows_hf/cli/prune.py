@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from ..config import PruneConfig, SolverConfig
+from ..distributed import from_main
 from ..errors import ConfigError, SaveError, SnowsError, one_line
 from .options import Device, Json, Model, Private, Quiet, Revision
 from .progress import LayerProgress
@@ -52,6 +53,9 @@ def command(
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
     push_to: Annotated[str | None, typer.Option(help="Publish the result on the Hub as USER/NAME.")] = None,
     private: Private = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, where the last run of this was broken off.")
+    ] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64, bfloat16 or float16.")] = "float32",
     seed: Annotated[int | None, typer.Option(help="Of the choice and order of calibration images.")] = None,
@@ -90,6 +94,7 @@ def command(
             memory=memory,
             preset=preset,
             update=not no_update,
+            restart=restart,
             format=format,
             on_progress=progress.update,
             on_stage=sink.stage,
@@ -100,7 +105,7 @@ def command(
         sink.json(result.report)
         return
     try:
-        pushed = push_and_show(sink, output, push_to, private)
+        pushed = from_main(lambda: push_and_show(sink, output, push_to, private))
     except SnowsError as error:
         sink.json(result.report | {"pushed_to": None})
         again = f"snows-hf push {shlex.quote(str(output))} {push_to}{' --private' if private else ''}"
