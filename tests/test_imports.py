@@ -9,7 +9,7 @@ import snows_hf
 
 
 ROOT = Path(snows_hf.__file__).parent
-ALGORITHM = "adapters cascade config errors masks memory models objective preconditioner solver"
+ALGORITHM = "adapters allocation cascade config errors masks memory models objective preconditioner solver"
 EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote speed"
 MAY_IMPORT = {
     "errors": "",
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "objective": "adapters.base preconditioner solver",
     "memory": "errors",
     "cascade": "adapters config masks memory objective solver",
+    "allocation": "adapters cascade config errors masks objective solver",
     "remote": "errors",
     "data": "config errors remote",
     "evaluate": "data errors masks",

@@ -68,10 +68,17 @@ class PruneConfig:
     """Everything that decides what a prune does, besides the model and the images.
 
     Attributes:
-        pattern: ``N:M`` or a fraction of zeros, as text.
+        pattern: ``N:M``, a fraction of zeros, or a set of patterns such as ``1:4,2:4,dense``, as text.
         k: K of Eq. 3, the operations after the layer whose outputs are kept. Values past the last operation mean
             K_max.
         mask: name of a criterion, or a safetensors file of booleans.
+        allocation: which layers lose how much of an unstructured sparsity: ``global`` (the lowest scores of all layers
+            together), ``uniform`` (every layer the same share) or ``sensitivity`` (allocation.py). A set of patterns
+            always goes by sensitivity.
+        sparsity: of a set of patterns, the zeros of all layers together; 0 where the pattern itself says it.
+        budget: what an allocation by sensitivity counts: ``weights``, or ``flops`` (the operations that the zeros
+            make superfluous).
+        repair_steps: Newton steps that each layer takes before its sensitivity is measured; 0 measures the mask alone.
         layers: names of the layers to prune, with wildcards; empty means all.
         samples: calibration images, held-out ones included.
         batch_size: images per Newton step.
@@ -90,6 +97,10 @@ class PruneConfig:
     pattern: str
     k: int = 5
     mask: str = "magnitude"
+    allocation: str = "global"
+    sparsity: float = 0.0
+    budget: str = "weights"
+    repair_steps: int = 1
     layers: tuple[str, ...] = ()
     samples: int = 512
     batch_size: int = 256
@@ -104,6 +115,15 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _check(isinstance(self.k, int) and self.k >= 0, "k", self.k, "an integer ≥ 0")
+        _check(
+            self.allocation in ("global", "uniform", "sensitivity"),
+            "allocation",
+            self.allocation,
+            "'global', 'uniform' or 'sensitivity'",
+        )
+        _check(0 <= self.sparsity < 1, "sparsity", self.sparsity, "a fraction of zeros from 0 to below 1")
+        _check(self.budget in ("weights", "flops"), "budget", self.budget, "'weights' or 'flops'")
+        _check(self.repair_steps >= 0, "repair_steps", self.repair_steps, "an integer ≥ 0")
         _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
         _check(self.sweeps >= 1, "sweeps", self.sweeps, "an integer ≥ 1")
         _check(self.layer_steps >= 0, "layer_steps", self.layer_steps, "an integer ≥ 0")

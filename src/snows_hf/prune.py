@@ -6,7 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import transformers
 from torch import Tensor, nn
 
 from .adapters import Chain, Group, build_chain, frozen
+from .allocation import Candidate, allocate, by_sensitivity, candidates_of, layer_sensitivities
 from .cascade import LayerReport, Progress, bytes_per_image, prune_chain
 from .config import PruneConfig
 from .config import preset as preset_for
 from .data import (
+    ImageSource,
     calibration_chunks,
     calibration_examples,
     check_labels,
@@ -39,7 +41,19 @@ from .hub.card import write_card
 from .hub.load import Checkpoint, load, short_name
 from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
-from .masks import Choice, Evidence, Masks, Pattern, choose, load_masks, parse_pattern, split_by_fit
+from .masks import (
+    NM,
+    Choice,
+    Evidence,
+    Masks,
+    Pattern,
+    PerLayer,
+    Unstructured,
+    choose,
+    load_masks,
+    parse_pattern,
+    split_by_fit,
+)
 from .masks.scores import criterion, needs_labels
 from .memory import Images, Shelf, room
 from .preconditioner import factor_bytes
@@ -88,7 +102,8 @@ def prune(
 
     Args:
         model: Hub id or folder, of transformers or timm.
-        pattern: ``"2:4"``, ``"1:4"``, any ``"N:M"`` (N kept of M), or a fraction of zeros such as ``"0.7"``.
+        pattern: ``"2:4"``, ``"1:4"``, any ``"N:M"`` (N kept of M), a fraction of zeros such as ``"0.7"``, or a set of
+            which each layer gets one, such as ``"1:4,2:4,dense"``, with ``sparsity`` for all together.
         data: calibration images: Hub data set (``@REVISION`` may follow), image folder or folder of parquet. Labels
             are read only if the mask criterion needs them.
         data_split: split of ``data``.
@@ -112,8 +127,11 @@ def prune(
         SnowsError: bad settings, model, data or output; see snows_hf.errors.
     """
     started = time.perf_counter()
-    sparsity_pattern = parse_pattern(pattern)
-    check_mask(preset_for(preset, "", pattern).updated(**settings).mask)  # bad settings, before anything is loaded
+    asked = preset_for(preset, "", pattern).updated(**settings)  # bad settings, before anything is loaded
+    by_layer = by_sensitivity(asked)
+    candidates: list[Candidate] = candidates_of(asked) if by_layer else [one_pattern(asked)]
+    first = next(candidate for candidate in candidates if candidate is not None)
+    check_mask(asked.mask)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     if format not in FORMATS:
@@ -138,24 +156,18 @@ def prune(
     config = preset_for(preset, chain.family, pattern).updated(**settings)
     layers = select_layers(chain, config.layers)
     weights = {name: original[name] for group in layers for name in group.parameters}
-    split_by_fit(weights, sparsity_pattern)
+    for candidate in candidates:
+        if candidate is not None:
+            split_by_fit(weights, candidate)
     if config.mask.endswith(".safetensors"):  # its faults, too, are better known before images are read
-        load_masks(Path(config.mask), weights, sparsity_pattern)
+        load_masks(Path(config.mask), weights, one_pattern(config))
 
     on_stage(f"Reading {config.samples} calibration images of {calibration_name}")
     source = open_images(calibration_name, data_split)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     left = room(memory)
     shelf = Shelf(psutil.virtual_memory().available / 2 if left is None else left / 4)
-    images, labels = Images(shelf), None
-    chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
-    if needs_labels(config.mask):
-        check_labels(source, f"the mask criterion {config.mask!r}")
-        examples, labels = calibration_examples(source, config.samples, config.seed, checkpoint.preprocess)
-        chunks = [examples]
-    for chunk in chunks:
-        # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
-        images.append(chunk.to(DTYPES[dtype], memory_format=torch.channels_last))
+    images, labels = read_calibration(source, config, checkpoint, DTYPES[dtype], shelf)
     if len(images) < config.samples:
         on_stage(f"{calibration_name} ({data_split}) has only {len(images)} images: all of them are used")
 
@@ -171,15 +183,27 @@ def prune(
     check_chain(chain, images[:2].to(target_device))
     with frozen(network):  # counting hooks every module's inputs, and fails where one needs a gradient
         flops = count_flops(network, images[:1].to(target_device))
-    if labels is not None:
-        with torch.no_grad():
-            classes = chain.logits(images[:1].to(target_device)).shape[1]
-        names = label_map(source.class_names, checkpoint.class_names, classes, source.name)
-        labels = to_classes(labels, names, source)
+    with torch.no_grad():
+        classes = chain.logits(images[:1].to(target_device)).shape[1]
+    labels = class_labels(labels, source, checkpoint, classes)
+    on_device = {name: weight.to(target_device) for name, weight in weights.items()}
+    evidence = Evidence(on_device, first, config, chain, images, labels)
+    allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
+    if by_layer:
+        on_stage(f"Measuring the sensitivity of {len(layers)} layers under {len(candidates)} patterns")
+        measuring = time.perf_counter()
+        per_layer = allocate(layer_sensitivities(evidence, candidates, flops, config.repair_steps), config)
+        evidence = replace(evidence, pattern=per_layer)
+        allocation = {
+            "kind": "sensitivity",
+            "budget": config.budget,
+            "patterns": {name: str(own or "dense") for name, own in per_layer.patterns.items()},
+            "seconds": time.perf_counter() - measuring,
+        }
+    sparsity_pattern = evidence.pattern
     on_stage(f"Choosing masks by {Path(config.mask).name}")
     choosing = time.perf_counter()
-    on_device = {name: weight.to(target_device) for name, weight in weights.items()}
-    choice = choose(Evidence(on_device, sparsity_pattern, config, chain, images, labels))
+    choice = choose(evidence)
     masks = choice.masks
     criterion_seconds = time.perf_counter() - choosing
 
@@ -202,6 +226,7 @@ def prune(
     report = make_report(checkpoint, chain, layers, masks, sparsity_pattern, config, reports)
     report |= describe_size(network, masks, flops) | {
         "update": update,
+        "allocation": allocation,
         "criterion": {
             "seconds": criterion_seconds,
             "labels": labels is not None,
@@ -234,6 +259,44 @@ def prune(
             pack_into(target, folder)
             shutil.rmtree(target)
     return PruneResult(network, Path(output), {"output": str(output), **report})
+
+
+def one_pattern(config: PruneConfig) -> NM | Unstructured:
+    """The pattern of all layers, where it is one; unstructured, as the allocation wants it shared out."""
+    pattern = parse_pattern(config.pattern)
+    scope = "layer" if config.allocation == "uniform" else "global"
+    return replace(pattern, scope=scope) if isinstance(pattern, Unstructured) else pattern
+
+
+def read_calibration(
+    source: ImageSource, config: PruneConfig, checkpoint: Checkpoint, dtype: torch.dtype, shelf: Shelf
+) -> tuple[Images, Tensor | None]:
+    """The calibration images, and the data's own labels (n,) if the mask criterion needs them.
+
+    Raises:
+        DataError: no image, an unreadable one, or no labels where there must be.
+    """
+    images, labels = Images(shelf), None
+    chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
+    if needs_labels(config.mask):
+        check_labels(source, f"the mask criterion {config.mask!r}")
+        examples, labels = calibration_examples(source, config.samples, config.seed, checkpoint.preprocess)
+        chunks = [examples]
+    for chunk in chunks:
+        # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
+        images.append(chunk.to(dtype, memory_format=torch.channels_last))
+    return images, labels
+
+
+def class_labels(labels: Tensor | None, source: ImageSource, checkpoint: Checkpoint, classes: int) -> Tensor | None:
+    """The model's class of each label of the data (n,); None stays None.
+
+    Raises:
+        DataError: the classes cannot be matched.
+    """
+    if labels is None:
+        return None
+    return to_classes(labels, label_map(source.class_names, checkpoint.class_names, classes, source.name), source)
 
 
 def _place(data: str) -> Path:
@@ -382,7 +445,9 @@ def make_report(
 ) -> dict[str, Any]:
     """The part of the report that does not depend on measurements. Layer names are live names of the library."""
     touched = [group for group in layers if any(name in masks for name in group.parameters)]
-    pruned = [chain.weight(name) for group in touched for name in group.parameters]
+    chosen = pattern.patterns if isinstance(pattern, PerLayer) else {}  # with those that it leaves dense
+    counted = [group for group in layers if group in touched or any(name in chosen for name in group.parameters)]
+    pruned = [chain.weight(name) for group in counted for name in group.parameters]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
     summaries = [report.to_dict() for report in reports if report.sweep == 1]
     weights = {name: chain.weight(name) for group in layers for name in group.parameters}
@@ -391,7 +456,9 @@ def make_report(
         {
             "name": group.name,
             "shape": list(chain.weight(group.parameters[0]).shape),
-            "reason": f"{pattern} does not fit its input width"
+            "reason": "the allocation leaves it so"
+            if any(name in chosen for name in group.parameters)
+            else f"{pattern} does not fit its input width"
             if any(name in unfit for name in group.parameters)
             else "the mask file has no mask for it",
         }

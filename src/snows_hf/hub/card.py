@@ -1,5 +1,6 @@
 """The model card of a pruned model, from card_template.md beside this file (model_cards/template.md links to it)."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         base_model=report["source"] if is_hub_id else None,
         library_name=checkpoint.library,
         pipeline_tag="image-classification",
-        tags=["snows-hf", "sparse", "pruned", *([] if ":" not in report["pattern"] else [report["pattern"]])],
+        tags=["snows-hf", "sparse", "pruned", *re.findall("^[0-9]+:[0-9]+$", report["pattern"])],
         datasets=sorted({name for name in datasets if "/" in name}) or None,
         eval_results=results,
         **fields,
