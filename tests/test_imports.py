@@ -10,7 +10,7 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = "adapters allocation cascade config errors masks memory models objective preconditioner solver"
-EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote speed"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote sensitivity speed"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "prune": f"{EVERYTHING_BUT_CLI} version",
     "bench": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
+    "sensitivity": f"{EVERYTHING_BUT_CLI} version",
     "__init__": f"{EVERYTHING_BUT_CLI} version",
     "__main__": "cli",
     "cli": f"cli {EVERYTHING_BUT_CLI} version",

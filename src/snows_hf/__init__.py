@@ -12,6 +12,7 @@ from .hub.push import Pushed, push
 from .hub.repack import pack, unpack
 from .inspect import inspect
 from .prune import PruneResult, prune
+from .sensitivity import sensitivity
 from .speed import Acceleration, accelerate
 from .version import __version__
 
@@ -40,5 +41,6 @@ __all__ = [
     "pack",
     "prune",
     "push",
+    "sensitivity",
     "unpack",
 ]

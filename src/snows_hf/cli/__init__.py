@@ -6,7 +6,7 @@ import typer
 
 from ..errors import SnowsError
 from ..version import __version__
-from . import bench, demo, evaluate, inspect, prune, push, repack
+from . import bench, demo, evaluate, inspect, prune, push, repack, sensitivity
 from .sink import Sink
 
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("prune")(prune.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
+app.command("sensitivity")(sensitivity.command)
 app.command("pack")(repack.pack_command)
 app.command("unpack")(repack.unpack_command)
 app.command("push")(push.command)

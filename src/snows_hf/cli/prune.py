@@ -196,9 +196,11 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         rows = [(what, f"{report[key]['top1']:.2f}", f"{report[key]['top5']:.2f}") for what, key in steps]
         sink.table(["", "top-1 (%)", "top-5 (%)"], rows, title=f"{report['pattern']} on {images} images")
     if "patterns" in report["allocation"]:
-        rows = [(name, shown(own)) for name, own in report["allocation"]["patterns"].items()]
+        chosen = [(name, shown(own)) for name, own in report["allocation"]["patterns"].items()]
         sink.table(
-            ["weights", "pattern"], rows, title=f"Allocation by sensitivity, counting {report['allocation']['budget']}"
+            ["weights", "pattern"],
+            chosen,
+            title=f"Allocation by sensitivity, counting {report['allocation']['budget']}",
         )
     sink.text(
         f"{len(report['layers'])} layers pruned to {report['pattern']} ({100 * report['sparsity']:.1f} % zeros) with "
