@@ -35,7 +35,7 @@ DENSITIES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 LEAST_SPARSE = 0.95
 """Candidates that keep more than this share are left out."""
 
-FINE = 100
+FINE = 200
 """Sparsities between two measured ones are chosen from so many in all, their losses interpolated."""
 
 Candidate = NM | Unstructured | None
