@@ -9,8 +9,8 @@ import snows_hf
 
 
 ROOT = Path(snows_hf.__file__).parent
-ALGORITHM = "adapters allocation cascade config errors masks memory models objective preconditioner solver"
-EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote sensitivity speed"
+ALGORITHM = "adapters allocation cascade collapse config errors masks memory models objective preconditioner solver"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} bench data evaluate flops hub inspect prune remote sensitivity speed train"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "memory": "errors",
     "cascade": "adapters config masks memory objective solver",
     "allocation": "adapters cascade config errors masks objective solver",
+    "collapse": "adapters masks",
     "remote": "errors",
     "data": "config errors remote",
     "evaluate": "data errors masks",
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "prune": f"{EVERYTHING_BUT_CLI} version",
     "bench": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
+    "train": f"{EVERYTHING_BUT_CLI} version",
     "sensitivity": f"{EVERYTHING_BUT_CLI} version",
     "__init__": f"{EVERYTHING_BUT_CLI} version",
     "__main__": "cli",

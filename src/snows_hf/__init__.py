@@ -4,7 +4,7 @@ Importing it registers the CIFAR ResNets with timm, and packed files with transf
 """
 
 from .adapters import build_chain
-from .config import PruneConfig, SolverConfig
+from .config import PruneConfig, SolverConfig, TrainConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
 from .hub.load import Checkpoint, load
@@ -14,6 +14,7 @@ from .inspect import inspect
 from .prune import PruneResult, prune
 from .sensitivity import sensitivity
 from .speed import Acceleration, accelerate
+from .train import train
 from .version import __version__
 
 
@@ -31,6 +32,7 @@ __all__ = [
     "Pushed",
     "SnowsError",
     "SolverConfig",
+    "TrainConfig",
     "__version__",
     "accelerate",
     "build_chain",
@@ -42,5 +44,6 @@ __all__ = [
     "prune",
     "push",
     "sensitivity",
+    "train",
     "unpack",
 ]

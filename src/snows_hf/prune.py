@@ -138,7 +138,7 @@ def prune(
         raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
     target_device = find_device(device)
     calibration_name = data or DEFAULT_DATA
-    if eval_data is not None and data_split == eval_split and _place(calibration_name) == _place(eval_data):
+    if eval_data is not None and data_split == eval_split and same_place(calibration_name, eval_data):
         raise DataError(
             f"Calibration and evaluation would use the same split {eval_split!r} of {eval_data}.",
             "Give --data-split or --eval-split: images that calibrate cannot measure.",
@@ -299,9 +299,10 @@ def class_labels(labels: Tensor | None, source: ImageSource, checkpoint: Checkpo
     return to_classes(labels, label_map(source.class_names, checkpoint.class_names, classes, source.name), source)
 
 
-def _place(data: str) -> Path:
-    # The same for every spelling of a folder; a Hub id names a folder that does not exist.
-    return Path(split_revision(data)[0]).expanduser().resolve()
+def same_place(data: str, other: str) -> bool:
+    """Whether two names mean the same data, in whatever spelling of a folder; a Hub id names none that exists."""
+    first, second = (Path(split_revision(name)[0]).expanduser().resolve() for name in (data, other))
+    return first == second
 
 
 def describe_data(data: str, split: str) -> dict[str, str | None]:

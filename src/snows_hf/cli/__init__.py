@@ -6,7 +6,7 @@ import typer
 
 from ..errors import SnowsError
 from ..version import __version__
-from . import bench, demo, evaluate, inspect, prune, push, repack, sensitivity
+from . import bench, demo, evaluate, inspect, prune, push, repack, sensitivity, train
 from .sink import Sink
 
 
@@ -21,6 +21,7 @@ app.command("prune")(prune.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
 app.command("sensitivity")(sensitivity.command)
+app.command("train")(train.command)
 app.command("pack")(repack.pack_command)
 app.command("unpack")(repack.unpack_command)
 app.command("push")(push.command)

@@ -71,6 +71,36 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
     card.save(folder / "README.md")
 
 
+def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
+    """Writes README.md of a network that was pruned at initialisation and trained.
+
+    Args:
+        checkpoint: the trained model.
+        folder: where README.md goes.
+        report: of the training, as in snows_config.json.
+    """
+    tags = ["snows-hf", *(["sparse", "pruned", "pruning-at-initialization"] if report["pattern"] else [])]
+    names = {report[key]["name"] for key in ("data", "eval_data") if report[key]}
+    data = ModelCardData(
+        model_name=report["name"],
+        library_name=checkpoint.library,
+        pipeline_tag="image-classification",
+        tags=tags,
+        datasets=sorted(name for name in names if "/" in name) or None,
+    )
+    template = files("snows_hf.hub").joinpath("training_card_template.md").read_text(encoding="utf-8")
+    architecture = checkpoint.config.get("architecture", report["source"])
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        report=report,
+        library=checkpoint.library,
+        architecture=architecture,
+        here=PLACEHOLDER,
+    )
+    card.save(folder / "README.md")
+
+
 def licence_of(folder: Path) -> dict[str, str]:
     """What the base model's card says of its licence, by the card's own keys; empty where it says nothing."""
     path = folder / "README.md"
