@@ -320,7 +320,7 @@ def fixed(network: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
 def factor(step: int, steps: int, kind: str) -> float:
     """The learning rate's factor: half a cosine down to zero, or a tenth of what it was after half and after three
     quarters of the steps."""
-    done = min(1.0, step / steps)
+    done = step / max(1, steps)
     if kind == "step":
         return float(0.1 ** ((done >= 0.5) + (done >= 0.75)))
     return (1 + math.cos(math.pi * done)) / 2
