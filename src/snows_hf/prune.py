@@ -5,7 +5,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from .masks import (
     PerLayer,
     Unstructured,
     choose,
+    choose_masks,
     load_masks,
     parse_pattern,
     split_by_fit,
@@ -192,7 +193,9 @@ def prune(
     if by_layer:
         on_stage(f"Measuring the sensitivity of {len(layers)} layers under {len(candidates)} patterns")
         measuring = time.perf_counter()
-        per_layer = allocate(layer_sensitivities(evidence, candidates, flops, config.repair_steps), config)
+        fitted = fit_sensitivity(chain, images, on_device, candidates, config, target_device, left, on_stage)
+        table = layer_sensitivities(replace(evidence, config=fitted), candidates, flops, config.repair_steps)
+        per_layer = allocate(table, config)
         evidence = replace(evidence, pattern=per_layer)
         allocation = {
             "kind": "sensitivity",
@@ -425,6 +428,26 @@ def fit_batches(
         )
     on_stage(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
     return config.updated(batch_size=fitting)
+
+
+def fit_sensitivity(
+    chain: Chain,
+    images: Images,
+    weights: dict[str, Tensor],
+    candidates: Sequence[Candidate],
+    config: PruneConfig,
+    device: torch.device,
+    left: int | None,
+    on_stage: Callable[[str], None],
+) -> PruneConfig:
+    """:func:`fit_batches` for layers that are repaired one by one, under the candidate that keeps most.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    densest = min((c for c in candidates if c is not None), key=lambda candidate: candidate.sparsity)
+    masks = choose_masks(weights, densest, "magnitude")  # of any criterion's size
+    return fit_batches(chain, images[:2], masks, config.updated(joint_steps=0), device, left, on_stage)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from .prune import (
     describe_data,
     find_device,
     finite,
+    fit_sensitivity,
     read_calibration,
     select_layers,
 )
@@ -108,7 +109,8 @@ def sensitivity(
     labels = class_labels(labels, source, checkpoint, classes)
     on_stage(f"Measuring {len(layers)} layers under {len(candidates)} patterns")
     on_device = {name: chain.weight(name).detach() for name in weights}
-    evidence = Evidence(on_device, candidates[0], config, chain, images, labels)
+    fitted = fit_sensitivity(chain, images, on_device, candidates, config, target_device, None, on_stage)
+    evidence = Evidence(on_device, candidates[0], fitted, chain, images, labels)
     table = layer_sensitivities(evidence, candidates, flops, config.repair_steps, on_layer)
     return finite(
         {
