@@ -125,6 +125,20 @@ class TestChosen:
         whole = sum(a**0.5 for a in factors)
         assert found == pytest.approx([0.6 * a**0.5 / whole for a in factors], rel=0.03)
 
+    @pytest.mark.parametrize("sparsity", ["0.01", "0.3", "0.5", "0.9", "0.99", "0.999"])
+    def test_every_sparsity_and_tiny_layers_too(self, sparsity: str) -> None:
+        given = config(sparsity, allocation="sensitivity")
+        grid = candidates_of(given)
+        assert [1 - p.sparsity for p in grid] == sorted(1 - p.sparsity for p in grid)
+        losses = [(p, 1 / (1 - p.sparsity)) for p in grid]
+        rows = table(losses, losses, weights=30_000) + [
+            replace(row, layer="tiny", parameters=("tiny.weight",)) for row in table(losses, weights=9)
+        ]
+        pattern = allocate(rows, given)
+        sizes = {"layer0.weight": 30_000, "layer1.weight": 30_000, "tiny.weight": 9}
+        own = {name: torch.empty(size) for name, size in sizes.items() if pattern.of(name)}
+        assert sum(pattern.zeros(own).values()) == round(float(sparsity) * sum(sizes.values()))
+
     def test_a_loss_that_falls_with_sparsity_by_chance_is_no_reason_to_keep_less(self) -> None:
         grid = candidates_of(config("0.8", allocation="sensitivity"))
         noisy = [(p, 1.0 if i == 3 else 1e-3) for i, p in enumerate(grid)]

@@ -32,8 +32,8 @@ IMAGES = 256
 DENSITIES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Candidates around an unstructured sparsity, as multiples of the share of weights that it keeps."""
 
-LEAST_SPARSE = 0.95
-"""Candidates that keep more than this share are left out."""
+MOST_KEPT = 0.95
+"""The share that the last candidate keeps; beyond it there is only dense."""
 
 FINE = 200
 """Sparsities between two measured ones are chosen from so many in all, their losses interpolated."""
@@ -108,8 +108,8 @@ def candidates_of(config: PruneConfig) -> list[Candidate]:
     if not isinstance(candidates[0], Unstructured) or len(candidates) > 1:
         return [replace(c, scope="layer") if isinstance(c, Unstructured) else c for c in candidates]
     density = 1 - candidates[0].sparsity
-    kept = [density * factor for factor in DENSITIES if density * factor <= LEAST_SPARSE]
-    return [Unstructured(round(1 - share, 12), "layer") for share in kept]
+    kept = [density * factor for factor in DENSITIES if density * factor < MOST_KEPT]
+    return [Unstructured(round(1 - share, 12), "layer") for share in (*kept, MOST_KEPT)]
 
 
 def layer_sensitivities(
@@ -263,8 +263,9 @@ def interpolated(rows: Sequence[Sensitivity]) -> list[Sensitivity]:
     Between measured points the logarithm of the loss is linear in the logarithm of the share kept, as of a power law,
     and a loss never grows with the weights kept, as measured ones may by chance.
     """
-    kept = np.array([row.kept for row in rows], float)
+    kept = np.array([max(row.kept, 1) for row in rows], float)
     losses = np.minimum.accumulate(np.array([max(row.loss, 1e-30) for row in rows]))
     fine = np.unique(np.geomspace(kept[0], kept[-1], FINE).round())
     between = np.exp(np.interp(np.log(fine), np.log(kept), np.log(losses)))
-    return [keeping(rows[0], int(n), float(loss)) for n, loss in zip(fine, between, strict=True)]
+    whole = rows[0].weights
+    return [keeping(rows[0], int(n), float(loss)) for n, loss in zip(fine, between, strict=True) if n < whole]

@@ -26,6 +26,9 @@ def command(
     ] = None,
     mask: Annotated[str | None, typer.Option(help="Mask criterion: magnitude, snip, synflow, fp, hp, …")] = None,
     allocation: Annotated[str | None, typer.Option(help="Of an unstructured sparsity: global or uniform.")] = None,
+    layer_cap: Annotated[
+        float | None, typer.Option(help="With global, the most that one layer may lose. Default: 1, all of it.")
+    ] = None,
     warm_up_bn: Annotated[
         int | None, typer.Option(help="Batches that set the batch norms' statistics before the masks are chosen.")
     ] = None,
@@ -48,6 +51,7 @@ def command(
     calm_libraries()
     sink = Sink(as_json, quiet)
     settings: dict[str, Any] = {"mask": mask, "allocation": allocation, "warm_up_bn": warm_up_bn, "epochs": epochs}
+    settings["layer_cap"] = layer_cap
     settings |= {"lr": lr, "schedule": schedule, "batch_size": batch_size, "samples": samples, "seed": seed}
     report = train(
         source,
