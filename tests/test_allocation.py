@@ -44,7 +44,7 @@ class TestMeasured:
             (f"layers.{i}", pattern) for i in range(4) for pattern in ("1:4", "2:4")
         ]
         assert [rows[0].flops, rows[2].flops] == [7, 0]
-        judged = given.images[6:]
+        judged = given.images[3:]
         with torch.no_grad():
             target = model(judged)
             for row in rows:

@@ -16,7 +16,7 @@ def command(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Images, as for prune. Default: timm/mini-imagenet.")] = None,
     data_split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
-    samples: Annotated[int | None, typer.Option(help="Images; half of them judge.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Images; a quarter repairs, the others judge.")] = None,
     mask: Annotated[str | None, typer.Option(help="Mask criterion, as for prune.")] = None,
     repair_steps: Annotated[
         int | None, typer.Option(help="Newton steps of a layer before it is judged; 0: the mask alone.")
