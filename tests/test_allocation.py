@@ -104,6 +104,16 @@ class TestChosen:
         pattern = allocate(table(same, same, flops=(900, 100)), config("1:4,dense", sparsity=0.5, budget="flops"))
         assert pattern.patterns == {"layer0.weight": NM(1, 4), "layer1.weight": None}
 
+    @pytest.mark.parametrize("flops", [(900, 100, 500), (0, 0, 500), (0, 0, 0)])
+    def test_sparsities_under_a_budget_of_operations(self, flops: tuple[int, ...]) -> None:
+        given = config("0.8", allocation="sensitivity", budget="flops")
+        layers = [[(p, 1 / (1 - p.sparsity)) for p in candidates_of(given)]] * 3
+        pattern = allocate(table(*layers, weights=5000, flops=flops), given)
+        own = [pattern.of(f"layer{i}.weight") for i in range(3)]
+        spent = sum(n * (1 - p.sparsity if p else 1.0) for n, p in zip(flops, own, strict=True))
+        assert spent <= 0.2 * sum(flops) + 1e-9 and spent == pytest.approx(0.2 * sum(flops), rel=0.02)
+        assert all(p is None for n, p in zip(flops, own, strict=True) if n == 0)
+
     def test_a_sparsity_that_no_candidate_reaches_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="sparser patterns"):
             allocate(table(*self.ROWS), config("1:4,2:4", sparsity=0.8))

@@ -241,15 +241,16 @@ def allocate(table: Sequence[Sensitivity], config: PruneConfig) -> PerLayer:
     if isinstance(named[0], Unstructured) or None in named:
         options = [[*rows, replace(rows[0], pattern=None, kept=rows[0].weights, loss=0.0)] for rows in options]
     unit = [(rows[0].flops if config.budget == "flops" else rows[0].weights) / rows[0].weights for rows in layers]
-    costs = [[round(row.kept * each) for row in rows] for rows, each in zip(options, unit, strict=True)]
+    costs = [[math.ceil(row.kept * each - 1e-6) for row in rows] for rows, each in zip(options, unit, strict=True)]
     whole = sum(rows[0].weights * each for rows, each in zip(layers, unit, strict=True))
     budget = round(whole - round(total * whole))
     taken = spend([[row.loss for row in rows] for rows in options], costs, budget)
     chosen = [rows[i] for rows, i in zip(options, taken, strict=True)]
     if isinstance(named[0], Unstructured):  # what the steps of the interpolation have left over
         left = budget - sum(cost[i] for cost, i in zip(costs, taken, strict=True))
-        i = max(range(len(chosen)), key=lambda i: chosen[i].weights - chosen[i].kept)
-        chosen[i] = keeping(chosen[i], min(chosen[i].kept + int(left / unit[i]), chosen[i].weights - 1))
+        i = max(range(len(chosen)), key=lambda i: (unit[i] > 0) * (chosen[i].weights - chosen[i].kept))
+        if unit[i] > 0 and chosen[i].kept < chosen[i].weights:
+            chosen[i] = keeping(chosen[i], min(chosen[i].kept + int(left / unit[i]), chosen[i].weights - 1))
     return PerLayer({name: row.pattern for row in chosen for name in row.parameters}, config.pattern)
 
 

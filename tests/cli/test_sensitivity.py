@@ -25,7 +25,8 @@ def test_every_layer_its_own_n_m_proven_by_inspect(run) -> None:
     assert report["sparsity"] == zeros / sum(tensors[name].numel() for name in patterns) >= 0.55
     left = {name for name, pattern in patterns.items() if pattern == "dense"}
     assert all(torch.equal(tensors[name], tensors_of(RESNET)[name]) for name in left)
-    assert "1:4,2:4,dense" in Path("out", "README.md").read_text()
+    card = Path("out", "README.md").read_text()
+    assert "1:4,2:4,dense" in card and "chosen by its sensitivity under a budget of weights" in card
 
     found = json.loads(run("inspect", "out", "--json").out)
     assert found["pattern_ok"] and found["pattern"] == "1:4,2:4,dense"
