@@ -10,9 +10,11 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = (
-    "adapters augment cascade config distributed errors journal masks memory models objective preconditioner solver"
+    "adapters allocation augment cascade collapse config distributed errors journal masks memory models objective "
+    "preconditioner solver"
 )
-EVERYTHING_BUT_CLI = f"{ALGORITHM} attention bench data evaluate finetune flops hub inspect probe prune remote speed"
+JOBS = "attention bench finetune inspect probe prune sensitivity train"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} {JOBS} data evaluate flops hub remote speed"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -28,6 +30,8 @@ MAY_IMPORT = {
     "memory": "errors",
     "augment": "distributed",
     "cascade": "adapters augment config distributed errors journal masks memory objective solver",
+    "allocation": "adapters cascade config errors masks objective solver",
+    "collapse": "adapters masks",
     "remote": "errors",
     "data": "config errors remote",
     "evaluate": "data errors masks",
@@ -40,6 +44,8 @@ MAY_IMPORT = {
     "finetune": f"{EVERYTHING_BUT_CLI} version",
     "probe": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
+    "train": f"{EVERYTHING_BUT_CLI} version",
+    "sensitivity": f"{EVERYTHING_BUT_CLI} version",
     "__init__": f"{EVERYTHING_BUT_CLI} version",
     "__main__": "cli",
     "cli": f"cli {EVERYTHING_BUT_CLI} version",

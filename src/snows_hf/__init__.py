@@ -5,7 +5,7 @@ Importing it registers the CIFAR ResNets with timm, and packed files with transf
 
 from .adapters import build_chain
 from .attention import attention
-from .config import FinetuneConfig, PruneConfig, SolverConfig
+from .config import FinetuneConfig, PruneConfig, SolverConfig, TrainConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
 from .finetune import finetune
@@ -15,7 +15,9 @@ from .hub.repack import pack, unpack
 from .inspect import inspect
 from .probe import probe
 from .prune import PruneResult, prune
+from .sensitivity import sensitivity
 from .speed import Acceleration, accelerate
+from .train import train
 from .version import __version__
 
 
@@ -34,6 +36,7 @@ __all__ = [
     "Pushed",
     "SnowsError",
     "SolverConfig",
+    "TrainConfig",
     "__version__",
     "accelerate",
     "attention",
@@ -47,5 +50,7 @@ __all__ = [
     "probe",
     "prune",
     "push",
+    "sensitivity",
+    "train",
     "unpack",
 ]

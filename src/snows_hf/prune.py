@@ -8,8 +8,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from .adapters import Chain, Group, build_chain, frozen
+from .allocation import Candidate, allocate, by_sensitivity, candidates_of, layer_sensitivities
 from .cascade import LayerReport, Progress, bytes_per_image, prune_chain
 from .config import PruneConfig
 from .config import preset as preset_for
 from .data import (
+    ImageSource,
     calibration_chunks,
     calibration_examples,
     check_labels,
@@ -46,7 +48,20 @@ from .hub.load import Checkpoint, load, short_name
 from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .journal import Digest, Journal, Record, checksum, open_journal
-from .masks import Choice, Evidence, Masks, Pattern, choose, load_masks, parse_pattern, split_by_fit
+from .masks import (
+    NM,
+    Choice,
+    Evidence,
+    Masks,
+    Pattern,
+    PerLayer,
+    Unstructured,
+    choose,
+    choose_masks,
+    load_masks,
+    parse_pattern,
+    split_by_fit,
+)
 from .masks.scores import criterion, needs_labels
 from .memory import Images, Shelf, room
 from .preconditioner import factor_bytes
@@ -99,7 +114,8 @@ def prune(
 
     Args:
         model: Hub id or folder, of transformers or timm.
-        pattern: ``"2:4"``, ``"1:4"``, any ``"N:M"`` (N kept of M), or a fraction of zeros such as ``"0.7"``.
+        pattern: ``"2:4"``, ``"1:4"``, any ``"N:M"`` (N kept of M), a fraction of zeros such as ``"0.7"``, or a set of
+            which each layer gets one, such as ``"1:4,2:4,dense"``, with ``sparsity`` for all together.
         data: calibration images: Hub data set (``@REVISION`` may follow), image folder or folder of parquet. Labels
             are read only if the mask criterion needs them.
         data_split: split of ``data``.
@@ -124,8 +140,10 @@ def prune(
         SnowsError: bad settings, model, data or output; see snows_hf.errors.
     """
     started = time.perf_counter()
-    sparsity_pattern = parse_pattern(pattern)
-    check_mask(preset_for(preset, "", pattern).updated(**settings).mask)  # bad settings, before anything is loaded
+    asked = preset_for(preset, "", pattern).updated(**settings)  # bad settings, before anything is loaded
+    by_layer = by_sensitivity(asked)
+    candidates: list[Candidate] = candidates_of(asked) if by_layer else [one_pattern(asked)]
+    check_mask(asked.mask)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     if format not in FORMATS:
@@ -149,25 +167,18 @@ def prune(
         check_output(Path(output), size * (3 if config.joint_steps else 2))
     layers = select_layers(chain, config.layers)
     weights = {name: original[name] for group in layers for name in group.parameters}
-    split_by_fit(weights, sparsity_pattern)
+    for candidate in candidates:
+        if candidate is not None:
+            split_by_fit(weights, candidate)
     if config.mask.endswith(".safetensors"):  # its faults, too, are better known before images are read
-        load_masks(Path(config.mask), weights, sparsity_pattern)
+        load_masks(Path(config.mask), weights, one_pattern(config))
 
     on_stage(f"Reading {config.samples} calibration images of {calibration_name}")
     source = open_images(calibration_name, data_split)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     left = room(memory)
     shelf = Shelf(psutil.virtual_memory().available / 2 / local_processes() if left is None else left / 4)
-    images, labels, digest = Images(shelf), None, Digest()
-    chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
-    if needs_labels(config.mask):
-        check_labels(source, f"the mask criterion {config.mask!r}")
-        examples, labels = calibration_examples(source, config.samples, config.seed, checkpoint.preprocess)
-        chunks = [examples]
-    for chunk in chunks:
-        # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
-        images.append(chunk.to(DTYPES[dtype], memory_format=torch.channels_last))
-        digest.add(chunk)
+    images, labels, digest = read_calibration(source, config, checkpoint, DTYPES[dtype], shelf)
     if len(images) < config.samples:
         on_stage(f"{calibration_name} ({data_split}) has only {len(images)} images: all of them are used")
 
@@ -196,13 +207,16 @@ def prune(
         check_chain(chain, images[:2].to(target_device))
         with frozen(network):  # counting hooks every module's inputs, and fails where one needs a gradient
             flops = count_flops(network, images[:1].to(target_device))
-        if labels is not None:
-            with torch.no_grad():
-                classes = chain.logits(images[:1].to(target_device)).shape[1]
-            names = label_map(source.class_names, checkpoint.class_names, classes, source.name)
-            labels = to_classes(labels, names, source)
+        with torch.no_grad():
+            classes = chain.logits(images[:1].to(target_device)).shape[1]
+        labels = class_labels(labels, source, checkpoint, classes)
         on_device = {name: weight.to(target_device) for name, weight in weights.items()}
-        evidence = Evidence(on_device, sparsity_pattern, config, chain, images, labels)
+        first = next(candidate for candidate in candidates if candidate is not None)
+        evidence = Evidence(on_device, first, config, chain, images, labels)
+        allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
+        if by_layer:
+            evidence, allocation = find_allocation(journal, evidence, candidates, flops, left, on_stage)
+        sparsity_pattern = evidence.pattern
         choice, criterion_seconds = find_choice(journal, evidence, on_stage)
         masks = choice.masks
 
@@ -228,6 +242,7 @@ def prune(
         report = make_report(checkpoint, chain, layers, masks, sparsity_pattern, config, reports)
         report |= describe_size(network, masks, flops) | {
             "update": update,
+            "allocation": allocation,
             "criterion": {
                 "seconds": criterion_seconds,
                 "labels": labels is not None,
@@ -254,6 +269,74 @@ def prune(
         report["name"] = Path(output).resolve().name
         from_main(lambda: save(checkpoint, Path(output), journal.folder, report, packed=format == "packed"))
         return PruneResult(network, Path(output), {"output": str(output), **report})
+
+
+def one_pattern(config: PruneConfig) -> NM | Unstructured:
+    """The pattern of all layers, where it is one; unstructured, as the allocation wants it shared out."""
+    pattern = parse_pattern(config.pattern)
+    scope = "layer" if config.allocation == "uniform" else "global"
+    return replace(pattern, scope=scope) if isinstance(pattern, Unstructured) else pattern
+
+
+def read_calibration(
+    source: ImageSource, config: PruneConfig, checkpoint: Checkpoint, dtype: torch.dtype, shelf: Shelf
+) -> tuple[Images, Tensor | None, Digest]:
+    """The calibration images, the data's own labels (n,) if the mask criterion needs them, and the images' digest.
+
+    Raises:
+        DataError: no image, an unreadable one, or no labels where there must be.
+    """
+    images, labels, digest = Images(shelf), None, Digest()
+    chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
+    if needs_labels(config.mask):
+        check_labels(source, f"the mask criterion {config.mask!r}")
+        examples, labels = calibration_examples(source, config.samples, config.seed, checkpoint.preprocess)
+        chunks = [examples]
+    for chunk in chunks:
+        # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
+        images.append(chunk.to(dtype, memory_format=torch.channels_last))
+        digest.add(chunk)
+    return images, labels, digest
+
+
+def class_labels(labels: Tensor | None, source: ImageSource, checkpoint: Checkpoint, classes: int) -> Tensor | None:
+    """The model's class of each label of the data (n,); None stays None.
+
+    Raises:
+        DataError: the classes cannot be matched.
+    """
+    if labels is None:
+        return None
+    return to_classes(labels, label_map(source.class_names, checkpoint.class_names, classes, source.name), source)
+
+
+def find_allocation(
+    journal: Journal,
+    evidence: Evidence,
+    candidates: Sequence[Candidate],
+    flops: Mapping[str, int],
+    left: int | None,
+    on_stage: Callable[[str], None],
+) -> tuple[Evidence, dict[str, Any]]:
+    """The evidence with a pattern for each layer, and how these were chosen, by an earlier run where there was one."""
+    chain, images, config = evidence.network, evidence.images, evidence.config
+    assert images is not None
+
+    def decide() -> dict[str, Any]:
+        started = time.perf_counter()
+        on_stage(f"Measuring the sensitivity of the layers under {len(candidates)} patterns")
+        device = next(chain.parameters()).device
+        fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, device, left, on_stage)
+        table = layer_sensitivities(replace(evidence, config=fitted), candidates, flops, config.repair_steps)
+        patterns = {name: str(own or "dense") for name, own in allocate(table, config).patterns.items()}
+        return {"patterns": patterns, "seconds": time.perf_counter() - started}
+
+    known = journal.get("allocation")
+    facts = known.facts if known is not None else from_main(decide)
+    if known is None:
+        journal.put("allocation", **facts)
+    pattern = PerLayer.parse(facts["patterns"], config.pattern)
+    return replace(evidence, pattern=pattern), {"kind": "sensitivity", "budget": config.budget, **facts}
 
 
 def save(checkpoint: Checkpoint, output: Path, work: Path | None, report: dict[str, Any], packed: bool) -> None:
@@ -490,6 +573,26 @@ def fit_batches(
     return config.updated(batch_size=fitting)
 
 
+def fit_sensitivity(
+    chain: Chain,
+    images: Tensor | Images,
+    weights: dict[str, Tensor],
+    candidates: Sequence[Candidate],
+    config: PruneConfig,
+    device: torch.device,
+    left: int | None,
+    on_stage: Callable[[str], None],
+) -> PruneConfig:
+    """:func:`fit_batches` for layers that are repaired one by one, under the candidate that keeps most.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    densest = min((c for c in candidates if c is not None), key=lambda candidate: candidate.sparsity)
+    masks = choose_masks(weights, densest, "magnitude")  # of any criterion's size
+    return fit_batches(chain, images[:2], masks, config.updated(joint_steps=0), device, left, on_stage)
+
+
 @torch.no_grad()
 def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Masks) -> list[str]:
     """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned.
@@ -522,7 +625,9 @@ def make_report(
 ) -> dict[str, Any]:
     """The part of the report that does not depend on measurements. Layer names are live names of the library."""
     touched = [group for group in layers if any(name in masks for name in group.parameters)]
-    pruned = [chain.weight(name) for group in touched for name in group.parameters]
+    chosen = pattern.patterns if isinstance(pattern, PerLayer) else {}  # with those that it leaves dense
+    counted = [group for group in layers if group in touched or any(name in chosen for name in group.parameters)]
+    pruned = [chain.weight(name) for group in counted for name in group.parameters]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
     summaries = [report.to_dict() for report in reports if report.sweep == 1]
     weights = {name: chain.weight(name) for group in layers for name in group.parameters}
@@ -531,7 +636,9 @@ def make_report(
         {
             "name": group.name,
             "shape": list(chain.weight(group.parameters[0]).shape),
-            "reason": f"{pattern} does not fit its input width"
+            "reason": "the allocation leaves it so"
+            if any(name in chosen for name in group.parameters)
+            else f"{pattern} does not fit its input width"
             if any(name in unfit for name in group.parameters)
             else "the mask file has no mask for it",
         }

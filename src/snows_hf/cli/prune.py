@@ -15,12 +15,18 @@ from ..errors import ConfigError, SaveError, SnowsError, one_line
 from .options import Device, Json, Model, Private, Quiet, Revision
 from .progress import LayerProgress
 from .push import push_and_show
-from .sink import Sink, calm_libraries
+from .sink import Sink, calm_libraries, shown
 
 
 def command(
     model: Model,
-    pattern: Annotated[str, typer.Option(help="N:M (N of M weights kept), or a fraction of zeros such as 0.7.")],
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="N:M (N of M weights kept), a fraction of zeros such as 0.7, or a set of which each layer gets one: "
+            "1:4,2:4,dense."
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -34,6 +40,16 @@ def command(
     mask: Annotated[
         str | None,
         typer.Option(help="Mask criterion (magnitude, wanda, sparsegpt, obc, …), or a safetensors file of booleans."),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="Which layers lose how much of an unstructured sparsity: global, uniform or sensitivity."),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Of a set of patterns: the zeros of all layers together, such as 0.65.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What an allocation by sensitivity counts: weights, or flops.")
     ] = None,
     no_update: Annotated[
         bool,
@@ -67,7 +83,8 @@ def command(
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
     sink = Sink(as_json, quiet)
     settings = read_settings(config)
-    chosen = {"samples": samples, "k": k, "mask": mask, "curvature": curvature, "seed": seed}
+    chosen: dict[str, Any] = {"samples": samples, "k": k, "mask": mask, "curvature": curvature, "seed": seed}
+    chosen |= {"allocation": allocation, "sparsity": sparsity, "budget": budget}
     settings |= {name: value for name, value in chosen.items() if value is not None}
     if layers:
         settings["layers"] = tuple(layers)
@@ -116,11 +133,12 @@ def command(
 
 
 def default_output(model: str, pattern: str) -> Path:
-    """``google/vit-base-patch16-224``, ``2:4`` → ``vit-base-patch16-224-2to4``."""
+    """``google/vit-base-patch16-224``, ``2:4`` → ``vit-base-patch16-224-2to4``; ``1:4,2:4`` → ``…-1to4-2to4``."""
     from ..hub.load import short_name
 
     name = short_name(model).rpartition("/")[2] or "model"
-    return Path(f"{name}-{re.sub('[^0-9.]', 'to', pattern)}")
+    suffix = pattern.replace(":", "to").replace(",", "-")
+    return Path(f"{name}-{re.sub('[^a-z0-9.-]', '', suffix)}")
 
 
 def read_settings(path: Path | None) -> dict[str, Any]:
@@ -182,6 +200,13 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         steps = [("dense", "dense"), (alone, "masked"), *([("SNOWS", "pruned")] if report["update"] else [])]
         rows = [(what, f"{report[key]['top1']:.2f}", f"{report[key]['top5']:.2f}") for what, key in steps]
         sink.table(["", "top-1 (%)", "top-5 (%)"], rows, title=f"{report['pattern']} on {images} images")
+    if "patterns" in report["allocation"]:
+        chosen = [(name, shown(own)) for name, own in report["allocation"]["patterns"].items()]
+        sink.table(
+            ["weights", "pattern"],
+            chosen,
+            title=f"Allocation by sensitivity, counting {report['allocation']['budget']}",
+        )
     sink.text(
         f"{len(report['layers'])} layers pruned to {report['pattern']} ({100 * report['sparsity']:.1f} % zeros) with "
         f"{report['samples']} images in {report['seconds']:.0f} s."

@@ -69,6 +69,11 @@ class Sink:
             self.err.print(error.remedy, markup=False)
 
 
+def shown(pattern: str) -> str:
+    """A pattern for people: of a sparsity at most four decimals."""
+    return f"{float(pattern):.4g}" if pattern.replace(".", "").isdigit() else pattern
+
+
 def calm_libraries() -> None:
     """Keeps the libraries' own bars, notices and warnings off the terminal."""
     import datasets
