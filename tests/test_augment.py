@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snows_hf.augment import REACH, augmented
+from snows_hf.augment import augmented
 from snows_hf.distributed import Share
 
 
@@ -18,16 +18,23 @@ def variations(image: Tensor, most: int) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("size", [(8, 8), (16, 24), (5, 5)])
-def test_each_image_is_one_of_its_own_variations(size):
+@pytest.mark.parametrize("size, crop, most", [((8, 8), 0.125, 1), ((16, 24), 0.25, 4), ((5, 5), 0.125, 0)])
+def test_each_image_is_one_of_its_own_variations(size, crop, most):
     images = torch.rand(40, 3, *size, generator=torch.Generator().manual_seed(0))
-    results = augmented(images, seed=3)
-    most = min(size) // REACH
+    results = augmented(images, seed=3, crop=crop)
     chosen = []
     for image, result in zip(images, results, strict=True):
         chosen.append([i for i, v in enumerate(variations(image, most)) if torch.equal(v, result)])
     assert all(len(found) == 1 for found in chosen)
     assert len({found[0] for found in chosen}) > min(most * 10, 1)  # not the same for all
+
+
+def test_nothing_is_mirrored_or_shifted_where_none_is_wanted():
+    images = torch.rand(20, 3, 16, 16)
+    assert torch.equal(augmented(images, 1, crop=0.0, flip=False), images)
+    shifted = augmented(images, 1, flip=False)
+    chosen = [i for x, y in zip(images, shifted, strict=True) for i, v in enumerate(variations(x, 2)) if v.equal(y)]
+    assert len(chosen) == 20 and max(chosen) < 25  # the first 25 are those of the image as it is
 
 
 def test_the_seed_decides():

@@ -14,8 +14,9 @@ from snows_hf import finetune, inspect, load, prune
 from snows_hf.config import FinetuneConfig
 from snows_hf.data import drawn_labelled, open_images, pictures
 from snows_hf.errors import ConfigError, DataError, LoadError, NumericsError, SnowsError
-from snows_hf.finetune import STATE_FILE, augmented, distillation, learning_rate, unfinished
+from snows_hf.finetune import distillation, learning_rate
 from snows_hf.hub.save import REPORT_FILE
+from snows_hf.journal import work_folder
 
 
 QUICK = {"samples": 96, "epochs": 3, "batch_size": 32, "seed": 1}
@@ -104,21 +105,42 @@ def test_seed_and_epoch_alone_decide_order_and_augmentation(mask: Path, tmp_path
 
 
 def test_an_unfinished_run_is_continued_by_its_own_command_alone(mask: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
     def cut(stage: str) -> None:
         if stage.startswith("Epoch 1/3"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        retrained(mask, tmp_path / "out", on_stage=cut)
-    for change in ({"lr": 1e-4}, {"teacher": str(RESNET)}, {"samples": 64}):
-        with pytest.raises(ConfigError, match="unfinished run"):
-            retrained(mask, tmp_path / "out", **change)
-    with pytest.raises(ConfigError, match="other model"):
-        retrained(write_tensors(copy_of(mask, tmp_path / "other"), shifted(mask)), tmp_path / "out")
-    state = unfinished(tmp_path / "out") / STATE_FILE
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(LoadError, match="corrupt"):
-        retrained(mask, tmp_path / "out")
+        retrained(mask, output, on_stage=cut)
+    with pytest.raises(ConfigError, match=r"settings\.lr was 0\.003 and is 0\.0001.*--restart"):
+        try:
+            retrained(mask, output, lr=1e-4)
+        except ConfigError as error:
+            raise ConfigError(f"{error.message} {error.remedy}") from error
+    for change in ({"teacher": str(RESNET)}, {"samples": 64}):
+        with pytest.raises(ConfigError, match="this is another one"):
+            retrained(mask, output, **change)
+    with pytest.raises(ConfigError, match="model was"):
+        retrained(write_tensors(copy_of(mask, tmp_path / "other"), shifted(mask)), output)
+    stages: list[str] = []
+    retrained(mask, output, lr=1e-4, restart=True, on_stage=stages.append)
+    assert not any(stage.startswith("Going on") for stage in stages)
+
+
+def test_a_damaged_state_is_made_again(mask: Path, tmp_path: Path) -> None:
+    whole = retrained(mask, tmp_path / "whole", epochs=2)
+
+    def cut(stage: str) -> None:
+        if stage.startswith("Epoch 1/2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retrained(mask, tmp_path / "out", epochs=2, on_stage=cut)
+    (state,) = work_folder(tmp_path / "out").glob("epoch.*.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    again = retrained(mask, tmp_path / "out", epochs=2)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
 def shifted(folder: Path) -> dict[str, torch.Tensor]:
@@ -166,28 +188,6 @@ def test_decay_as_in_the_paper(epochs: int, every: int, decays: dict[int, int]) 
     config = FinetuneConfig(epochs=epochs, decay_every=every)
     for epoch, count in decays.items():
         assert learning_rate(config, epoch, epochs) == pytest.approx(3e-3 * 0.1**count)
-
-
-def test_augmentation_is_a_shift_and_a_mirror() -> None:
-    image = Image.effect_noise((16, 8), 90).convert("RGB")
-    assert augmented(image, FinetuneConfig(crop=0.0, flip=False)) is image
-    config = FinetuneConfig(crop=0.25)
-    padded = Image.new("RGB", (24, 12))
-    padded.paste(image, (4, 2))
-    shifts = {(x, y): padded.crop((x, y, x + 16, y + 8)) for x in range(9) for y in range(5)}
-    mirrored = {key: crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for key, crop in shifts.items()}
-    seen, flips = set(), 0
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        for _ in range(60):
-            found = augmented(image, config).tobytes()
-            plain = [key for key, crop in shifts.items() if crop.tobytes() == found]
-            flipped = [key for key, crop in mirrored.items() if crop.tobytes() == found]
-            assert plain or flipped
-            seen.update(plain or flipped)
-            flips += bool(flipped)
-    assert len(seen) > 20
-    assert 15 < flips < 45
 
 
 def test_minutes_bound_the_epochs(mask: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ ALGORITHM = (
     "preconditioner solver"
 )
 JOBS = "attention bench finetune inspect probe prune sensitivity train"
-EVERYTHING_BUT_CLI = f"{ALGORITHM} {JOBS} data evaluate flops hub remote speed"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} {JOBS} data evaluate flops hub remote speed training"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "hub": "hub config data errors journal models remote version",
     "flops": "",
     "speed": "masks",
+    "training": "config errors",
     "prune": f"{EVERYTHING_BUT_CLI} version",
     "bench": f"{EVERYTHING_BUT_CLI} version",
     "attention": f"{EVERYTHING_BUT_CLI} version",

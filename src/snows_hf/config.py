@@ -1,7 +1,7 @@
 """Settings as frozen, validated dataclasses, and the paper's presets (Table 7)."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Self
 
 from .errors import ConfigError
 
@@ -9,6 +9,26 @@ from .errors import ConfigError
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"Setting {name} = {value!r}: expected {expected}.")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What settings have in common."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def updated(self, **changes: Any) -> Self:
+        """A copy with some settings changed.
+
+        Raises:
+            ConfigError: a name that is no setting, or a value out of range.
+        """
+        own = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in own:
+                raise ConfigError(f"Unknown setting {name!r}.", f"Known: {', '.join(sorted(own))}.")
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,7 @@ class SolverConfig:
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(_Settings):
     """Everything that decides what a prune does, besides the model and the images.
 
     Attributes:
@@ -141,10 +161,7 @@ class PruneConfig:
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
         _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def updated(self, **changes: Any) -> "PruneConfig":
+    def updated(self, **changes: Any) -> Self:
         """A copy with some settings changed; names of :class:`SolverConfig` reach into ``solver``.
 
         Raises:
@@ -160,7 +177,7 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(_Settings):
     """How a pruned model is retrained, by SGD with a stepwise decay of the learning rate (A.3.4).
 
     Attributes:
@@ -211,12 +228,9 @@ class FinetuneConfig:
         _check(self.temperature > 0, "temperature", self.temperature, "a number > 0")
         _check(self.samples is None or self.samples >= 2, "samples", self.samples, "an integer ≥ 2")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Settings):
     """How a network is pruned at initialisation and trained.
 
     Attributes:
@@ -263,21 +277,6 @@ class TrainConfig:
         _check(self.schedule in ("cosine", "step"), "schedule", self.schedule, "'cosine' or 'step'")
         _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number ≥ 0")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def updated(self, **changes: Any) -> "TrainConfig":
-        """A copy with some settings changed.
-
-        Raises:
-            ConfigError: a name that is no setting, or a value out of range.
-        """
-        own = {f.name for f in fields(self)}
-        for name in changes:
-            if name not in own:
-                raise ConfigError(f"Unknown setting {name!r}.", f"Known: {', '.join(sorted(own))}.")
-        return replace(self, **changes)
 
 
 _PAPER = {

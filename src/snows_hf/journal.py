@@ -177,7 +177,8 @@ def open_journal(
     from_main(enter)
     if found := journal.names()[:-1]:  # all but RUN
         layers = sum(re.fullmatch(r"layer-\d+", name) is not None for name in found)
-        say(f"Going on where an earlier run was broken off, with {layers} layers finished")
+        finished = f", with {layers} layers finished" if layers else ""
+        say(f"Going on where an earlier run was broken off{finished}")
     whole = False
     try:
         yield journal
@@ -287,3 +288,11 @@ class Digest:
 
     def text(self) -> str:
         return self._hash.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors."""
+    digest = Digest()
+    for name, tensor in tensors.items():
+        digest.add(tensor, name)
+    return digest.text()

@@ -47,7 +47,7 @@ from .hub.card import write_card
 from .hub.load import Checkpoint, load, short_name
 from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
-from .journal import Digest, Journal, Record, checksum, open_journal
+from .journal import Digest, Journal, Record, checksum, digest_of, open_journal
 from .masks import (
     NM,
     Choice,
@@ -360,14 +360,11 @@ def describe_run(
     checkpoint: Checkpoint, weights: dict[str, Tensor], config: PruneConfig, images: Digest, labels: Tensor | None
 ) -> dict[str, Any]:
     """What the weights of a result depend on: two runs of the same description make the same ones."""
-    model = Digest()
-    for name, tensor in weights.items():
-        model.add(tensor, name)
     if labels is not None:
         images.add(labels)
     mask = Path(config.mask)
     return {
-        "model": model.text(),
+        "model": digest_of(weights),
         "configuration": hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest(),
         "calibration images": images.text(),
         "settings": config.to_dict() | {"mask": checksum(mask) if mask.suffix == ".safetensors" else config.mask},

@@ -7,10 +7,8 @@ is not the one to be trained.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adapters import build_chain
+from .augment import augmented
 from .collapse import find_collapse
 from .config import PruneConfig, TrainConfig
 from .data import ImageSource, calibration_examples, check_labels, open_images
-from .errors import ConfigError, NumericsError
+from .errors import ConfigError
 from .evaluate import evaluate, logits_of
 from .hub.card import write_training_card
 from .hub.create import create
@@ -34,6 +33,7 @@ from .hub.load import Checkpoint, short_name
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .masks import Evidence, Masks, Pattern, Unstructured, choose, parse_pattern, split_by_fit
 from .prune import PruneResult, check_apart, check_mask, class_labels, describe_data, describe_hardware, find_device
+from .training import fixed, seed_of, set_rate, sgd, train_epoch
 from .version import __version__
 
 
@@ -259,59 +259,30 @@ def fit(
     """
     accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
     examples = torch.utils.data.TensorDataset(images, labels)
-    with torch.random.fork_rng(), fixed(network, masks):
+    with torch.random.fork_rng(), fixed(network, {name: ~mask for name, mask in masks.items()}):
         torch.manual_seed(config.seed)
         # A last batch of one image is more than batch norm can do.
         loader: Any = torch.utils.data.DataLoader(
             examples, config.batch_size, shuffle=True, drop_last=len(examples) % config.batch_size == 1
         )
-        steps = config.epochs * max(1, len(loader))
-        optimizer: Any = torch.optim.SGD(
-            network.requires_grad_(True).parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, steps=steps, kind=config.schedule))
-        model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+        model, optimizer, loader = accelerator.prepare(network, sgd(network, config), loader)
+        each = max(1, len(loader))
+
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for step, (batch, classes) in enumerate(loader, epoch * each):
+                set_rate(optimizer, config.lr * factor(step, config.epochs * each, config.schedule))
+                yield augmented(batch, seed_of(config.seed, step)) if config.augment else batch, classes
+
+        def loss_of(batch: Tensor, classes: Tensor) -> Tensor:
+            return F.cross_entropy(logits_of(model, batch), classes)
+
         losses = []
         network.train()
-        for epoch in range(1, config.epochs + 1):
-            total, seen = torch.zeros((), device=device), 0
-            for batch, classes in loader:
-                batch = augmented(batch) if config.augment else batch
-                loss = F.cross_entropy(logits_of(model, batch), classes)
-                optimizer.zero_grad()
-                accelerator.backward(loss)
-                optimizer.step()
-                schedule.step()
-                total += loss.detach() * len(classes)
-                seen += len(classes)
-            losses.append(float(total) / seen)
-            if not math.isfinite(losses[-1]):
-                raise NumericsError(
-                    f"The training loss of epoch {epoch} is {losses[-1]}.", f"Lower --lr, now {config.lr:g}."
-                )
-            on_epoch(epoch, losses[-1])
+        for epoch in range(config.epochs):
+            losses.append(train_epoch(batches(epoch), loss_of, optimizer, epoch + 1))
+            on_epoch(epoch + 1, losses[-1])
         network.eval()
     return losses
-
-
-@contextmanager
-def fixed(network: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """For the time of the block, weights outside the masks are zero and have no gradient: then momentum and weight
-    decay, of zero, leave them where they are."""
-    handles = []
-    for name, mask in masks.items():
-        weight = network.get_parameter(name).requires_grad_(True)
-        gone = ~mask.to(weight.device)
-        weight.data.masked_fill_(gone, 0.0)
-        handles.append(weight.register_hook(partial(torch.masked_fill, mask=gone, value=0.0)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def factor(step: int, steps: int, kind: str) -> float:
@@ -321,17 +292,3 @@ def factor(step: int, steps: int, kind: str) -> float:
     if kind == "step":
         return float(0.1 ** ((done >= 0.5) + (done >= 0.75)))
     return (1 + math.cos(math.pi * done)) / 2
-
-
-def augmented(images: Tensor) -> Tensor:
-    """Each image (n, 3, h, w) mirrored or not, and shifted by up to an eighth of its size; what comes in is zero."""
-    n, _, h, w = images.shape
-    mirrored = torch.rand(n, device=images.device) < 0.5
-    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    pad = max(1, h // 8), max(1, w // 8)
-    padded = F.pad(images, (pad[1], pad[1], pad[0], pad[0]))
-    top, left = (torch.randint(2 * p + 1, (n,), device=images.device) for p in pad)
-    rows = top[:, None] + torch.arange(h, device=images.device)
-    columns = left[:, None] + torch.arange(w, device=images.device)
-    each = torch.arange(n, device=images.device)
-    return padded.movedim(1, -1)[each[:, None, None], rows[:, :, None], columns[:, None]].movedim(-1, 1)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Json, Models, Quiet
+from .options import DataSplit, Device, Json, Models, Quiet
 from .sink import Sink, calm_libraries
 
 
@@ -13,7 +13,7 @@ def command(
     models: Models,
     data: Annotated[str, typer.Option(help="Images: Hub data set, image folder or parquet.")],
     output: Annotated[Path, typer.Option(help="PNG file to write.")],
-    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
+    split: DataSplit = "test",
     images: Annotated[int, typer.Option(help="Images to draw.")] = 4,
     samples: Annotated[int, typer.Option(help="Images to measure similarity on.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,

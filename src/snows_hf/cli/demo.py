@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Quiet
+from .options import Json, Output, Quiet
 from .progress import LayerProgress
 from .prune import show_report
 from .sink import Sink, calm_libraries
@@ -16,7 +16,7 @@ from .sink import Sink, calm_libraries
 def command(
     model: Annotated[str, typer.Option(help="vit or resnet.")] = "vit",
     pattern: Annotated[str, typer.Option(help="As for prune.")] = "2:4",
-    output: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("snows-demo"),
+    output: Output = Path("snows-demo"),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,17 +1,13 @@
 """``snows-hf eval``"""
 
-from typing import Annotated
-
-import typer
-
-from .options import Device, Json, Model, Quiet, Revision
+from .options import DataSplit, Device, Json, Labelled, Model, Quiet, Revision
 from .sink import Sink, calm_libraries
 
 
 def command(
     model: Model,
-    data: Annotated[str, typer.Option(help="Labelled images: Hub data set, image folder or parquet.")],
-    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
+    data: Labelled,
+    split: DataSplit = "test",
     device: Device = "auto",
     revision: Revision = None,
     as_json: Json = False,

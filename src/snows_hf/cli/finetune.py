@@ -1,12 +1,11 @@
 """``snows-hf finetune``"""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..config import FinetuneConfig
-from .options import Device, Json, Model, Quiet, Revision
+from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Model, Output, Quiet, Restart, Revision
 from .sink import Sink, calm_libraries
 
 
@@ -15,9 +14,9 @@ DEFAULT = FinetuneConfig()
 
 def command(
     model: Model,
-    data: Annotated[str, typer.Option(help="Labelled training images: Hub data set, image folder or parquet.")],
-    output: Annotated[Path, typer.Option(help="Folder for the result.")],
-    data_split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
+    data: Labelled,
+    output: Output,
+    data_split: DataSplit = "train",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = DEFAULT.epochs,
     minutes: Annotated[
         float, typer.Option(help="Most minutes of training: fewer epochs where these would not do. 0: no limit.")
@@ -39,9 +38,10 @@ def command(
     temperature: Annotated[float, typer.Option(help="Softens the teacher's probabilities.")] = DEFAULT.temperature,
     samples: Annotated[int | None, typer.Option(help="Training images to draw. Default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw, the order and the augmentation.")] = DEFAULT.seed,
-    eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure accuracy on.")] = None,
-    eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
+    eval_data: EvalData = None,
+    eval_split: EvalSplit = "test",
     device: Device = "auto",
+    restart: Restart = False,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -61,6 +61,7 @@ def command(
         teacher=teacher,
         device=device,
         revision=revision,
+        restart=restart,
         on_stage=sink.stage,
         epochs=epochs,
         minutes=minutes,

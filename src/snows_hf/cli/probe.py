@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Json, Models, Quiet
+from .options import Device, EvalSplit, Json, Models, Quiet
 from .sink import Sink, calm_libraries
 
 
@@ -15,7 +15,7 @@ def command(
     ],
     train_split: Annotated[str, typer.Option(help="Split of --data that the probe is fitted on.")] = "train",
     eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure on. Default: --data.")] = None,
-    test_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
+    test_split: EvalSplit = "test",
     samples: Annotated[int | None, typer.Option(help="Training images to draw. Default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw, and of the split that chooses the regularisation.")] = 0,
     device: Device = "auto",

@@ -12,7 +12,7 @@ import yaml
 from ..config import PruneConfig, SolverConfig
 from ..distributed import from_main
 from ..errors import ConfigError, SaveError, SnowsError, one_line
-from .options import Device, Json, Model, Private, Quiet, Revision
+from .options import DataSplit, Device, EvalData, EvalSplit, Json, Model, Private, Quiet, Restart, Revision
 from .progress import LayerProgress
 from .push import push_and_show
 from .sink import Sink, calm_libraries, shown
@@ -34,7 +34,7 @@ def command(
             "Default: timm/mini-imagenet."
         ),
     ] = None,
-    data_split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
+    data_split: DataSplit = "train",
     samples: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
     k: Annotated[int | None, typer.Option("--k", help="K: later operations whose outputs are kept (Eq. 3).")] = None,
     mask: Annotated[
@@ -65,13 +65,11 @@ def command(
     format: Annotated[
         str, typer.Option(help="safetensors, or packed: without the zeros, for import snows_hf alone.")
     ] = "safetensors",
-    eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure accuracy on.")] = None,
-    eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
+    eval_data: EvalData = None,
+    eval_split: EvalSplit = "test",
     push_to: Annotated[str | None, typer.Option(help="Publish the result on the Hub as USER/NAME.")] = None,
     private: Private = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, where the last run of this was broken off.")
-    ] = False,
+    restart: Restart = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64, bfloat16 or float16.")] = "float32",
     seed: Annotated[int | None, typer.Option(help="Of the choice and order of calibration images.")] = None,

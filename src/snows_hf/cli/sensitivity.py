@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Json, Model, Quiet, Revision
+from .options import DataSplit, Device, Json, Model, Quiet, Revision
 from .sink import Sink, calm_libraries, shown
 
 
@@ -15,7 +15,7 @@ def command(
         str | None, typer.Option(help="With commas: 1:4,2:4,4:8, or 0.5,0.8. Default: sparsities from 0.5 to 0.95.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Images, as for prune. Default: timm/mini-imagenet.")] = None,
-    data_split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
+    data_split: DataSplit = "train",
     samples: Annotated[int | None, typer.Option(help="Images; a quarter repairs, the others judge.")] = None,
     mask: Annotated[str | None, typer.Option(help="Mask criterion, as for prune.")] = None,
     repair_steps: Annotated[

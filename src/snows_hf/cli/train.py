@@ -1,11 +1,10 @@
 """``snows-hf train``"""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Json, Quiet, Revision
+from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Output, Quiet, Revision
 from .sink import Sink, calm_libraries
 
 
@@ -18,9 +17,9 @@ def command(
             "used.",
         ),
     ],
-    data: Annotated[str, typer.Option(help="Labelled images: Hub data set, image folder or parquet.")],
-    output: Annotated[Path, typer.Option(help="Folder for the result.")],
-    data_split: Annotated[str, typer.Option(help="Split of --data.")] = "train",
+    data: Labelled,
+    output: Output,
+    data_split: DataSplit = "train",
     pattern: Annotated[
         str | None, typer.Option(help="N:M, or a fraction of zeros such as 0.9. Default: dense.")
     ] = None,
@@ -38,8 +37,8 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     samples: Annotated[int | None, typer.Option(help="Training images. Default: all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, masks, and the order of images.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure accuracy on.")] = None,
-    eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
+    eval_data: EvalData = None,
+    eval_split: EvalSplit = "test",
     device: Device = "auto",
     revision: Revision = None,
     as_json: Json = False,
