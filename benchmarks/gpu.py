@@ -19,10 +19,12 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from snows_hf.adapters import Chain, build_chain, frozen
 from snows_hf.cascade import prune_chain
+from snows_hf.checks import find_device
 from snows_hf.config import PruneConfig, preset
+from snows_hf.describe import describe_hardware
+from snows_hf.fitting import fit_batches
 from snows_hf.masks import Masks, choose_masks, parse_pattern
 from snows_hf.objective import ActiveWeights, KStepObjective, Segment
-from snows_hf.prune import describe_hardware, find_device, fit_batches
 
 
 MODELS = {"B/16": {}, "L/16": VIT_L}

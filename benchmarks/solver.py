@@ -17,13 +17,13 @@ from paper_plain import CNN, VIT, Loss, plain_newton
 from torch import Tensor
 
 from snows_hf.adapters import Chain, build_chain, frozen
-from snows_hf.cascade import split_images
 from snows_hf.config import preset
 from snows_hf.data import calibration_images, open_images
 from snows_hf.hub.load import load
 from snows_hf.masks import Masks, choose_masks, parse_pattern
 from snows_hf.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.solver import NewtonState, newton
+from snows_hf.streams import split_images
 
 
 def as_loss(objective: KStepObjective) -> Loss:

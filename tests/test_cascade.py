@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from snows_hf.adapters import build_chain, frozen
-from snows_hf.cascade import Progress, prune_chain, split_images
+from snows_hf.cascade import Progress, prune_chain
+from snows_hf.streams import split_images
 
 
 NETWORKS = [tiny.transformers_vit, tiny.timm_vit, tiny.cifar_resnet, tiny.timm_resnet]

@@ -11,10 +11,12 @@ import snows_hf
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = (
     "adapters allocation augment cascade collapse config distributed errors journal masks memory models objective "
-    "preconditioner solver"
+    "preconditioner solver streams"
 )
+STEPS = "calibration checks choices describe fitting training"
 JOBS = "attention bench finetune inspect probe prune sensitivity train"
-EVERYTHING_BUT_CLI = f"{ALGORITHM} {JOBS} data evaluate flops hub remote speed training"
+BELOW_JOBS = f"{ALGORITHM} {STEPS} data evaluate flops hub remote speed version"
+EVERYTHING_BUT_CLI = f"{BELOW_JOBS} {JOBS}"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -29,8 +31,9 @@ MAY_IMPORT = {
     "objective": "adapters.base distributed preconditioner solver",
     "memory": "errors",
     "augment": "distributed",
-    "cascade": "adapters augment config distributed errors journal masks memory objective solver",
-    "allocation": "adapters cascade config errors masks objective solver",
+    "streams": "adapters augment config distributed masks memory objective",
+    "cascade": "adapters config distributed errors journal masks memory objective solver streams",
+    "allocation": "adapters config errors masks objective solver streams",
     "collapse": "adapters masks",
     "remote": "errors",
     "data": "config errors remote",
@@ -39,17 +42,17 @@ MAY_IMPORT = {
     "flops": "",
     "speed": "masks",
     "training": "config errors",
-    "prune": f"{EVERYTHING_BUT_CLI} version",
-    "bench": f"{EVERYTHING_BUT_CLI} version",
-    "attention": f"{EVERYTHING_BUT_CLI} version",
-    "finetune": f"{EVERYTHING_BUT_CLI} version",
-    "probe": f"{EVERYTHING_BUT_CLI} version",
-    "inspect": f"{EVERYTHING_BUT_CLI} version",
-    "train": f"{EVERYTHING_BUT_CLI} version",
-    "sensitivity": f"{EVERYTHING_BUT_CLI} version",
-    "__init__": f"{EVERYTHING_BUT_CLI} version",
+    "checks": "adapters data errors evaluate masks",
+    "calibration": "adapters checks config data distributed flops hub journal masks memory",
+    "describe": "adapters cascade config data hub journal masks version",
+    "fitting": (
+        "adapters allocation config describe distributed errors journal masks memory objective preconditioner solver "
+        "streams"
+    ),
+    "choices": "allocation config fitting journal masks",
+    **dict.fromkeys((*JOBS.split(), "__init__"), EVERYTHING_BUT_CLI),
     "__main__": "cli",
-    "cli": f"cli {EVERYTHING_BUT_CLI} version",
+    "cli": f"cli {EVERYTHING_BUT_CLI}",
 }
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

@@ -10,11 +10,11 @@ import tiny
 import torch
 
 from snows_hf.adapters import build_chain
-from snows_hf.cascade import bytes_per_image, prune_chain
+from snows_hf.cascade import prune_chain
 from snows_hf.errors import ConfigError
+from snows_hf.fitting import bytes_per_image, fit_batches
 from snows_hf.memory import Images, Shelf, room, saved_bytes
 from snows_hf.preconditioner import factor_bytes
-from snows_hf.prune import fit_batches
 
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def test_pruning_from_disk_gives_the_same_bits(network):
     shelf = Shelf(limit=0)
     images = Images(shelf)
     images.append(run.images)
-    prune_chain(build_chain(model), images, run.masks, run.config, CPU, shelf=shelf)
+    prune_chain(build_chain(model), images, run.masks, run.config, CPU)
     assert shelf.files > 10 and len(files(shelf)) == 1  # the images' own
     for name, tensor in run.pruned.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name

@@ -17,13 +17,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from .adapters import State, frozen
-from .cascade import masked_operations
 from .config import PruneConfig
 from .errors import ConfigError, NumericsError
 from .masks import NM, Evidence, PerLayer, Unstructured, choose, parse_candidates
 from .masks.budget import spend
 from .objective import ActiveWeights, KStepObjective, Segment
 from .solver import newton
+from .streams import masked_operations
 
 
 IMAGES = 256

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import Chain, build_chain, frozen, recorded_attention
+from .checks import find_device
 from .data import Preprocess, calibration_images, open_images
+from .describe import describe_data
 from .errors import AdapterError, ConfigError, SaveError, one_line
 from .hub.load import distinct_names, load
-from .prune import describe_data, find_device
 
 
 BATCH = 8

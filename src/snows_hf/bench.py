@@ -10,10 +10,11 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from .checks import DTYPES, find_device
+from .describe import describe_hardware
 from .errors import ConfigError
 from .evaluate import logits_of
 from .hub.load import load
-from .prune import DTYPES, describe_hardware, find_device
 from .speed import accelerate, device_obstacle, linear_layers, obstacle
 
 

@@ -1,33 +1,24 @@
-"""Algorithm 3: layer after layer, each solved on the inputs that the pruned layers before it produce.
-
-Two streams of activations advance side by side: what the dense network computes, which gives the targets, and what the
-network pruned so far computes, which enters each layer. With dense targets every layer also repairs what earlier ones
-broke; with cascaded targets (the paper's) the dense layer runs on the pruned stream.
-"""
+"""Algorithm 3: layer after layer, each solved on the inputs that the pruned layers before it produce (streams.py)."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from .adapters import Chain, Group, State, frozen
-from .augment import augmented
+from .adapters import Chain, frozen
 from .config import PruneConfig
-from .distributed import processes, share
+from .distributed import processes
 from .errors import MemoryLimitError
 from .journal import Journal
 from .masks import Masks
-from .memory import Images, Kept, Shelf, halves, in_parts, out_of_memory, saved_bytes
-from .objective import ActiveWeights, KStepObjective, Segment
-from .solver import Expansion, NewtonState, newton
+from .memory import Images, Shelf, out_of_memory
+from .objective import ActiveWeights, Segment
+from .solver import NewtonState, newton
+from .streams import Batches, Streams, holding, masked_operations, split_images, whole
 
 
 @dataclass(frozen=True)
@@ -77,168 +68,6 @@ class Progress:
     note: str = ""
 
 
-@dataclass
-class Streams:
-    """Activations before one operation, per batch of images (of this process's share of them): of the dense network,
-    and of the one pruned so far.
-
-    They rest on a shelf (memory.py). The last batch only judges. ``halvings``: how often batches were halved.
-    """
-
-    shelf: Shelf
-    dense: list[Kept]
-    pruned: list[Kept]
-    batches: list[slice]
-    halvings: int = 0
-
-    @classmethod
-    def start(cls, images: Tensor | Images, batches: Sequence[slice], shelf: Shelf) -> "Streams":
-        parts = [(batch.start, share(batch.stop - batch.start)) for batch in batches]
-        states = [shelf.keep((images[first + part.start : first + part.stop],)) for first, part in parts]
-        return cls(shelf, states, list(states), list(batches))
-
-    def size(self, index: int) -> int:
-        """Images of a batch, of all processes together."""
-        return self.batches[index].stop - self.batches[index].start
-
-    @property
-    def largest(self) -> int:
-        """Images of the largest batch."""
-        return max(map(self.size, range(len(self.batches))))
-
-    def halve(self) -> None:
-        """Cuts every batch in two; of the one that judges, only the first half stays."""
-        parts = [part for batch in self.batches for part in halves(batch)]
-        for which in ("dense", "pruned"):
-            states = []
-            for batch, kept in zip(self.batches, getattr(self, which), strict=True):
-                state = kept.get()
-                states += [
-                    self.shelf.keep(tuple(t[part.start - batch.start : part.stop - batch.start] for t in state))
-                    for part in halves(batch)
-                ]
-            setattr(self, which, states[: len(states) + 1 - len(halves(self.batches[-1]))])
-        self.batches = parts[: len(parts) + 1 - len(halves(self.batches[-1]))]
-        self.halvings += 1
-
-    @torch.no_grad()
-    def advance(self, run: Callable[[State], State], which: str, device: torch.device) -> None:
-        """Moves one stream through an operation, batch by batch."""
-        states: list[Kept] = getattr(self, which)
-        for i in range(len(states)):
-            state = send_to_device(in_parts(run, send_to_device(states[i].get(), device)), torch.device("cpu"))
-            states[i] = self.shelf.keep(state)
-
-
-@contextmanager
-def holding(chain: Chain, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """For the time of the block the chain's model computes with ``weights``; nothing is copied."""
-    own = {name: chain.weight(name).data for name in weights}
-    for name, weight in weights.items():
-        chain.weight(name).data = weight
-    try:
-        yield
-    finally:
-        for name, weight in own.items():
-            chain.weight(name).data = weight
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The objectives of one layer, each made when its turn comes and freed after.
-
-    ``dense``: weights that stand in for the model's own where targets are computed. ``order``: of steps, and the batch
-    of each.
-    """
-
-    segment: Segment
-    dense: Mapping[str, Tensor]
-    active: ActiveWeights
-    streams: Streams
-    config: PruneConfig
-    device: torch.device
-    order: Sequence[tuple[int, int]]
-
-    def objective(self, index: int, step: int | None = None) -> KStepObjective:
-        """That of one batch; where images are augmented, as they look at a step."""
-        joint = self.segment.group.kind == "joint"
-        part = share(self.streams.size(index))
-        pruned = send_to_device(self.streams.pruned[index].get(), self.device)
-        source = self.streams.dense[index].get() if self.config.targets == "dense" else pruned
-        if self.config.augment and joint and step is not None:  # elsewhere what comes in is not images
-            source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
-        with torch.no_grad(), holding(self.segment.chain, self.dense):
-            targets = self.segment.outputs(send_to_device(source, self.device))
-        solver = self.config.solver
-        return KStepObjective(
-            self.segment,
-            self.active,
-            pruned,
-            targets,
-            solver.curvature,
-            solver.preconditioner,
-            solver.damping,
-            relative=self.config.weighting == "relative",
-            emphasis=self.config.emphasis if joint else 0.0,
-            share=part,
-        )
-
-    def __iter__(self) -> Iterator[KStepObjective]:
-        return (self.objective(index, step) for step, index in self.order)
-
-
-def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
-    """n calibration images as slices: mini-batches of at most ``batch_size``, and last the held-out batch.
-
-    Batches are of equal size but for one image. No more than ``batch_size`` images judge. A single image serves as
-    both batch and judge.
-    """
-    judges = min(max(1, round(held_out * n)), max(n - 1, 1), batch_size)
-    learners = max(n - judges, 1)
-    count = -(-learners // batch_size)
-    ends = [learners * i // count for i in range(count + 1)]
-    return [*(slice(*pair) for pair in pairwise(ends)), slice(n - judges, n)]
-
-
-def masked_operations(chain: Chain, masks: Masks) -> list[int]:
-    """Operations whose group has a mask."""
-    return [i for i, group in chain.groups() if any(name in masks for name in group.parameters)]
-
-
-def whole(chain: Chain, masks: Masks) -> Segment:
-    """The network from its images on, with all pruned weights as one group."""
-    names = tuple(name for _, group in chain.groups() for name in group.parameters if name in masks)
-    return Segment(chain, Group("all layers", names, "joint"), 0, len(chain.operations))
-
-
-def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig, device: torch.device) -> int:
-    """Most that the graphs of any layer's objective keep in memory per image of a batch; ``images`` holds two."""
-    start: State = (images.to(device),)
-    state, segments = start, []
-    todo = masked_operations(chain, masks)
-    with frozen(chain.model):
-        for index, operation in enumerate(chain.operations):
-            if index in todo:
-                segments.append((Segment.cut(chain, index, config.k), state))
-            with torch.no_grad():
-                state = operation.run(state)
-        if config.joint_steps:
-            segments.append((whole(chain, masks), start))
-        return max(
-            saved_bytes(partial(_expand, segment, state, masks, config))
-            - saved_bytes(partial(_expand, segment, tuple(tensor[:1] for tensor in state), masks, config))
-            for segment, state in segments
-        )
-
-
-def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -> Expansion:
-    with torch.no_grad():
-        targets = segment.outputs(state)
-    active = ActiveWeights.of(segment.group, masks, targets[0].device)
-    w = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
-    return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)
-
-
 def prune_chain(
     chain: Chain,
     images: Tensor | Images,
@@ -246,7 +75,6 @@ def prune_chain(
     config: PruneConfig,
     device: torch.device,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-    shelf: Shelf | None = None,
     start: Mapping[str, Tensor] | None = None,
     journal: Journal | None = None,
 ) -> list[LayerReport]:
@@ -254,12 +82,12 @@ def prune_chain(
 
     Args:
         chain: of the dense model, on ``device``.
-        images: preprocessed calibration images (n, 3, h, w), in an order that is already random.
+        images: preprocessed calibration images (n, 3, h, w), in an order that is already random. Activations rest on
+            their shelf; those of a tensor's stay in memory.
         masks: parameter name → bool mask; parameters without one stay dense.
         config: batch sizes, targets and solver settings.
         device: where segments run.
         on_progress: called when a layer starts, after each Newton step, and when a layer is done.
-        shelf: where activations rest; None keeps them in memory.
         start: full weights that a criterion has updated for these masks. A layer starts from them in the first sweep
             where their held-out loss is below that of the dense weights masked; targets stay the dense network's.
         journal: keeps every finished layer, and has those that an earlier run has finished.
@@ -276,7 +104,7 @@ def prune_chain(
     again = config.sweeps > 1 or config.joint_steps > 0
     dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
     cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {}, journal or Journal())
-    shelf = shelf or Shelf()
+    shelf = images.shelf if isinstance(images, Images) else Shelf()
     with frozen(chain.model):
         reports = [
             report

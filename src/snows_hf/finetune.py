@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from .adapters import build_chain
 from .augment import augmented
+from .checks import check_apart, find_device
 from .config import FinetuneConfig
 from .data import ImageSource, drawn_labelled, label_map, open_images, pictures, to_classes
+from .describe import describe_data, describe_hardware, versions
 from .errors import ConfigError, NumericsError
 from .evaluate import evaluate, logits_of
 from .hub.card import write_card
 from .hub.load import Checkpoint, load, short_name
 from .hub.save import check_output, read_report, save_checkpoint, whole_folder
 from .journal import Journal, digest_of, open_journal
-from .prune import PruneResult, check_apart, describe_data, describe_hardware, find_device
+from .prune import PruneResult
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
 from .version import __version__
 
@@ -68,8 +70,7 @@ def finetune(
     """
     config = FinetuneConfig().updated(**settings)
     target, output = find_device(device), Path(output)
-    if eval_data is not None:
-        check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
+    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     check_output(output, size=0)
 
     on_stage(f"Loading {model}")
@@ -125,7 +126,7 @@ def finetune(
                 "teacher": short_name(teacher) if teacher is not None else None,
                 "data": describe_data(data, data_split),
                 "images": len(labels),
-                "eval_data": describe_data(eval_data, eval_split) if eval_data is not None else None,
+                "eval_data": describe_data(eval_data, eval_split),
                 "before": before,
                 "after": after,
                 **trained,
@@ -133,7 +134,7 @@ def finetune(
                 "settings": config.to_dict(),
                 "device": str(target),
                 "hardware": describe_hardware(target),
-                "versions": {"snows-hf": __version__, "torch": torch.__version__},
+                "versions": versions(torch),
             },
         }
         on_stage(f"Saving to {output}")

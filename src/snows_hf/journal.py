@@ -55,6 +55,14 @@ class Journal:
         """
         from_main(lambda: self._write(name, tensors or {}, facts))
 
+    def once(self, name: str, make: Callable[[], Record]) -> Record:
+        """The record of this name; where there is none, what ``make`` gives on the main process is kept and given."""
+        record = self.get(name)
+        if record is None:
+            record = from_main(make)
+            self.put(name, record.tensors, **record.facts)
+        return record
+
     def names(self) -> list[str]:
         """Names of the records, whole or not, in alphabetical order."""
         paths = self.folder.glob("*.*.safetensors") if self.folder else ()

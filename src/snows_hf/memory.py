@@ -85,11 +85,11 @@ class Images:
     """Images (n, 3, h, w) on a shelf, appended in chunks and read by slices, as a tensor would be."""
 
     def __init__(self, shelf: Shelf) -> None:
-        self._shelf = shelf
+        self.shelf = shelf
         self._chunks: list[tuple[int, Kept]] = []
 
     def append(self, chunk: Tensor) -> None:
-        self._chunks.append((len(chunk), self._shelf.keep((chunk,))))
+        self._chunks.append((len(chunk), self.shelf.keep((chunk,))))
 
     def __len__(self) -> int:
         return sum(size for size, _ in self._chunks)

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_apart, find_device
 from .data import ImageSource, check_labels, label_map, labelled_batches, labelled_chunks, open_images, to_classes
+from .describe import describe_data
 from .errors import AdapterError, ConfigError, DataError, NumericsError
 from .evaluate import logits_of
 from .hub.load import load
-from .prune import check_apart, describe_data, find_device
 
 
 STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(2, -13, -1))

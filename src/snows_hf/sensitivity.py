@@ -7,31 +7,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from .adapters import build_chain, frozen
+from .adapters import build_chain
 from .allocation import IMAGES, Sensitivity, layer_sensitivities
+from .calibration import DEFAULT_DATA, first_pass, read_calibration
+from .checks import check_mask, find_device, find_dtype, select_layers
 from .config import preset as preset_for
 from .data import open_images
+from .describe import describe_data, finite
 from .errors import ConfigError, SaveError
-from .flops import count_flops
+from .fitting import fit_sensitivity
 from .hub.load import load, short_name
 from .masks import Evidence, Unstructured, parse_candidates, split_by_fit
-from .memory import Shelf
-from .prune import (
-    DEFAULT_DATA,
-    DTYPES,
-    check_chain,
-    check_mask,
-    class_labels,
-    describe_data,
-    find_device,
-    finite,
-    fit_sensitivity,
-    read_calibration,
-    select_layers,
-)
 
 
 DEFAULT_PATTERNS = "0.5,0.6,0.7,0.8,0.9,0.95"
@@ -80,8 +66,7 @@ def sensitivity(
     asked = [candidate for candidate in parse_candidates(patterns) if candidate is not None]
     candidates = [replace(c, scope="layer") if isinstance(c, Unstructured) else c for c in asked]
     check_mask(preset_for(preset, "", patterns).updated(**settings).mask)
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    solver_dtype = find_dtype(dtype)
     target_device = find_device(device)
     name = data or DEFAULT_DATA
 
@@ -98,15 +83,9 @@ def sensitivity(
 
     on_stage(f"Reading {config.samples} images of {name}")
     source = open_images(name, data_split)
-    shelf = Shelf(psutil.virtual_memory().available / 2)
-    images, labels, _ = read_calibration(source, config, checkpoint, DTYPES[dtype], shelf)
-    chain.model.to(target_device, DTYPES[dtype])
-    check_chain(chain, images[:2].to(target_device))
-    with frozen(chain.model):
-        flops = count_flops(chain.model, images[:1].to(target_device))
-    with torch.no_grad():
-        classes = chain.logits(images[:1].to(target_device)).shape[1]
-    labels = class_labels(labels, source, checkpoint, classes)
+    images, labels, _ = read_calibration(source, config, checkpoint, solver_dtype)
+    chain.model.to(target_device, solver_dtype)
+    flops, labels = first_pass(chain, images, labels, source, checkpoint, target_device)
     on_stage(f"Measuring {len(layers)} layers under {len(candidates)} patterns")
     on_device = {name: chain.weight(name).detach() for name in weights}
     fitted = fit_sensitivity(chain, images, on_device, candidates, config, target_device, None, on_stage)

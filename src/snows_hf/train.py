@@ -22,9 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adapters import build_chain
 from .augment import augmented
+from .calibration import class_labels
+from .checks import check_apart, check_mask, find_device
 from .collapse import find_collapse
 from .config import PruneConfig, TrainConfig
 from .data import ImageSource, calibration_examples, check_labels, open_images
+from .describe import describe_data, describe_hardware, versions
 from .errors import ConfigError
 from .evaluate import evaluate, logits_of
 from .hub.card import write_training_card
@@ -32,7 +35,7 @@ from .hub.create import create
 from .hub.load import Checkpoint, short_name
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .masks import Evidence, Masks, Pattern, Unstructured, choose, parse_pattern, split_by_fit
-from .prune import PruneResult, check_apart, check_mask, class_labels, describe_data, describe_hardware, find_device
+from .prune import PruneResult
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
 from .version import __version__
 
@@ -75,8 +78,7 @@ def train(
     chosen_pattern = at_initialisation(pattern, config) if pattern is not None else None
     check_mask(config.mask)
     target = find_device(device)
-    if eval_data is not None:
-        check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
+    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     if output is not None:
         check_output(Path(output), size=0)
     images_source = open_images(data, data_split)
@@ -143,19 +145,13 @@ def train(
         ],
         "images": len(labels),
         "data": describe_data(data, data_split),
-        "eval_data": describe_data(eval_data, eval_split) if eval_data is not None else None,
+        "eval_data": describe_data(eval_data, eval_split),
         "accuracy": accuracy.to_dict() if accuracy else None,
         "losses": losses,
         "training_seconds": training_seconds,
         "seconds": time.perf_counter() - started,
         "hardware": describe_hardware(target),
-        "versions": {
-            "snows-hf": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        },
+        "versions": versions(torch, timm, transformers, accelerate),
         "seed": config.seed,
     }
     if output is None:

@@ -12,9 +12,9 @@ from cases import CASES, Case
 from torch import Tensor, nn
 
 from snows_hf.adapters import Chain, State, base, build_chain, frozen
+from snows_hf.checks import check_chain
 from snows_hf.evaluate import logits_of
 from snows_hf.objective import Segment
-from snows_hf.prune import check_chain
 
 
 DENSE = (

@@ -14,10 +14,10 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Measure a checkpoint's top-1 and top-5 accuracy, dense or pruned."""
+    from ..checks import find_device
     from ..data import open_images
     from ..evaluate import evaluate
     from ..hub.load import load
-    from ..prune import find_device
 
     calm_libraries()
     sink = Sink(as_json, quiet)

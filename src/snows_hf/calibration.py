@@ -1,0 +1,82 @@
+"""The calibration images: read, and run through the model once."""
+
+from collections.abc import Iterable
+
+import psutil
+import torch
+from torch import Tensor
+
+from .adapters import Chain, frozen
+from .checks import check_chain
+from .config import PruneConfig
+from .data import ImageSource, calibration_chunks, calibration_examples, check_labels, label_map, to_classes
+from .distributed import local_processes
+from .flops import count_flops
+from .hub.load import Checkpoint
+from .journal import Digest
+from .masks.scores import needs_labels
+from .memory import Images, Shelf
+
+
+DEFAULT_DATA = "timm/mini-imagenet"
+"""Calibration images where none are named: 50,000 images of ImageNet's training set, openly on the Hub."""
+
+
+def read_calibration(
+    source: ImageSource, config: PruneConfig, checkpoint: Checkpoint, dtype: torch.dtype, left: int | None = None
+) -> tuple[Images, Tensor | None, Digest]:
+    """The calibration images, the data's own labels (n,) if the mask criterion needs them, and the images' digest.
+
+    They rest on a shelf with room for a quarter of the ``left`` bytes of a budget, or for half of what is free.
+
+    Raises:
+        DataError: no image, an unreadable one, or no labels where there must be.
+    """
+    shelf = Shelf(psutil.virtual_memory().available / 2 / local_processes() if left is None else left / 4)
+    images, labels, digest = Images(shelf), None, Digest()
+    chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
+    if needs_labels(config.mask):
+        check_labels(source, f"the mask criterion {config.mask!r}")
+        examples, labels = calibration_examples(source, config.samples, config.seed, checkpoint.preprocess)
+        chunks = [examples]
+    for chunk in chunks:
+        # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
+        images.append(chunk.to(dtype, memory_format=torch.channels_last))
+        digest.add(chunk)
+    return images, labels, digest
+
+
+def class_labels(labels: Tensor | None, source: ImageSource, checkpoint: Checkpoint, classes: int) -> Tensor | None:
+    """The model's class of each label of the data (n,); None stays None.
+
+    Raises:
+        DataError: the classes cannot be matched.
+    """
+    if labels is None:
+        return None
+    return to_classes(labels, label_map(source.class_names, checkpoint.class_names, classes, source.name), source)
+
+
+def first_pass(
+    chain: Chain,
+    images: Images,
+    labels: Tensor | None,
+    source: ImageSource,
+    checkpoint: Checkpoint,
+    device: torch.device,
+) -> tuple[dict[str, int], Tensor | None]:
+    """Makes sure that the adapter computes what the model, on ``device``, does.
+
+    Returns:
+        Operations of every module on one image, by name, and the model's class of each of the data's labels (n,).
+
+    Raises:
+        AdapterError: it does not.
+        DataError: the classes cannot be matched.
+    """
+    check_chain(chain, images[:2].to(device))
+    with frozen(chain.model):  # counting hooks every module's inputs, and fails where one needs a gradient
+        flops = count_flops(chain.model, images[:1].to(device))
+    with torch.no_grad():
+        classes = chain.logits(images[:1].to(device)).shape[1]
+    return flops, class_labels(labels, source, checkpoint, classes)

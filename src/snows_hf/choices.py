@@ -1,0 +1,77 @@
+"""Patterns and masks of a prune: chosen, or as an earlier run has chosen them."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .allocation import Candidate, allocate, layer_sensitivities
+from .config import PruneConfig
+from .fitting import fit_sensitivity
+from .journal import Journal, Record
+from .masks import NM, Choice, Evidence, PerLayer, Unstructured, choose, parse_pattern
+
+
+def one_pattern(config: PruneConfig) -> NM | Unstructured:
+    """The pattern of all layers, where it is one; unstructured, as the allocation wants it shared out."""
+    pattern = parse_pattern(config.pattern)
+    scope = "layer" if config.allocation == "uniform" else "global"
+    return replace(pattern, scope=scope) if isinstance(pattern, Unstructured) else pattern
+
+
+def find_allocation(
+    journal: Journal,
+    evidence: Evidence,
+    candidates: Sequence[Candidate],
+    flops: Mapping[str, int],
+    left: int | None,
+    on_stage: Callable[[str], None],
+) -> tuple[Evidence, dict[str, Any]]:
+    """The evidence with a pattern for each layer, and how these were chosen, by an earlier run where there was one."""
+    chain, images, config = evidence.network, evidence.images, evidence.config
+    assert images is not None
+
+    def decide() -> Record:
+        started = time.perf_counter()
+        on_stage(f"Measuring the sensitivity of the layers under {len(candidates)} patterns")
+        device = next(chain.parameters()).device
+        fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, device, left, on_stage)
+        table = layer_sensitivities(replace(evidence, config=fitted), candidates, flops, config.repair_steps)
+        patterns = {name: str(own or "dense") for name, own in allocate(table, config).patterns.items()}
+        return Record({}, {"patterns": patterns, "seconds": time.perf_counter() - started})
+
+    facts = journal.once("allocation", decide).facts
+    pattern = PerLayer.parse(facts["patterns"], config.pattern)
+    return replace(evidence, pattern=pattern), {"kind": "sensitivity", "budget": config.budget, **facts}
+
+
+def find_choice(journal: Journal, evidence: Evidence, on_stage: Callable[[str], None]) -> tuple[Choice, float]:
+    """Masks (and weights) by the criterion, and the seconds that it took: an earlier run's where there was one."""
+
+    def decide() -> Record:
+        started = time.perf_counter()
+        on_stage(f"Choosing masks by {Path(evidence.config.mask).name}")
+        choice = choose(evidence)
+        tensors = {f"mask {name}": mask.cpu() for name, mask in choice.masks.items()}
+        tensors |= {f"weight {name}": weight.cpu() for name, weight in choice.weights.items()}
+        return Record(tensors, {"facts": dict(choice.facts), "seconds": time.perf_counter() - started})
+
+    record = journal.once("choice", decide)
+    found: dict[str, dict[str, Tensor]] = {"mask": {}, "weight": {}}
+    for name, weight in evidence.weights.items():  # in their order
+        for kind, tensors in found.items():
+            if f"{kind} {name}" in record.tensors:
+                tensors[name] = record.tensors[f"{kind} {name}"].to(weight.device)
+    return Choice(found["mask"], found["weight"], record.facts["facts"]), record.facts["seconds"]
+
+
+def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Full weights of a criterion without SNOWS: its own update where it has one, else the dense weights masked."""
+    return {
+        # Not a product, which would leave zeros of negative weights negative.
+        name: choice.weights[name] if name in choice.weights else original[name].to(mask.device).where(mask, 0)
+        for name, mask in choice.masks.items()
+    }

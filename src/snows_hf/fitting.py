@@ -1,0 +1,133 @@
+"""Batches that fit into memory."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import psutil
+import torch
+from torch import Tensor
+
+from .adapters import Chain, State, frozen
+from .allocation import Candidate
+from .config import PruneConfig
+from .describe import describe_hardware
+from .distributed import from_main, local_processes, processes
+from .errors import ConfigError
+from .journal import Journal
+from .masks import Masks, choose_masks
+from .memory import Images, saved_bytes
+from .objective import ActiveWeights, KStepObjective, Segment
+from .preconditioner import factor_bytes
+from .solver import Expansion
+from .streams import masked_operations, whole
+
+
+def find_batches(
+    journal: Journal,
+    chain: Chain,
+    images: Tensor,
+    masks: Masks,
+    config: PruneConfig,
+    device: torch.device,
+    memory: float | None,
+    left: int | None,
+    on_stage: Callable[[str], None],
+) -> PruneConfig:
+    """Settings whose batches fit: those of an earlier run with the same budget, else of :func:`fit_batches`."""
+    hardware = describe_hardware(device)
+    known = journal.get("batches")
+    if known is not None:
+        config = config.updated(batch_size=known.facts["size"])
+        if known.facts["hardware"] != hardware:
+            on_stage(
+                f"The earlier run had {known.facts['hardware']}, this one has {hardware}: the last bits of "
+                "the result may differ"
+            )
+    if known is None or known.facts["memory"] != memory:
+        config = from_main(lambda: fit_batches(chain, images, masks, config, device, left, on_stage))
+    journal.put("batches", size=config.batch_size, memory=memory, hardware=hardware)
+    return config
+
+
+def fit_sensitivity(
+    chain: Chain,
+    images: Tensor | Images,
+    weights: dict[str, Tensor],
+    candidates: Sequence[Candidate],
+    config: PruneConfig,
+    device: torch.device,
+    left: int | None,
+    on_stage: Callable[[str], None],
+) -> PruneConfig:
+    """:func:`fit_batches` for layers that are repaired one by one, under the candidate that keeps most.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    densest = min((c for c in candidates if c is not None), key=lambda candidate: candidate.sparsity)
+    masks = choose_masks(weights, densest, "magnitude")  # of any criterion's size
+    return fit_batches(chain, images[:2], masks, config.updated(joint_steps=0), device, left, on_stage)
+
+
+def fit_batches(
+    chain: Chain,
+    images: Tensor,
+    masks: Masks,
+    config: PruneConfig,
+    device: torch.device,
+    left: int | None,
+    on_stage: Callable[[str], None],
+) -> PruneConfig:
+    """Settings whose batches fit: on the CPU into half of ``left`` bytes (None: of what is free), on
+    CUDA into what the device has free.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    if device.type == "cuda":
+        free = int(0.8 * torch.cuda.mem_get_info(device)[0])
+    else:
+        free = (psutil.virtual_memory().available // local_processes() if left is None else left) // 2
+    each = bytes_per_image(chain, images, masks, config, device)
+    if config.solver.preconditioner == "gram":
+        groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
+        free -= factor_bytes(masks) if config.joint_steps else max(map(factor_bytes, groups))
+    # What passes through while a product is computed comes on top of what the graphs keep.
+    fitting = processes() * int(free / (1.5 * max(each, 1)))
+    if fitting >= config.batch_size:
+        return config
+    if fitting < 1:
+        raise ConfigError(
+            f"One image needs {1.5 * each / 1e9:.2f} GB at K = {config.k}, and {free / 1e9:.2f} GB are there for it.",
+            "Give more --memory, or a smaller --k.",
+        )
+    on_stage(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
+    return config.updated(batch_size=fitting)
+
+
+def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig, device: torch.device) -> int:
+    """Most that the graphs of any layer's objective keep in memory per image of a batch; ``images`` holds two."""
+    start: State = (images.to(device),)
+    state, segments = start, []
+    todo = masked_operations(chain, masks)
+    with frozen(chain.model):
+        for index, operation in enumerate(chain.operations):
+            if index in todo:
+                segments.append((Segment.cut(chain, index, config.k), state))
+            with torch.no_grad():
+                state = operation.run(state)
+        if config.joint_steps:
+            segments.append((whole(chain, masks), start))
+        return max(
+            saved_bytes(partial(_expand, segment, state, masks, config))
+            - saved_bytes(partial(_expand, segment, tuple(tensor[:1] for tensor in state), masks, config))
+            for segment, state in segments
+        )
+
+
+def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -> Expansion:
+    with torch.no_grad():
+        targets = segment.outputs(state)
+    active = ActiveWeights.of(segment.group, masks, targets[0].device)
+    w = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
+    return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)
