@@ -46,14 +46,12 @@ def read_calibration(
     return images, labels, digest
 
 
-def class_labels(labels: Tensor | None, source: ImageSource, checkpoint: Checkpoint, classes: int) -> Tensor | None:
-    """The model's class of each label of the data (n,); None stays None.
+def class_labels(labels: Tensor, source: ImageSource, checkpoint: Checkpoint, classes: int) -> Tensor:
+    """The model's class of each label of the data (n,).
 
     Raises:
         DataError: the classes cannot be matched.
     """
-    if labels is None:
-        return None
     return to_classes(labels, label_map(source.class_names, checkpoint.class_names, classes, source.name), source)
 
 
@@ -79,4 +77,4 @@ def first_pass(
         flops = count_flops(chain.model, images[:1].to(device))
     with torch.no_grad():
         classes = chain.logits(images[:1].to(device)).shape[1]
-    return flops, class_labels(labels, source, checkpoint, classes)
+    return flops, None if labels is None else class_labels(labels, source, checkpoint, classes)

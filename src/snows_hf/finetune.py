@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .adapters import build_chain
 from .augment import augmented
+from .calibration import class_labels
 from .checks import check_apart, find_device
 from .config import FinetuneConfig
-from .data import ImageSource, drawn_labelled, label_map, open_images, pictures, to_classes
+from .data import ImageSource, drawn_labelled, open_images, pictures
 from .describe import describe_data, describe_hardware, versions
 from .errors import ConfigError, NumericsError
 from .evaluate import evaluate, logits_of
@@ -196,8 +197,7 @@ def match(
                 f"The teacher {teacher.source} has other classes ({taught}) than {checkpoint.source} ({classes}).",
                 "Give one with the same classes in the same order, such as the dense model.",
             )
-    names = label_map(source.class_names, checkpoint.class_names, classes, source.name)
-    return to_classes(labels, names, source)
+    return class_labels(labels, source, checkpoint, classes)
 
 
 def train(

@@ -197,9 +197,8 @@ def read_examples(
         raise ConfigError(f"{source.name} ({source.split}) has one image.", "Training needs two at least.")
     with torch.no_grad():
         classes = logits_of(checkpoint.model, images[:2].to(device)).shape[1]
-    own = class_labels(labels, source, checkpoint, classes)
-    assert own is not None
-    return images.contiguous(memory_format=torch.channels_last), own
+    labels = class_labels(labels, source, checkpoint, classes)
+    return images.contiguous(memory_format=torch.channels_last), labels
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import DataSplit, Device, Json, Models, Quiet
-from .sink import Sink, calm_libraries
+from .sink import Sink, open_sink
 
 
 def command(
@@ -24,8 +24,7 @@ def command(
     """Draw the attention maps of Vision Transformers side by side: dense, mask alone, pruned."""
     from ..attention import attention
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     result = attention(
         models,
         data,

@@ -6,7 +6,7 @@ import typer
 
 from ..errors import ConfigError
 from .options import Device, Json, Model, Quiet, Revision
-from .sink import Sink, calm_libraries
+from .sink import Sink, open_sink
 
 
 def command(
@@ -21,8 +21,7 @@ def command(
     """Time a 2:4 checkpoint with dense and with sparse kernels. Exit code 0 also where there are no such kernels."""
     from ..bench import bench
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:

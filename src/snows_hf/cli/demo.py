@@ -10,7 +10,7 @@ import typer
 from .options import Json, Output, Quiet
 from .progress import LayerProgress
 from .prune import show_report
-from .sink import Sink, calm_libraries
+from .sink import open_sink
 
 
 def command(
@@ -30,8 +30,7 @@ def command(
     # Such small matrices gain nothing from a second thread, and where other programs use the processor threads that
     # wait for each other cost many times the work itself.
     torch.set_num_threads(1)
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     with as_file(files("snows_hf") / "embedded") as embedded, LayerProgress(sink) as progress:
         digits = str(embedded / "digits")
         result = prune(

@@ -1,7 +1,7 @@
 """``snows-hf eval``"""
 
 from .options import DataSplit, Device, Json, Labelled, Model, Quiet, Revision
-from .sink import Sink, calm_libraries
+from .sink import open_sink
 
 
 def command(
@@ -19,8 +19,7 @@ def command(
     from ..evaluate import evaluate
     from ..hub.load import load
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     target = find_device(device)
     sink.stage(f"Loading {model}")
     checkpoint = load(model, revision)

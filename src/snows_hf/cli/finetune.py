@@ -6,7 +6,7 @@ import typer
 
 from ..config import FinetuneConfig
 from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Model, Output, Quiet, Restart, Revision
-from .sink import Sink, calm_libraries
+from .sink import Sink, open_sink
 
 
 DEFAULT = FinetuneConfig()
@@ -49,8 +49,7 @@ def command(
     """Retrain a pruned checkpoint with its zeros held. Interrupted, the same command goes on."""
     from ..finetune import finetune
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     result = finetune(
         model,
         data,

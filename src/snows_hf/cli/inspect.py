@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .options import Json, Model, Quiet, Revision
-from .sink import Sink, calm_libraries, shown
+from .sink import open_sink, shown
 
 
 def command(
@@ -18,8 +18,7 @@ def command(
     """Show a checkpoint's prunable layers, and prove its sparsity pattern on the weights themselves."""
     from ..inspect import inspect
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     result = inspect(model, operations, revision)
     verdict = {True: "yes", False: "NO", None: "dense"}
     sink.table(

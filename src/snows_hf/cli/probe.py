@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Device, EvalSplit, Json, Models, Quiet
-from .sink import Sink, calm_libraries
+from .sink import Sink, open_sink
 
 
 def command(
@@ -25,8 +25,7 @@ def command(
     """Fit a linear classifier on the frozen features of each model: what they transfer to other classes."""
     from ..probe import probe
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     result = probe(
         models,
         data,

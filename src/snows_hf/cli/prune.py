@@ -15,7 +15,7 @@ from ..errors import ConfigError, SaveError, SnowsError, one_line
 from .options import DataSplit, Device, EvalData, EvalSplit, Json, Model, Private, Quiet, Restart, Revision
 from .progress import LayerProgress
 from .push import push_and_show
-from .sink import Sink, calm_libraries, shown
+from .sink import Sink, open_sink, shown
 
 
 def command(
@@ -79,7 +79,6 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
-    sink = Sink(as_json, quiet)
     settings = read_settings(config)
     chosen: dict[str, Any] = {"samples": samples, "k": k, "mask": mask, "curvature": curvature, "seed": seed}
     chosen |= {"allocation": allocation, "sparsity": sparsity, "budget": budget}
@@ -90,7 +89,7 @@ def command(
     from ..hub.push import check_push
     from ..prune import prune
 
-    calm_libraries()
+    sink = open_sink(as_json, quiet)
     if push_to is not None:
         check_push(push_to, private)
     output = default_output(model, pattern) if output is None else output

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Json, Private, Quiet
-from .sink import Sink, calm_libraries
+from .sink import Sink, open_sink
 
 
 def command(
@@ -18,8 +18,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Publish a saved checkpoint on the Hub, in one commit; a push that failed can be repeated."""
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     sink.json(push_and_show(sink, folder, repository, private))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import Json, Quiet
-from .sink import Sink, calm_libraries
+from .sink import Sink, open_sink
 
 
 Source = Annotated[Path, typer.Argument(help="Folder of a transformers or timm checkpoint.")]
@@ -17,18 +17,18 @@ def pack_command(source: Source, output: Output, as_json: Json = False, quiet: Q
     """Store a sparse checkpoint without its zeros, losslessly; stock libraries need it unpacked again."""
     from ..hub.repack import pack
 
-    calm_libraries()
+    sink = open_sink(as_json, quiet)
     pack(source, output)
-    _show(Sink(as_json, quiet), source, output)
+    _show(sink, source, output)
 
 
 def unpack_command(source: Source, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
     """Turn a packed checkpoint into an ordinary one, bit for bit."""
     from ..hub.repack import unpack
 
-    calm_libraries()
+    sink = open_sink(as_json, quiet)
     unpack(source, output)
-    _show(Sink(as_json, quiet), source, output)
+    _show(sink, source, output)
 
 
 def _show(sink: Sink, source: Path, output: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import DataSplit, Device, Json, Model, Quiet, Revision
-from .sink import Sink, calm_libraries, shown
+from .sink import open_sink, shown
 
 
 def command(
@@ -35,8 +35,7 @@ def command(
     from ..allocation import Sensitivity
     from ..sensitivity import DEFAULT_PATTERNS, check_plot, plot_sensitivity, sensitivity
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     if plot is not None:
         check_plot(plot)
     settings: dict[str, Any] = {"samples": samples, "mask": mask, "repair_steps": repair_steps, "seed": seed}

@@ -74,6 +74,12 @@ def shown(pattern: str) -> str:
     return f"{float(pattern):.4g}" if pattern.replace(".", "").isdigit() else pattern
 
 
+def open_sink(as_json: bool, quiet: bool) -> Sink:
+    """The sink of a command, with nothing else on the terminal."""
+    calm_libraries()
+    return Sink(as_json, quiet)
+
+
 def calm_libraries() -> None:
     """Keeps the libraries' own bars, notices and warnings off the terminal."""
     import datasets

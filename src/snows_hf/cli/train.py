@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Output, Quiet, Revision
-from .sink import Sink, calm_libraries
+from .sink import open_sink
 
 
 def command(
@@ -47,8 +47,7 @@ def command(
     """Prune an untrained network and train it with the mask fixed."""
     from ..train import train
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     settings: dict[str, Any] = {"mask": mask, "allocation": allocation, "warm_up_bn": warm_up_bn, "epochs": epochs}
     settings["layer_cap"] = layer_cap
     settings |= {"lr": lr, "schedule": schedule, "batch_size": batch_size, "samples": samples, "seed": seed}

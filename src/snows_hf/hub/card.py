@@ -63,20 +63,14 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         eval_results=results,
         **fields,
     )
-    template = files("snows_hf.hub").joinpath("card_template.md").read_text(encoding="utf-8")
-    card = ModelCard.from_template(
-        data,
-        template_str=template,
-        report=report,
-        retrained=retrained,
-        library=checkpoint.library,
-        source=report["source"],
-        architecture=checkpoint.config.get("architecture", ""),
-        licence=licence,
-        here=PLACEHOLDER,
-        layers=[layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_masked" in layer],
-    )
-    card.save(folder / "README.md")
+    values = {
+        "retrained": retrained,
+        "source": report["source"],
+        "architecture": checkpoint.config.get("architecture", ""),
+        "licence": licence,
+        "layers": [layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_masked" in layer],
+    }
+    save_card("card_template.md", folder, data, checkpoint, report, **values)
 
 
 def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
@@ -96,17 +90,17 @@ def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, 
         tags=tags,
         datasets=sorted(name for name in names if "/" in name) or None,
     )
-    template = files("snows_hf.hub").joinpath("training_card_template.md").read_text(encoding="utf-8")
     architecture = checkpoint.config.get("architecture", report["source"])
-    card = ModelCard.from_template(
-        data,
-        template_str=template,
-        report=report,
-        library=checkpoint.library,
-        architecture=architecture,
-        here=PLACEHOLDER,
-    )
-    card.save(folder / "README.md")
+    save_card("training_card_template.md", folder, data, checkpoint, report, architecture=architecture)
+
+
+def save_card(
+    template: str, folder: Path, data: ModelCardData, checkpoint: Checkpoint, report: dict[str, Any], **values: Any
+) -> None:
+    """Writes README.md from a template beside this file."""
+    text = files("snows_hf.hub").joinpath(template).read_text(encoding="utf-8")
+    values |= {"report": report, "library": checkpoint.library, "here": PLACEHOLDER}
+    ModelCard.from_template(data, template_str=text, **values).save(folder / "README.md")
 
 
 def licence_of(folder: Path) -> dict[str, str]:

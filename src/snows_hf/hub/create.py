@@ -7,13 +7,11 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from timm.data import create_transform, resolve_data_config
-from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
 from ..errors import LoadError, one_line
-from .load import Checkpoint, find_folder, library_of, read_config
+from .load import Checkpoint, by_processor, by_transform, find_folder, library_of, read_config
 
 
 def create(source: str, class_names: Sequence[str] | None, seed: int, revision: str | None = None) -> Checkpoint:
@@ -58,12 +56,8 @@ def _timm(
         model: Any = timm.create_model(name, pretrained=False, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError) as error:
         raise LoadError(f"timm cannot build {source}: {one_line(error)}") from error
-    transform = create_transform(**resolve_data_config(model=model), is_training=False)
-
-    def preprocess(images: Sequence[Any]) -> Tensor:
-        return torch.stack([transform(image) for image in images])
-
-    return Checkpoint(source, folder, "timm", config, model.eval(), preprocess, None, tuple(names) if names else None)
+    names = tuple(names) if names else None
+    return Checkpoint(source, folder, "timm", config, model.eval(), by_transform(model), None, names)
 
 
 def _transformers(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -76,8 +70,5 @@ def _transformers(source: str, folder: Path, config: dict[str, Any]) -> Checkpoi
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, StrictDataclassError) as error:
         raise LoadError(f"transformers cannot build {source}: {one_line(error)}") from error
 
-    def preprocess(images: Sequence[Any]) -> Tensor:
-        return processor(images=list(images), return_tensors="pt")["pixel_values"]
-
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    return Checkpoint(source, folder, "transformers", config, model.eval(), preprocess, processor, names)
+    return Checkpoint(source, folder, "transformers", config, model.eval(), by_processor(processor), processor, names)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
@@ -243,11 +243,8 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
             "Without it the images cannot be prepared as the model expects.",
         ) from error
 
-    def preprocess(images: Sequence[Any]) -> Tensor:
-        return processor(images=list(images), return_tensors="pt")["pixel_values"]
-
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    return Checkpoint(source, folder, "transformers", config, model, preprocess, processor, names)
+    return Checkpoint(source, folder, "transformers", config, model, by_processor(processor), processor, names)
 
 
 def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -281,12 +278,19 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     for name, tensor in state.items():
         if name in stored:  # timm computes in float32 whatever the file has
             tensor.data = tensor.data.to(stored[name].dtype)
-    transform = create_transform(**resolve_data_config(model=model), is_training=False)
-
-    def preprocess(images: Sequence[Any]) -> Tensor:
-        return torch.stack([transform(image) for image in images])
-
     names = config.get("label_names") or model.pretrained_cfg.get("label_names")
     if isinstance(names, dict):
         names = [names[key] for key in sorted(names, key=int)]
-    return Checkpoint(source, folder, "timm", config, model, preprocess, None, tuple(names) if names else None)
+    names = tuple(names) if names else None
+    return Checkpoint(source, folder, "timm", config, model, by_transform(model), None, names)
+
+
+def by_processor(processor: Any) -> Preprocess:
+    """What a transformers image processor does."""
+    return lambda images: processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def by_transform(model: nn.Module) -> Preprocess:
+    """What timm's configuration of a model says."""
+    transform = create_transform(**resolve_data_config(model=model), is_training=False)
+    return lambda images: torch.stack([transform(image) for image in images])
