@@ -72,6 +72,6 @@ def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
     """Full weights of a criterion without SNOWS: its own update where it has one, else the dense weights masked."""
     return {
         # Not a product, which would leave zeros of negative weights negative.
-        name: choice.weights[name] if name in choice.weights else original[name].to(mask.device).where(mask, 0)
+        name: choice.weights.get(name, original[name]).to(mask.device).where(mask, 0)
         for name, mask in choice.masks.items()
     }
