@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from snows_hf.errors import ConfigError, SaveError
-from snows_hf.journal import Digest, Journal, open_journal, work_folder
+from snows_hf.journal import Digest, Journal, Record, open_journal, work_folder
 from snows_hf.solver import CGStatus, NewtonResult, NewtonState, NewtonStatus
 
 
@@ -44,6 +44,12 @@ def test_a_new_record_replaces_the_old_one(journal: Journal, tmp_path: Path) -> 
     for value in (1.0, 2.0, 2.0):
         journal.put("x", {"w": torch.tensor(value)})
     assert len(records(tmp_path)) == 1 and float(journal.get("x").tensors["w"]) == 2.0
+
+
+def test_once_is_once(journal: Journal) -> None:
+    for value in (1.0, 2.0):
+        made = journal.once("x", lambda value=value: Record({"w": torch.tensor(value)}, {"value": value}))
+        assert (float(made.tensors["w"]), made.facts) == (1.0, {"value": 1.0})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "one bit", "grown", "other name"])
