@@ -10,7 +10,9 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = "adapters augment cascade config errors masks memory models objective preconditioner solver"
-EVERYTHING_BUT_CLI = f"{ALGORITHM} attention bench data evaluate finetune flops hub inspect probe prune remote speed"
+EVERYTHING_BUT_CLI = (
+    f"{ALGORITHM} attention bench data evaluate finetune flops hub inspect probe prune remote report speed"
+)
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -35,6 +37,7 @@ MAY_IMPORT = {
     "attention": f"{EVERYTHING_BUT_CLI} version",
     "finetune": f"{EVERYTHING_BUT_CLI} version",
     "probe": f"{EVERYTHING_BUT_CLI} version",
+    "report": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
     "__init__": f"{EVERYTHING_BUT_CLI} version",
     "__main__": "cli",

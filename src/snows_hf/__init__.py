@@ -15,6 +15,7 @@ from .hub.repack import pack, unpack
 from .inspect import inspect
 from .probe import probe
 from .prune import PruneResult, prune
+from .report import compare, report
 from .speed import Acceleration, accelerate
 from .version import __version__
 
@@ -38,6 +39,7 @@ __all__ = [
     "accelerate",
     "attention",
     "build_chain",
+    "compare",
     "evaluate",
     "finetune",
     "from_pretrained",
@@ -47,5 +49,6 @@ __all__ = [
     "probe",
     "prune",
     "push",
+    "report",
     "unpack",
 ]

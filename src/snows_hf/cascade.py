@@ -6,9 +6,10 @@ broke; with cascaded targets (the paper's) the dense layer runs on the pruned st
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -30,7 +31,7 @@ from .solver import Expansion, newton
 class LayerReport:
     """What happened to one group in one sweep. Losses are K-step losses on the held-out calibration images: at the
     start (in the first sweep, of the mask alone, or of the criterion's own weights where these are better) and at the
-    end."""
+    end, in ``losses`` the lowest so far after each step. ``cg_statuses`` counts why conjugate gradients stopped."""
 
     name: str
     sweep: int
@@ -46,6 +47,8 @@ class LayerReport:
     seconds: float
     status: str
     remedy: str
+    losses: tuple[float, ...] = ()
+    cg_statuses: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -332,5 +335,7 @@ class Cascade:
             seconds=time.perf_counter() - started,
             status=result.status.value,
             remedy=result.status.remedy,
+            losses=tuple(result.losses),
+            cg_statuses=dict(Counter(status.value for status in result.cg_statuses)),
         )
         return report, active.scatter(result.w)

@@ -6,7 +6,7 @@ import typer
 
 from ..errors import SnowsError
 from ..version import __version__
-from . import attention, bench, demo, evaluate, finetune, inspect, probe, prune, push, repack
+from . import attention, bench, demo, evaluate, finetune, inspect, probe, prune, push, repack, report
 from .sink import Sink
 
 
@@ -23,6 +23,8 @@ app.command("inspect")(inspect.command)
 app.command("finetune")(finetune.command)
 app.command("probe")(probe.command)
 app.command("attention")(attention.command)
+app.command("report")(report.command)
+app.command("compare")(report.compare_command)
 app.command("pack")(repack.pack_command)
 app.command("unpack")(repack.unpack_command)
 app.command("push")(push.command)

@@ -50,6 +50,9 @@ def command(
     ] = "safetensors",
     eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure accuracy on.")] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "test",
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write report.html and report.json into the folder.")
+    ] = False,
     push_to: Annotated[str | None, typer.Option(help="Publish the result on the Hub as USER/NAME.")] = None,
     private: Private = False,
     device: Device = "auto",
@@ -70,6 +73,7 @@ def command(
 
     from ..hub.push import check_push
     from ..prune import prune
+    from ..report import report as make_page
 
     calm_libraries()
     if push_to is not None:
@@ -96,6 +100,11 @@ def command(
             **settings,
         )
     show_report(sink, result.report)
+    if report:
+        # Attention maps on images that are read anyway, and not those that the model was made with.
+        pages = make_page(output, dense=model, revision=revision, data=eval_data, split=eval_split, device=device,
+                          on_stage=sink.stage)  # fmt: skip
+        sink.text(f"Report: {pages['html']}")
     if push_to is None:
         sink.json(result.report)
         return
