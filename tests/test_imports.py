@@ -10,9 +10,8 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = "adapters augment cascade config errors masks memory models objective preconditioner solver"
-EVERYTHING_BUT_CLI = (
-    f"{ALGORITHM} attention bench data evaluate finetune flops hub inspect probe prune remote report speed"
-)
+JOBS = "attention bench finetune inspect probe prune report"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} {JOBS} data evaluate flops hub remote speed"
 MAY_IMPORT = {
     "errors": "",
     "version": "",

@@ -16,8 +16,8 @@ from .errors import DataError
 class Accuracy:
     """Shares of images, in per cent, whose class is the highest, or among the five highest, logits.
 
-    ``confusion`` counts the images of each class that each class was predicted for: ``"3 5"`` those of class 3 that were
-    taken for class 5, by the model's numbers; pairs that never occur are left out.
+    ``confusion`` counts them by true and predicted class: ``"3 5"`` those of class 3 that were taken for class 5, by the
+    model's numbers; pairs that never occur are left out.
     """
 
     top1: float
@@ -62,9 +62,8 @@ def evaluate(
             ranked = logits.float().topk(min(5, logits.shape[1])).indices.cpu()
             wanted = to_classes(labels, classes, source)
             hits = ranked == wanted[:, None]
-            confusion.update(
-                f"{true} {first}" for true, first in zip(wanted.tolist(), ranked[:, 0].tolist(), strict=True)
-            )
+            pairs = zip(wanted.tolist(), ranked[:, 0].tolist(), strict=True)
+            confusion.update(f"{true} {predicted}" for true, predicted in pairs)
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.any(1).sum())
             images += len(labels)

@@ -60,8 +60,8 @@ class NewtonStatus(StrEnum):
 class NewtonResult:
     """Best weights seen (m,), how the run ended, and its counts.
 
-    ``loss_start`` and ``loss_end`` are held-out losses, ``losses`` the lowest so far after each step; ``cg_iterations``
-    counts curvature products.
+    ``loss_start`` and ``loss_end`` are held-out losses, ``losses`` the lowest so far after each step;
+    ``cg_iterations`` counts curvature products.
     """
 
     w: Tensor
