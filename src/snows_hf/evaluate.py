@@ -16,7 +16,7 @@ from .errors import DataError
 class Accuracy:
     """Shares of images, in per cent, whose class is the highest, or among the five highest, logits.
 
-    ``confusion`` counts them by true and predicted class: ``"3 5"`` those of class 3 that were taken for class 5, by the
+    ``confusion`` counts them by true and predicted class: ``"3 5"`` those of class 3 that were taken for 5, by the
     model's numbers; pairs that never occur are left out.
     """
 
