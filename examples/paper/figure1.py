@@ -43,8 +43,8 @@ def main() -> None:
             f"Figure 1: {name}, {given.pattern}, dense {number(run['dense'])}, mask alone {number(run['masked'])}",
             ["K", f"{given.images} images", "processor s", "equal time", "processor s", "images × passes"],
             rows,
-            "the paper has a curve, rising with K, for ResNet-20 (1:4) and ResNet-50, at equal images; here Gauss-Newton "
-            f"products with the Gram preconditioner, dense targets, {given.images} images in batches of "
+            "the paper has a curve, rising with K, for ResNet-20 (1:4) and ResNet-50, at equal images; here "
+            f"Gauss-Newton products with the Gram preconditioner, dense targets, {given.images} images in batches of "
             f"{given.batch_size}.",
         )
 

@@ -2,12 +2,13 @@
 
     python examples/paper/figure10.py --models MODELS --data DATA [--places 0 | -1] [--seconds 20]
 
-One layer of the dense network at a time, from the masked weights (2:4, magnitude), by Algorithm 2 with at most 5 to 500
-products for each system, each for the same processor time; held-out losses relative to the start. The paper's solver
-(Hessian products, no preconditioner) and ours (Gauss-Newton products, Gram preconditioner). About twenty minutes.
+One layer of the dense network at a time, from the masked weights (2:4, magnitude), by Algorithm 2 with at most 5 to
+500 products for each system, each for the same processor time; held-out losses relative to the start. The paper's
+solver (Hessian products, no preconditioner) and ours (Gauss-Newton products, Gram preconditioner). About twenty minutes.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from common import arguments, chosen_layers, layer_setting, logged, number, table, timed_newton
 from solver import Setting
@@ -46,23 +47,18 @@ def main() -> None:
                     for cap in CAPS:
                         key = {"figure": "10", "model": name, "layer": layer, "solver": which, "cap": cap}
                         key |= {"seconds": given.seconds, "images": given.images, "k": given.k}
-                        found = logged(
-                            given,
-                            key,
-                            lambda index=index, which=which, cap=cap: measured(
-                                setting, index, which, cap, given.seconds
-                            ),
-                        )
-                        cells.append(
-                            " / ".join(number(found[at] / found["start"], 4) for at in ("eighth", "half", "end"))
-                        )
+                        run = partial(measured, setting, index, which, cap, given.seconds)
+                        found = logged(given, key, run)
+                        left = [found[at] / found["start"] for at in ("eighth", "half", "end")]
+                        cells.append(" / ".join(number(share, 4) for share in left))
                     rows.append((layer, which, *cells))
         table(
-            f"Figure 10: {name}, K = {given.k}, {given.images} images; loss after 1/8, 1/2 and all of {given.seconds:g} s",
+            f"Figure 10: {name}, K = {given.k}, {given.images} images; loss after 1/8, 1/2, all of {given.seconds:g} "
+            "s",
             ["layer", "solver", *(f"CG {cap}" for cap in CAPS)],
             rows,
-            "the paper shows curves by step (low caps gain less per step, and as much or more per second), for ResNet-20 "
-            "and ResNet-50; here by processor time, on the dense network's layers.",
+            "the paper shows curves by step (low caps gain less per step, and as much or more per second), for "
+            "ResNet-20 and ResNet-50; here by processor time, on the dense network's layers.",
         )
 
 

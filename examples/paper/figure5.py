@@ -5,6 +5,7 @@
 Models are pruned on CIFAR-10, and kept in --work. About half an hour.
 """
 
+import sys
 from pathlib import Path
 
 from common import arguments, logged, model_folder, number, pruned, table
@@ -37,7 +38,12 @@ def main() -> None:
 
             def run(folders: list[Path] = folders, name: str = name) -> dict[str, object]:
                 models = [model_folder(given, name), *map(str, folders)]
-                found = probe(models, str(given.data / "cifar100"), samples=given.train_images, on_stage=print)
+                found = probe(
+                    models,
+                    str(given.data / "cifar100"),
+                    samples=given.train_images,
+                    on_stage=lambda stage: print(f"  {stage}", file=sys.stderr),
+                )
                 kept = ("top1", "interval", "difference", "difference_interval")
                 return {"models": [{part: row[part] for part in kept} for row in found["models"]]}
 
@@ -51,9 +57,10 @@ def main() -> None:
             rows.append((pattern, number(dense["top1"]), *cells, f"{100 * share:.0f} %"))
         table(
             f"Figure 5: {name}, probe to CIFAR-100",
-            ["pattern", "dense", "mask alone − dense (95 %)", "SNOWS − dense (95 %)", "share of the mask's loss left"],
+            ["pattern", "dense", "mask alone − dense (95 %)", "SNOWS − dense (95 %)", "left of the loss"],
             rows,
-            "the paper has bars for ViT-B/16 of ImageNet (2:4), its classifier fine-tuned on CIFAR-10 and CIFAR-100; here "
+            "the paper has bars for ViT-B/16 of ImageNet (2:4), its classifier fine-tuned on CIFAR-10 and "
+            "CIFAR-100; here "
             "CIFAR-10 networks, a logistic regression, 5,000 training and 2,000 test images.",
         )
 

@@ -28,8 +28,10 @@ def main() -> None:
             f"Table 1: {name}, {given.images} images, dense {number(dense)}",
             ["mask", *given.pattern],
             rows,
-            f"{given.images} images in place of 3,000; the dense ResNet-20 has 91.73 in place of 92.58; OBC and SparseGPT keep "
-            "their own updates when alone; the defaults of this package in place of Table 7. The paper has no ViT on "
+            f"{given.images} images in place of 3,000; the dense ResNet-20 has 91.73 in place of 92.58; OBC and "
+            "SparseGPT "
+            "keep their own updates when alone; the defaults of this package in place of Table 7. The paper has no "
+            "ViT on "
             "CIFAR-10. Its best drops are from Table 6.",
         )
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -51,7 +52,7 @@ def main() -> None:
         rows = []
         for k in given.k:
             key = {"table": "3", "model": name, "k": k, "images": given.images, "layers": given.layers}
-            run = logged(given, key, lambda k=k, name=name: measured(given, name, k))
+            run = logged(given, key, partial(measured, given, name, k))
             theirs = PAPER.get(k, ("", "")) if name == "resnet20" else ("", "")
             rows.append(
                 (k, *(number(run[part] / 60, 1) for part in ("processor", "wall")), number(run["peak"]), *theirs)
@@ -60,9 +61,10 @@ def main() -> None:
             f"Table 3: {name}, {given.images} images",
             ["K", "processor min", "wall min", "peak (GB)", "paper: min", "paper: peak (GB)"],
             rows,
-            f"a CPU and main memory (libraries and start included: the row of K = 0 is mostly these) in place of a GPU and "
-            f"its memory; {given.images} images, one pass, in place of 3,000 and up to three; Gauss-Newton products, five a "
-            "step, in place of up to 1,000 Hessian products.",
+            "a CPU and main memory (libraries and start included: the row of K = 0 is mostly these) in place of a GPU "
+            f"and its memory; {given.images} images, one pass, in place of 3,000 and up to three; Gauss-Newton "
+            "products, "
+            "five a step, in place of up to 1,000 Hessian products.",
         )
 
 

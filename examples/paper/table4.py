@@ -39,8 +39,8 @@ def main() -> None:
             f"Table 4: {name}, {given.images} images, dense {number(dense)}",
             columns,
             rows,
-            f"{given.images} images in place of 1,000; the dense ResNet-20 has 91.73 in place of 92.56; no layer loses "
-            "more than 90 % of its weights (or half of the way to all); stem and classifier stay dense.",
+            f"{given.images} images in place of 1,000; the dense ResNet-20 has 91.73 in place of 92.56; no layer "
+            "loses more than 90 % of its weights (or half of the way to all); stem and classifier stay dense.",
         )
 
 

@@ -6,6 +6,9 @@ Retraining is bounded by --epochs and --minutes each; a run that was cut off goe
 pruned and retrained models are kept in --work. Three quarters of an hour.
 """
 
+import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from common import arguments, logged, model_folder, number, pruned, table
@@ -23,6 +26,23 @@ PAPER = {
 }
 
 
+def retrained(given: Namespace, name: str, before: Path, after: Path) -> dict[str, object]:
+    data = str(given.data / "cifar10")
+    report = finetune(
+        str(before),
+        data,
+        output=after,
+        eval_data=data,
+        teacher=model_folder(given, name),
+        epochs=given.epochs,
+        minutes=given.minutes,
+        samples=given.train_images,
+        on_stage=lambda stage: print(f"  {stage}", file=sys.stderr),
+    ).report["finetune"]
+    kept = {part: report[part] for part in ("epochs", "images", "seconds", "mask_unchanged")}
+    return {"trained": kept, "before": report["before"]["top1"], "after": report["after"]["top1"]}
+
+
 def main() -> None:
     more = [
         ("--sparsity", {"nargs": "+", "default": ["0.7", "0.8", "0.9"]}),
@@ -32,7 +52,6 @@ def main() -> None:
         ("--work", {"type": Path, "default": Path("paper-table5"), "help": "folder for the models"}),
     ]
     given = arguments(__doc__, 500, more)
-    data = str(given.data / "cifar10")
     for name in given.only:
         rows, dense = [], 0.0
         for sparsity in given.sparsity:
@@ -42,19 +61,12 @@ def main() -> None:
             key = {"table": "5", "model": name, "sparsity": sparsity, "images": given.images, "epochs": given.epochs,
                    "minutes": given.minutes, "train": given.train_images}  # fmt: skip
 
-            def retrain(before: Path = before, after: Path = after) -> dict[str, object]:
-                report = finetune(
-                    str(before), data, output=after, eval_data=data, teacher=model_folder(given, name),
-                    epochs=given.epochs, minutes=given.minutes, samples=given.train_images, on_stage=print,
-                ).report["finetune"]  # fmt: skip
-                kept = {part: report[part] for part in ("epochs", "images", "seconds", "mask_unchanged")}
-                return {"trained": kept, "before": report["before"]["top1"], "after": report["after"]["top1"]}
-
-            found = logged(given, key, retrain)
+            found = logged(given, key, partial(retrained, given, name, before, after))
             dense = made["dense"]
             theirs = PAPER.get(sparsity, ("", "")) if name == "resnet20" else ("", "")
-            rows.append((sparsity, number(made["masked"]), number(found["before"]), number(found["after"]),
-                         found["trained"]["epochs"], "yes" if found["trained"]["mask_unchanged"] else "NO", *theirs))  # fmt: skip
+            trained = found["trained"]
+            tops = [number(top1) for top1 in (made["masked"], found["before"], found["after"])]
+            rows.append((sparsity, *tops, trained["epochs"], "yes" if trained["mask_unchanged"] else "NO", *theirs))
         table(
             f"Table 5: {name}, dense {number(dense)}",
             [
@@ -68,7 +80,8 @@ def main() -> None:
                 "paper: retrained",
             ],
             rows,
-            "5,000 training images in place of 50,000; as many of 90 epochs as the minutes allow; the dense model as teacher "
+            "5,000 training images in place of 50,000; as many of 90 epochs as the minutes allow; the dense model "
+            "as teacher "
             f"(distillation), which the paper has not; {given.images} calibration images in place of 1,000; the dense "
             "ResNet-20 has 91.73 in place of 92.56.",
         )

@@ -21,8 +21,8 @@ def main() -> None:
         ["model", "images", "dense", "pruned", "cascade, processor min", "all, wall min", "paper: SNOWS", "min",
          "CHITA", "min"],
         rows,
-        "a CPU in place of a GPU, measuring accuracy three times included in the wall time; a ViT in place of MobileNet "
-        "and ResNet-50; the dense ResNet-20 has 91.73 in place of 92.56; CHITA's figures are the paper's.",
+        "a CPU in place of a GPU, measuring accuracy three times included in the wall time; a ViT in place of "
+        "MobileNet and ResNet-50; the dense ResNet-20 has 91.73 in place of 92.56; CHITA's figures are the paper's.",
     )  # fmt: skip
 
 
