@@ -29,8 +29,8 @@ from snows_hf.solver import Expansion, newton
 
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from log import once  # noqa: E402
-from solver import Setting  # noqa: E402
+from log import once
+from solver import Setting
 
 
 MODELS = {"resnet20": "resnet20_cifar10", "vit": "vit_cifar10_timm"}

@@ -4,7 +4,7 @@
 
 One layer of the dense network at a time, from the masked weights (2:4, magnitude), by Algorithm 2 with at most 5 to
 500 products for each system, each for the same processor time; held-out losses relative to the start. The paper's
-solver (Hessian products, no preconditioner) and ours (Gauss-Newton products, Gram preconditioner). About twenty minutes.
+solver (Hessian products, no preconditioner) and ours (Gauss-Newton products, Gram preconditioner). Twenty minutes.
 """
 
 from dataclasses import replace

@@ -74,7 +74,7 @@ def fisher_direction(gradients: Tensor, damping: float) -> Tensor:
     """-(F + λI)⁻¹ g with F = GᵀG/n and g = Gᵀ1/n, by the matrix inversion lemma: only n × n is inverted."""
     g, n = gradients.mean(0), len(gradients)
     inner = torch.linalg.solve(
-        (gradients @ gradients.T).double() + n * damping * torch.eye(n), (gradients @ g).double()
+        (gradients @ gradients.T).double() + n * damping * torch.eye(n).double(), (gradients @ g).double()
     )
     return -(g - gradients.T @ inner.to(g)) / damping
 
