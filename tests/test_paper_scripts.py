@@ -35,7 +35,7 @@ def script(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_script_has_its_command_in_its_docstring(script) -> None:
     scripts = sorted(path for path in SCRIPTS.glob("*.py") if path.stem != "common")
-    assert len(scripts) == 9
+    assert len(scripts) == 10
     for path in scripts:
         assert f"python examples/paper/{path.name}" in script(path.stem).__doc__
 

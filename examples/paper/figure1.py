@@ -1,10 +1,10 @@
 """Figure 1: accuracy over K, at equal images and at equal time.
 
-    python examples/paper/figure1.py --models MODELS --data DATA [--k 0 1 3 5 10 20 40] [--images 256]
+    python examples/paper/figure1.py --models MODELS --data DATA [--k 0 1 3 5 10 20 40] [--images 128]
 
 1:4, magnitude masks, the plain cascade (each layer one step on every batch). First every K has the same images. Then
 every K has the processor time that the largest took: as many more images as it has time for, and more passes where the
-images give out. Three quarters of an hour.
+images give out. Less than an hour for each model.
 """
 
 from common import ONE_PASS, arguments, number, pruned, table
@@ -19,7 +19,7 @@ def main() -> None:
         ("--k", {"type": int, "nargs": "+", "default": [0, 1, 3, 5, 10, 20, 40]}),
         ("--batch-size", {"type": int, "default": 64}),
     ]
-    given = arguments(__doc__, 256, more)
+    given = arguments(__doc__, 128, more)
     plain = ONE_PASS | {"batch_size": given.batch_size}
     for name in given.only:
         equal = {k: pruned(given, name, given.pattern, k=k, **plain) for k in given.k}

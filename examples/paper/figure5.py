@@ -1,8 +1,8 @@
 """Figure 5: linear probes to CIFAR-100 on the features of the dense model, of its mask alone, and of SNOWS.
 
-    python examples/paper/figure5.py --models MODELS --data DATA [--pattern 2:4 1:4] [--images 500]
+    python examples/paper/figure5.py --models MODELS --data DATA [--pattern 2:4 1:4] [--images 256]
 
-Models are pruned on CIFAR-10, and kept in --work. About half an hour.
+Models are pruned on CIFAR-10, and kept in --work. Less than an hour for each model.
 """
 
 import sys
@@ -19,7 +19,7 @@ def main() -> None:
         ("--train-images", {"type": int, "help": "of the probe; default: all"}),
         ("--work", {"type": Path, "default": Path("paper-figure5"), "help": "folder for the models"}),
     ]
-    given = arguments(__doc__, 500, more)
+    given = arguments(__doc__, 256, more)
     for name in given.only:
         rows = []
         for pattern in given.pattern:

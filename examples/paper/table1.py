@@ -1,9 +1,9 @@
 """Table 1, the CIFAR-10 columns: N:M masks by OBC, SparseGPT and magnitude, alone and under SNOWS.
 
-    python examples/paper/table1.py --models MODELS --data DATA [--images 500]
+    python examples/paper/table1.py --models MODELS --data DATA [--images 256]
 
-One run of the main job for each cell, with this package's defaults. About three quarters of an hour at 500 images;
---images 3000 is the paper's number, and some hours.
+One run of the main job for each mask and pattern, with this package's defaults. Less than an hour for each model;
+--images 3000 is the paper's number, and takes some.
 """
 
 from common import arguments, number, pruned, table
@@ -13,7 +13,7 @@ MASKS = {"OBC": "obc", "SparseGPT": "sparsegpt", "magnitude": "magnitude"}
 
 
 def main() -> None:
-    given = arguments(__doc__, 500, [("--pattern", {"nargs": "+", "default": ["1:4", "2:4"]})])
+    given = arguments(__doc__, 256, [("--pattern", {"nargs": "+", "default": ["1:4", "2:4"]})])
     for name in given.only:
         rows, dense = [], 0.0
         for title, mask in MASKS.items():

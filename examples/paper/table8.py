@@ -2,7 +2,7 @@
 
     python examples/paper/table8.py --models MODELS --data DATA [--images 1000]
 
-Half an hour at 1,000 images.
+Less than an hour.
 """
 
 from common import arguments, number, pruned, table

@@ -140,6 +140,10 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     found = read_report(checkpoint.folder)
     with understood(checkpoint.folder):
+        retrained = found.get("finetune")
+        final = found["pruned"]
+        if retrained and retrained["after"] and retrained["eval_data"] == found["eval_data"]:
+            final = retrained["after"]
         tensors = checkpoint.model.state_dict()
         return found | {
             "name": found.get("name") or short_name(checkpoint.source),
@@ -155,7 +159,7 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
                 str(layer["name"]): row_zeros([checkpoint.model.get_parameter(name) for name in layer["parameters"]])
                 for layer in found["layers"]
             },
-            "class_changes": class_changes(found["dense"], found["pruned"], checkpoint.class_names),
+            "class_changes": class_changes(found["dense"], final, checkpoint.class_names),
             "attention": None,
         }
 
@@ -303,7 +307,9 @@ def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
         "dense": dense,
         "masked": masked,
         "pruned": top1,
-        "drop": dense - top1 if dense is not None and top1 is not None else None,
+        "drop": dense - top1
+        if dense is not None and top1 is not None and measured["eval_data"] == found["eval_data"]
+        else None,
         "eval_data": measured["eval_data"],
         "loss_left": math.exp(sum(ratios) / len(ratios)) if ratios else None,
         "products": sum(layer.get("cg_iterations", 0) for layer in all_layers(found)),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Page(HTMLParser):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned ViT with accuracies, in a folder of its own."""
     folder = tmp_path_factory.mktemp("made") / "vit"
-    pruned(VIT, folder, eval_data=str(DIGITS), layers=("*layer*.0.*",))
+    pruned(VIT, folder, eval_data=str(DIGITS))
     return folder
 
 
@@ -155,6 +156,40 @@ def test_damaged_reports_are_one_message(run, made: Path) -> None:
     assert run("report", VIT).code == 1  # was never pruned
     assert run("report", "nowhere/at-all").code == 1
     assert run("report", made, "--output", "bad/config.json").code == 1
+
+
+def test_retrained_weights_count(run, made: Path) -> None:
+    shutil.copytree(made, "tuned")
+    path = Path("tuned/snows_config.json")
+    report = json.loads(path.read_text())
+    data = {"name": "digits", "split": "test", "revision": None}
+    report["finetune"] = {"before": report["pruned"], "after": report["dense"], "epochs": 3, "images": 9, "data": data}
+    for eval_data in (report["eval_data"], {**data, "name": "other"}):
+        report["finetune"]["eval_data"] = eval_data
+        path.write_text(json.dumps(report))
+        assert run("report", "tuned").code == 0
+        text = page(Path("tuned/report.html")).text
+        assert "Retrained for 3 epochs on 9 images" in text
+        changes = json.loads(Path("tuned/report.json").read_text())["class_changes"]["confusions"]
+        row = json.loads(run("compare", "tuned", "--json").out)["models"][0]
+        assert row["pruned"] == report["dense"]["top1"]
+        if eval_data == report["eval_data"]:
+            assert (changes, row["drop"]) == ([], 0)
+        else:  # what was measured on other images is not compared
+            assert changes
+            assert row["drop"] is None
+
+
+def test_a_failed_report_leaves_the_result(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys.modules["snows_hf.report"], "HTML_FILE", "missing/report.html"
+    )  # a place that cannot be written
+    options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--no-update", "--output", "kept", "--report")
+    result = run("prune", RESNET, *options)
+    assert result.code == 1
+    assert "The result is safe in kept: `snows-hf report kept`" in " ".join(result.err.split())
+    assert Path("kept/model.safetensors").is_file()
+    assert not Path("kept/report.json").exists()
 
 
 def test_another_dense_model_is_refused(run, made: Path) -> None:

@@ -100,23 +100,40 @@ def command(
             **settings,
         )
     show_report(sink, result.report)
+    shown = result.report
     if report:
-        # Attention maps on images that are read anyway, and not those that the model was made with.
-        pages = make_page(output, dense=model, revision=revision, data=eval_data, split=eval_split, device=device,
-                          on_stage=sink.stage)  # fmt: skip
-        sink.text(f"Report: {pages['html']}")
+        sink.stage("Writing the report")
+        try:
+            # Attention maps on images that measure anyway, not those that the model was made with.
+            page = make_page(
+                output,
+                dense=model,
+                data=eval_data,
+                split=eval_split,
+                revision=revision,
+                device=device,
+                on_stage=sink.stage,
+            )
+        except SnowsError as error:
+            sink.json(shown | {"page": None})
+            again = f"snows-hf report {shlex.quote(str(output))}"
+            raise SaveError(
+                error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the report."
+            ) from error
+        shown = shown | {"page": page["html"]}
+        sink.text(f"Report: {page['html']}")
     if push_to is None:
-        sink.json(result.report)
+        sink.json(shown)
         return
     try:
         pushed = push_and_show(sink, output, push_to, private)
     except SnowsError as error:
-        sink.json(result.report | {"pushed_to": None})
+        sink.json(shown | {"pushed_to": None})
         again = f"snows-hf push {shlex.quote(str(output))} {push_to}{' --private' if private else ''}"
         raise SaveError(
             error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the push."
         ) from error
-    sink.json(result.report | {"pushed_to": pushed})
+    sink.json(shown | {"pushed_to": pushed})
 
 
 def default_output(model: str, pattern: str) -> Path:
