@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -350,12 +351,22 @@ def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
             for layer in solved
         ],
         "strips": [
-            layer | {"cells": [(100 * i / len(rows), 100 / len(rows), share) for i, share in enumerate(rows)]}
+            layer | {"cells": strip(rows)}
             for layer in found["layers"]
             for rows in [found["rows"][layer["name"]]]
         ],
         "classes": shown_classes(found["class_changes"]),
     }  # fmt: skip
+
+
+def strip(shares: Sequence[float]) -> list[tuple[float, float, float]]:
+    """Cells of a strip as start and width in per cent, and share; equal neighbours are one cell, without a seam."""
+    cells, start = [], 0
+    for share, run in groupby(shares):
+        length = len(list(run))
+        cells.append((100 * start / len(shares), 100 * length / len(shares), share))
+        start += length
+    return cells
 
 
 class LogAxis:

@@ -12,7 +12,7 @@ from embedded import DIGITS, RESNET, VIT, pruned, tensors_of
 
 from snows_hf.evaluate import Accuracy
 from snows_hf.hub.repack import pack
-from snows_hf.report import LogAxis, class_changes, row_zeros
+from snows_hf.report import LogAxis, class_changes, row_zeros, strip
 
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
@@ -222,6 +222,7 @@ def test_row_zeros_and_axis() -> None:
     weight[2, 0] = 0
     assert row_zeros([weight]) == [1, 0, 0.5]
     assert row_zeros([weight, weight], cells=2) == [0.5, 0.5]
+    assert strip([0.5, 0.5, 1.0, 0.5]) == [(0, 50, 0.5), (50, 25, 1), (75, 25, 0.5)]
     axis = LogAxis([0.02, 30])
     assert [axis.place(x) for x in (0.01, 1, 100)] == [0, 50, 100]
     assert axis.place(None) is axis.place(0) is None
