@@ -158,6 +158,21 @@ def test_damaged_reports_are_one_message(run, made: Path) -> None:
     assert run("report", made, "--output", "bad/config.json").code == 1
 
 
+def test_many_classes_are_a_list(run, made: Path) -> None:
+    shutil.copytree(made, "many")
+    path = Path("many/snows_config.json")
+    report = json.loads(path.read_text())
+    report["dense"]["confusion"] = {f"{i} {i}": 10 for i in range(30)}
+    report["pruned"]["confusion"] = {f"{i} {i}": 10 - i % 3 for i in range(30)} | {f"{i} 0": i % 3 for i in range(30)}
+    path.write_text(json.dumps(report))
+    assert run("report", "many").code == 0
+    text = page(Path("many/report.html")).text
+    assert "the classes that changed most, of 30" in text
+    assert "Confusions that changed most" in text
+    assert text.count("class 29") == 2  # lost two of ten, to class 0
+    assert "Changes of the confusion matrix" not in text
+
+
 def test_retrained_weights_count(run, made: Path) -> None:
     shutil.copytree(made, "tuned")
     path = Path("tuned/snows_config.json")
