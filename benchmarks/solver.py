@@ -23,7 +23,7 @@ from snows_hf.data import calibration_images, open_images
 from snows_hf.hub.load import load
 from snows_hf.masks import Masks, choose_masks, parse_pattern
 from snows_hf.objective import ActiveWeights, KStepObjective, Segment
-from snows_hf.solver import newton
+from snows_hf.solver import NewtonState, newton
 
 
 def as_loss(objective: KStepObjective) -> Loss:
@@ -74,8 +74,8 @@ def compare(setting: Setting, index: int, limit: float) -> list[str]:
     trace: list[tuple[float, float]] = []
     started = time.perf_counter()
 
-    def note(products: int, start: float, loss: float) -> None:
-        trace.append((time.perf_counter() - started, loss))
+    def note(state: NewtonState) -> None:
+        trace.append((time.perf_counter() - started, state.result.loss_end))
 
     ours = newton(batches, judge, w, solver, note)
     reached = next((seconds for seconds, loss in trace if loss <= goal), None)

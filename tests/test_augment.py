@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snows_hf.augment import REACH, augmented
+from snows_hf.distributed import Share
 
 
 def variations(image: Tensor, most: int) -> list[Tensor]:
@@ -33,3 +34,10 @@ def test_the_seed_decides():
     images = torch.rand(20, 3, 16, 16)
     assert torch.equal(augmented(images, 1), augmented(images, 1))
     assert not torch.equal(augmented(images, 1), augmented(images, 2))
+
+
+def test_a_share_of_a_batch_comes_out_as_it_does_among_all():
+    images = torch.rand(9, 3, 16, 16)
+    expected = augmented(images, 5)
+    parts = [augmented(images[a:b], 5, Share(9, a, b)) for a, b in ((0, 3), (3, 4), (4, 9))]
+    assert torch.equal(torch.cat(parts), expected)

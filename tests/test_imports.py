@@ -9,26 +9,33 @@ import snows_hf
 
 
 ROOT = Path(snows_hf.__file__).parent
-ALGORITHM = "adapters augment cascade config errors masks memory models objective preconditioner solver"
-JOBS = "attention bench finetune inspect probe prune report"
+ALGORITHM = (
+    "adapters allocation augment cascade collapse config distributed errors journal masks memory models objective "
+    "preconditioner solver"
+)
+JOBS = "attention bench finetune inspect probe prune report sensitivity train"
 EVERYTHING_BUT_CLI = f"{ALGORITHM} {JOBS} data evaluate flops hub remote speed"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
     "config": "errors",
+    "distributed": "errors",
+    "journal": "distributed errors solver",
     "solver": "solver config",
     "masks": "masks adapters config errors memory objective preconditioner solver",
     "models": "models",
     "adapters": "adapters errors models",
-    "preconditioner": "adapters.base",
-    "objective": "adapters.base preconditioner solver",
+    "preconditioner": "adapters.base distributed",
+    "objective": "adapters.base distributed preconditioner solver",
     "memory": "errors",
-    "augment": "",
-    "cascade": "adapters augment config masks memory objective solver",
+    "augment": "distributed",
+    "cascade": "adapters augment config distributed errors journal masks memory objective solver",
+    "allocation": "adapters cascade config errors masks objective solver",
+    "collapse": "adapters masks",
     "remote": "errors",
     "data": "config errors remote",
     "evaluate": "data errors masks",
-    "hub": "hub config data errors models remote version",
+    "hub": "hub config data errors journal models remote version",
     "flops": "",
     "speed": "masks",
     "prune": f"{EVERYTHING_BUT_CLI} version",
@@ -38,6 +45,8 @@ MAY_IMPORT = {
     "probe": f"{EVERYTHING_BUT_CLI} version",
     "report": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
+    "train": f"{EVERYTHING_BUT_CLI} version",
+    "sensitivity": f"{EVERYTHING_BUT_CLI} version",
     "__init__": f"{EVERYTHING_BUT_CLI} version",
     "__main__": "cli",
     "cli": f"cli {EVERYTHING_BUT_CLI} version",

@@ -1,6 +1,8 @@
 """Where activations rest, and the budget that decides it."""
 
 import gc
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def files(shelf: Shelf) -> list[Path]:
-    return list(shelf.folder.iterdir()) if shelf.folder else []
+    return list(shelf.folder.glob("*.pt")) if shelf.folder else []
 
 
 def test_a_shelf_gives_back_what_it_got_from_memory_and_from_disk():
@@ -43,6 +45,22 @@ def test_places_are_freed_with_their_last_holder():
     del alias
     gc.collect()
     assert not files(shelf)
+
+
+def test_folders_of_processes_that_were_killed_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    abandoned, young = tmp_path / "snows-hf-abandoned", tmp_path / "snows-hf-young"
+    (tmp_path / "other").mkdir()
+    living = Shelf(limit=0)
+    kept = living.keep((torch.zeros(3),))
+    for folder in (abandoned, young):
+        folder.mkdir()
+        (folder / "0.pt").write_bytes(b"x")
+    for folder in (abandoned, living.folder, tmp_path / "other"):
+        os.utime(folder, (0, 0))
+    Shelf(limit=0).keep((torch.zeros(3),))
+    assert not abandoned.exists() and young.exists() and (tmp_path / "other").exists()
+    assert torch.equal(kept.get()[0], torch.zeros(3))
 
 
 def test_a_slice_is_written_without_the_rest():

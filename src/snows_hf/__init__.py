@@ -5,7 +5,7 @@ Importing it registers the CIFAR ResNets with timm, and packed files with transf
 
 from .adapters import build_chain
 from .attention import attention
-from .config import FinetuneConfig, PruneConfig, SolverConfig
+from .config import FinetuneConfig, PruneConfig, SolverConfig, TrainConfig
 from .errors import SnowsError
 from .evaluate import Accuracy, evaluate
 from .finetune import finetune
@@ -16,7 +16,9 @@ from .inspect import inspect
 from .probe import probe
 from .prune import PruneResult, prune
 from .report import compare, report
+from .sensitivity import sensitivity
 from .speed import Acceleration, accelerate
+from .train import train
 from .version import __version__
 
 
@@ -35,6 +37,7 @@ __all__ = [
     "Pushed",
     "SnowsError",
     "SolverConfig",
+    "TrainConfig",
     "__version__",
     "accelerate",
     "attention",
@@ -50,5 +53,7 @@ __all__ = [
     "prune",
     "push",
     "report",
+    "sensitivity",
+    "train",
     "unpack",
 ]

@@ -71,10 +71,17 @@ class PruneConfig:
     """Everything that decides what a prune does, besides the model and the images.
 
     Attributes:
-        pattern: ``N:M`` or a fraction of zeros, as text.
+        pattern: ``N:M``, a fraction of zeros, or a set of patterns such as ``1:4,2:4,dense``, as text.
         k: K of Eq. 3, the operations after the layer whose outputs are kept. Values past the last operation mean
             K_max.
         mask: name of a criterion, or a safetensors file of booleans.
+        allocation: which layers lose how much of an unstructured sparsity: ``global`` (the lowest scores of all layers
+            together), ``uniform`` (every layer the same share) or ``sensitivity`` (allocation.py). A set of patterns
+            always goes by sensitivity.
+        sparsity: of a set of patterns, the zeros of all layers together; 0 where the pattern itself says it.
+        budget: what an allocation by sensitivity counts: ``weights``, or ``flops`` (the operations that the zeros
+            make superfluous).
+        repair_steps: Newton steps that each layer takes before its sensitivity is measured; 0 measures the mask alone.
         layers: names of the layers to prune, with wildcards; empty means all.
         samples: calibration images, held-out ones included.
         batch_size: images per Newton step.
@@ -86,7 +93,7 @@ class PruneConfig:
         sweeps: passes of the cascade over the layers; from the second on, what follows a layer is pruned already.
         layer_steps: most Newton steps for one layer in one sweep; 0 means as many as the passes give.
         joint_steps: Newton steps, after the sweeps, that move the weights of all layers together.
-        emphasis: of late operations in Eq. 3: output k of K weighs ((k + 1) / (K + 1)) to this power.
+        emphasis: of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power.
         augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
@@ -95,6 +102,10 @@ class PruneConfig:
     pattern: str
     k: int = 5
     mask: str = "magnitude"
+    allocation: str = "global"
+    sparsity: float = 0.0
+    budget: str = "weights"
+    repair_steps: int = 1
     layers: tuple[str, ...] = ()
     samples: int = 512
     batch_size: int = 256
@@ -111,6 +122,15 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _check(isinstance(self.k, int) and self.k >= 0, "k", self.k, "an integer ≥ 0")
+        _check(
+            self.allocation in ("global", "uniform", "sensitivity"),
+            "allocation",
+            self.allocation,
+            "'global', 'uniform' or 'sensitivity'",
+        )
+        _check(0 <= self.sparsity < 1, "sparsity", self.sparsity, "a fraction of zeros from 0 to below 1")
+        _check(self.budget in ("weights", "flops"), "budget", self.budget, "'weights' or 'flops'")
+        _check(self.repair_steps >= 0, "repair_steps", self.repair_steps, "an integer ≥ 0")
         _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
         _check(self.sweeps >= 1, "sweeps", self.sweeps, "an integer ≥ 1")
         _check(self.layer_steps >= 0, "layer_steps", self.layer_steps, "an integer ≥ 0")
@@ -193,6 +213,71 @@ class FinetuneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is pruned at initialisation and trained.
+
+    Attributes:
+        mask: name of a criterion, or a safetensors file of booleans.
+        allocation: of an unstructured sparsity: ``global`` (all layers ranked together) or ``uniform``.
+        layer_cap: with ``global``, the most that one layer may lose; 1, the paper's plain ranking, lets layers
+            collapse.
+        criterion_samples: images that the criterion reads.
+        warm_up_bn: batches on which the statistics of batch norms are set before the masks are chosen.
+        samples: training images; 0 means all.
+        epochs: passes over them; 0 trains nothing.
+        batch_size: images per step.
+        lr: learning rate at the start.
+        schedule: ``cosine``, or ``step``: a tenth after half and after three quarters of the steps.
+        momentum: of SGD.
+        weight_decay: of all weights.
+        augment: mirror and shift images at random.
+        seed: of weights, order of images, augmentation and criteria.
+    """
+
+    mask: str = "magnitude"
+    allocation: str = "global"
+    layer_cap: float = 1.0
+    criterion_samples: int = 512
+    warm_up_bn: int = 0
+    samples: int = 0
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.allocation in ("global", "uniform"), "allocation", self.allocation, "'global' or 'uniform'")
+        _check(0 < self.layer_cap <= 1, "layer_cap", self.layer_cap, "a fraction up to 1")
+        for name in ("criterion_samples", "batch_size"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "an integer ≥ 1")
+        for name in ("warm_up_bn", "samples", "epochs"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "an integer ≥ 0")
+        _check(self.lr > 0, "lr", self.lr, "a number > 0")
+        _check(self.schedule in ("cosine", "step"), "schedule", self.schedule, "'cosine' or 'step'")
+        _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number ≥ 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def updated(self, **changes: Any) -> "TrainConfig":
+        """A copy with some settings changed.
+
+        Raises:
+            ConfigError: a name that is no setting, or a value out of range.
+        """
+        own = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in own:
+                raise ConfigError(f"Unknown setting {name!r}.", f"Known: {', '.join(sorted(own))}.")
+        return replace(self, **changes)
 
 
 _PAPER = {

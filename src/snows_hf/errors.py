@@ -43,6 +43,10 @@ class NumericsError(SnowsError):
     """A weight, activation or loss is not a finite number."""
 
 
+class MemoryLimitError(SnowsError):
+    """The memory does not suffice, however small the batches."""
+
+
 class SaveError(SnowsError):
     """The result cannot be written where it was asked for."""
 

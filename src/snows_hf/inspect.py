@@ -1,11 +1,16 @@
 """What a checkpoint is: its prunable layers, their sparsity and pattern, and its operations."""
 
+import json
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .adapters import build_chain
 from .errors import PatternError
 from .hub.load import load
-from .masks import NM, Pattern, Unstructured, parse_pattern
+from .hub.save import REPORT_FILE
+from .masks import NM, Unstructured, parse_pattern
 
 
 COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
@@ -22,8 +27,9 @@ def inspect(source: str, operations: bool = False, revision: str | None = None) 
     Returns:
         ``pattern`` (claimed in config.json, else the tightest common N:M that all sparse layers follow, else None),
         ``pattern_ok`` (all sparse layers follow it, and there are some), ``sparsity`` over all prunable weights,
-        ``architecture``, ``library``, ``layers`` with name, shape, sparsity and pattern_ok (None where dense), and
-        ``operations`` if asked for.
+        ``architecture``, ``library``, ``layers`` with name, shape, sparsity, pattern and pattern_ok (both None where
+        dense), and ``operations`` if asked for. Where snows_config.json claims a pattern for each layer (an allocation
+        by sensitivity), each is held against its own.
     """
     checkpoint = load(source, revision)
     chain = build_chain(checkpoint.model)
@@ -34,35 +40,42 @@ def inspect(source: str, operations: bool = False, revision: str | None = None) 
     sparse = {name: weight for name, weight in weights.items() if zeros[name] >= 0.1 * weight.numel()}
 
     claimed = checkpoint.config.get("snows", {})
-    pattern: Pattern | None = _parsed(claimed.get("pattern") if isinstance(claimed, dict) else None)
-    if pattern is None and sparse:
-        pattern = next((p for p in COMMON_PATTERNS if all(p.holds(weight) for weight in sparse.values())), None)
-
-    holds = {name: pattern is not None and pattern.holds(weight) for name, weight in sparse.items()}
-    if isinstance(pattern, Unstructured):  # it binds all pruned weights together, to within the rounding of one
-        pruned = sum(weight.numel() for weight in sparse.values())
-        enough = sum(zeros[name] for name in sparse) >= pattern.sparsity * pruned - 1
-        holds = dict.fromkeys(sparse, enough)
+    title = claimed.get("pattern") if isinstance(claimed, dict) else None
+    own = claimed_by_layer(checkpoint.folder, weights) if title is not None else {}
+    if own:
+        holds = {name: obeys(weights[name], pattern) for name, pattern in own.items()}
+    else:
+        pattern = _parsed(title)
+        if pattern is None and sparse:
+            pattern = next((p for p in COMMON_PATTERNS if all(p.holds(weight) for weight in sparse.values())), None)
+        title = str(pattern) if pattern is not None else None
+        holds = {name: pattern is not None and pattern.holds(weight) for name, weight in sparse.items()}
+        if isinstance(pattern, Unstructured):  # it binds all pruned weights together, to within the rounding of one
+            pruned = sum(weight.numel() for weight in sparse.values())
+            enough = sum(zeros[name] for name in sparse) >= pattern.sparsity * pruned - 1
+            holds = dict.fromkeys(sparse, enough)
 
     total_sparsity = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
     layers = []
     for _, group in groups:
-        own = [weights[name] for name in group.parameters]
-        verdicts = [holds[name] for name in group.parameters if name in sparse]
+        parts = [weights[name] for name in group.parameters]
+        bound = [name for name in group.parameters if name in holds]
+        patterns = dict.fromkeys(str(own.get(name, title)) for name in bound)
         layers.append(
             {
                 "name": group.name,
                 "parameters": list(group.parameters),
-                "shape": [sum(weight.shape[0] for weight in own), *own[0].shape[1:]],
-                "sparsity": sum(zeros[name] for name in group.parameters) / sum(weight.numel() for weight in own),
-                "pattern_ok": all(verdicts) if verdicts else None,
+                "shape": [sum(weight.shape[0] for weight in parts), *parts[0].shape[1:]],
+                "sparsity": sum(zeros[name] for name in group.parameters) / sum(weight.numel() for weight in parts),
+                "pattern": ",".join(patterns) if bound and title is not None else None,
+                "pattern_ok": all(holds[name] for name in bound) if bound else None,
             }
         )
     result = {
         "source": source,
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
-        "pattern": str(pattern) if pattern is not None else None,
+        "pattern": title,
         "pattern_ok": bool(holds) and all(holds.values()),
         "sparsity": total_sparsity,
         "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
@@ -76,7 +89,25 @@ def inspect(source: str, operations: bool = False, revision: str | None = None) 
     return result
 
 
-def _parsed(text: object) -> Pattern | None:
+def claimed_by_layer(folder: Path, weights: dict[str, Tensor]) -> dict[str, NM | Unstructured]:
+    """Patterns by parameter name as snows_config.json has them, less those left dense; none where it has none."""
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        claims = dict(report["allocation"]["patterns"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # another's file, or one from before there were
+        return {}
+    parsed = {name: _parsed(text) for name, text in claims.items() if name in weights}
+    return {name: pattern for name, pattern in parsed.items() if pattern is not None}
+
+
+def obeys(weight: Tensor, pattern: NM | Unstructured) -> bool:
+    """Whether one layer has the zeros of its own pattern."""
+    if isinstance(pattern, NM):
+        return pattern.holds(weight)
+    return int((weight == 0).sum()) >= round(pattern.sparsity * weight.numel())
+
+
+def _parsed(text: object) -> NM | Unstructured | None:
     try:
         return parse_pattern(str(text)) if text is not None else None
     except PatternError:

@@ -3,18 +3,24 @@
 import math
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .errors import ConfigError, SaveError, one_line
 
 
 Tensors = tuple[Tensor, ...]
+
+PREFIX = "snows-hf-"
+"""Of temporary folders."""
 
 
 class Shelf:
@@ -39,7 +45,10 @@ class Shelf:
             weakref.finalize(kept, self._give_back, size)
             return kept
         if self.folder is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="snows-hf-"))
+            remove_abandoned()
+            self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+            self.lock = FileLock(self.folder / "lock")
+            self.lock.acquire()
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         path = self.folder / f"{self.files}.pt"
         self.files += 1
@@ -99,6 +108,18 @@ class Images:
         return torch.cat(parts)
 
 
+def remove_abandoned() -> None:
+    """Removes the temporary folders of processes that were killed: those whose lock is free, and that are old enough
+    to have taken it."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            if time.time() - folder.stat().st_mtime > 60:
+                with FileLock(folder / "lock", timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
+        except (Timeout, OSError):
+            pass  # in use, or somebody else's
+
+
 def room(memory: float | None) -> int | None:
     """Bytes of main memory that are left of a budget of ``memory`` GB for this process; None without a budget.
 
@@ -115,6 +136,28 @@ def room(memory: float | None) -> int | None:
             f"Give --memory {math.ceil(used / 1e8 + 5) / 10} or more.",
         )
     return left
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, main or a device's, did not suffice."""
+    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+def halves(batch: slice) -> list[slice]:
+    """A batch as two, the first no smaller; as itself where it has one image."""
+    middle = batch.start + (batch.stop - batch.start + 1) // 2
+    return [slice(batch.start, middle), slice(middle, batch.stop)] if middle < batch.stop else [batch]
+
+
+def in_parts(run: Callable[[Tensors], Tensors], state: Tensors) -> Tensors:
+    """``run(state)``, in halves where memory does not suffice: every image is computed by itself."""
+    try:
+        return run(state)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or len(state[0]) == 1:
+            raise
+    parts = [in_parts(run, tuple(t[half] for t in state)) for half in halves(slice(0, len(state[0])))]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def saved_bytes(build: Callable[[], object]) -> int:

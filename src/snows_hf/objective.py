@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from .adapters.base import Chain, Group, State
+from .distributed import Share, whole
 from .preconditioner import recorded, row_preconditioner
 from .solver.newton import Expansion
 
@@ -82,6 +83,8 @@ class KStepObjective:
         damping: λ, which the preconditioner shares with the system it is for.
         relative: divide each operation's mean squared error by the variance of its targets.
         emphasis: e of the weights ((k + 1) / (K + 1))ᵉ that the operations have; 0 weighs all alike, as Eq. 3 does.
+        share: which images of the batch ``state`` and ``targets`` hold; value and expansion are those of the whole
+            batch. None: all of them.
     """
 
     def __init__(
@@ -95,13 +98,19 @@ class KStepObjective:
         damping: float = 0.0,
         relative: bool = False,
         emphasis: float = 0.0,
+        share: Share | None = None,
     ) -> None:
         self.segment, self.active, self.state, self.targets = segment, active, state, targets
         self.curvature, self.preconditioner, self.damping = curvature, preconditioner, damping
+        self.share = share or whole(len(state[0]))
         self.weights = [
-            (place / len(targets)) ** emphasis / (y.numel() * (float(y.var()) + 1e-12 if relative else 1))
-            for place, y in enumerate(targets, start=1)
+            self._weight(y, relative) * (place / len(targets)) ** emphasis for place, y in enumerate(targets, start=1)
         ]
+
+    def _weight(self, y: Tensor, relative: bool) -> float:
+        """One over the entries of an operation's targets in the whole batch, and over their variance."""
+        variance = self.share.variance(y) + 1e-12 if relative else 1.0
+        return self.share.weight / (y[0].numel() * self.share.total * variance)
 
     def _outputs(self, w: Tensor) -> list[Tensor]:
         return self.segment.outputs(self.state, self.active.scatter(w))
@@ -109,7 +118,7 @@ class KStepObjective:
     @torch.no_grad()
     def value(self, w: Tensor) -> float:
         """L(w)."""
-        return float(self._loss(self._outputs(w)))
+        return float(self.share.sum(self._loss(self._outputs(w))))
 
     def _loss(self, outputs: Sequence[Tensor]) -> Tensor:
         terms = zip(self.weights, outputs, self.targets, strict=True)
@@ -120,20 +129,20 @@ class KStepObjective:
         w = w.detach().requires_grad_()
         with recorded(self.segment.chain, self.active.masks) as seen:
             outputs = self._outputs(w)
-        loss = self._loss(outputs)
+        total, loss = self.share.sum, self._loss(outputs)
         # Outputs that w does not reach (a shortcut's convolution beside it) have no part in the derivatives.
         residuals = [t for t in zip(self.weights, outputs, self.targets, strict=True) if t[1].requires_grad]
         moving = [(2 * c, o) for c, o, _ in residuals]
         precondition = None
         if self.preconditioner == "gram":
-            precondition = row_preconditioner(self.active.masks, seen, moving, self.damping)
+            precondition = row_preconditioner(self.active.masks, seen, moving, self.damping, self.share)
         if self.curvature == "hessian":
             (gradient,) = grad(loss, w, create_graph=True)
 
             def hessian(p: Tensor) -> Tensor:
-                return grad(gradient, w, p, retain_graph=True)[0]
+                return total(grad(gradient, w, p, retain_graph=True)[0])
 
-            return Expansion(float(loss.detach()), gradient.detach(), hessian, precondition)
+            return Expansion(float(total(loss.detach())), total(gradient.detach()), hessian, precondition)
 
         # Jᵀu is linear in u, so its derivative along u is J at any u: the tangent pass by reverse mode alone, over a
         # graph that is built once per batch, where forward mode would run the primal again for every product. At u of
@@ -144,6 +153,6 @@ class KStepObjective:
 
         def gauss_newton(p: Tensor) -> Tensor:
             Jp = grad(gradient, u, p, retain_graph=True)
-            return grad(f, w, [h * t for (h, _), t in zip(moving, Jp, strict=True)], retain_graph=True)[0]
+            return total(grad(f, w, [h * t for (h, _), t in zip(moving, Jp, strict=True)], retain_graph=True)[0])
 
-        return Expansion(float(loss.detach()), gradient.detach(), gauss_newton, precondition)
+        return Expansion(float(total(loss.detach())), total(gradient.detach()), gauss_newton, precondition)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters.base import Chain
+from .distributed import Share
 
 
 MAX_ENTRIES = 2**28
@@ -119,6 +120,7 @@ def row_preconditioner(
     seen: Mapping[str, tuple[nn.Module, Tensor, Tensor]],
     outputs: Sequence[tuple[float, Tensor]],
     damping: float,
+    share: Share,
 ) -> Callable[[Tensor], Tensor] | None:
     """The preconditioner r (m,) → M⁻¹ r of a group, or None where a module is neither Linear nor plain Conv2d.
 
@@ -127,26 +129,27 @@ def row_preconditioner(
         seen: what :func:`recorded` noted while ``outputs`` were computed.
         outputs: the outputs of the segment, still attached to their graph, each with the loss's curvature in it.
         damping: λ.
+        share: which images of the batch these are.
     """
     grams = []
     for name in masks:
         g = gram(seen[name][0], seen[name][1])
         if g is None:
             return None
-        grams.append(g)
+        grams.append(share.sum(g * share.weight))
     device = outputs[0][1].device
     generator = torch.Generator(device).manual_seed(0)
-    u = [
-        h**0.5 * (2 * torch.randint(2, o.shape, generator=generator, device=device, dtype=o.dtype) - 1)
-        for h, o in outputs
-    ]
+    u = []
+    for h, o in outputs:  # drawn for the whole batch: every image has its own, whoever has the image
+        signs = torch.randint(2, (share.total, *o.shape[1:]), generator=generator, device=device, dtype=o.dtype)
+        u.append(h**0.5 * (2 * signs[share.start : share.stop] - 1))
     f = [o for _, o in outputs]
     sensitivities = torch.autograd.grad(f, [seen[name][2] for name in masks], u, retain_graph=True)
     blocks = []
     for (name, mask), x_gram, g in zip(masks.items(), grams, sensitivities, strict=True):
         # A Linear's channels are last, on windows or feature maps (n, …, …, out) too.
         per_row = (g.movedim(1, -1) if isinstance(seen[name][0], nn.Conv2d) else g).flatten(0, -2)
-        b = per_row.to(x_gram.dtype).square().mean(0)
+        b = share.mean(per_row.to(x_gram.dtype).square().mean(0))
         blocks.append(RowBlocks(mask, x_gram, b.clamp_min(1e-3 * float(b.mean())), damping))
     sizes = [int(mask.sum()) for mask in masks.values()]
 

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -190,6 +191,7 @@ def timm_folder(tmp: Path, architecture: str = "vit_tiny_patch16_224", **argumen
 
 
 LYING = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,160]}}'
+ENORMOUS = b'{"a":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,4611686018427387904]}}'
 MODELS = [
     ("no folder", lambda tmp: tmp / "nothing", "Model folder {tmp}/nothing does not exist"),
     ("local-dir:", lambda tmp: "local-dir:nothing", "Model folder nothing does not exist"),
@@ -205,6 +207,10 @@ MODELS = [
     ("garbage", broken_weights(b"garbage" * 100), "{tmp}/m/model.safetensors is corrupt or truncated"),
     ("empty file", broken_weights(b""), "{tmp}/m/model.safetensors is corrupt or truncated"),
     ("lying header", broken_weights(struct.pack("<Q", len(LYING)) + LYING + b"\0" * 16), "corrupt or truncated"),
+    ("header of 4 EB", broken_weights(struct.pack("<Q", 2**62) + b"{}" * 100), "corrupt or truncated"),
+    ("tensor of 4 EB", broken_weights(struct.pack("<Q", len(ENORMOUS)) + ENORMOUS), "corrupt or truncated"),
+    ("nested header", broken_weights(struct.pack("<Q", 10**5) + b"[" * 10**5), "corrupt or truncated"),
+    ("config.json nested", with_config("[" * 10**5), "{tmp}/m/config.json is not valid JSON"),
     ("truncated", broken_weights((VIT / "model.safetensors").read_bytes()[:-100]), "corrupt or truncated"),
     ("pickle", pickled, "as a pickle (pytorch_model.bin)"),
     ("no weights", lambda tmp: copy_of(VIT, tmp / "m", ("model.safetensors",)), "{tmp}/m has no *.safetensors file"),
@@ -262,6 +268,13 @@ def with_broken_image(tmp: Path) -> Path:
     return tmp / "d"
 
 
+def decompression_bomb(tmp: Path) -> Path:
+    """A PNG of a few bytes that says it has 10 gigapixels."""
+    header = struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return write(tmp / "d/train/a/bomb.png", b"\x89PNG\r\n\x1a\n" + chunk).parent.parent.parent
+
+
 def columns(tmp: Path) -> Path:
     (tmp / "d").mkdir()
     Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp / "d/train.parquet")
@@ -279,6 +292,7 @@ DATA = [
     ("a file", lambda tmp: {"data": write(tmp / "d.parquet", b"")}, "Data {tmp}/d.parquet is a file"),
     ("empty folder", lambda tmp: {"data": empty(tmp)}, "Data folder {tmp}/d holds no images"),
     ("broken image", lambda tmp: {"data": with_broken_image(tmp)}, "broken.png of {tmp}/d (train) cannot be read"),
+    ("decompression bomb", lambda tmp: {"data": decompression_bomb(tmp)}, "bomb.png of {tmp}/d (train) cannot be read"),  # noqa: E501
     ("no image column", lambda tmp: {"data": columns(tmp)}, "has no image column; its columns are text, label"),
     ("broken parquet", lambda tmp: {"data": write(tmp / "d/train.parquet", b"x").parent}, "cannot be read as a dataset"),  # noqa: E501
     ("no split", lambda tmp: {"data-split": "valid"}, "has no split 'valid'.\nIt has train, test"),
@@ -325,6 +339,16 @@ def test_pattern_that_fits_no_resnet_layer(run, tmp_path: Path) -> None:
     fails(run, tmp_path, Fault("", lambda tmp: {"model": RESNET, "pattern": "2:7"}, ("input widths are 16, 32, 64",)))
 
 
+def test_code_of_a_model_is_not_run(run, tmp_path: Path) -> None:
+    """config.json names classes of its own beside a known architecture: the library's class is used."""
+    folder = edit_config(copy_of(VIT, tmp_path / "m"), auto_map={"AutoModelForImageClassification": "evil.Model"})
+    write(folder / "evil.py", f"open({str(tmp_path / 'run')!r}, 'w')\nclass Model: ...\n")
+    assert run("inspect", folder).code == 0
+    unknown = run("inspect", edit_config(folder, model_type="evil", architectures=["Model"]))
+    assert unknown.code == 1 and "Error: " in unknown.err and "Traceback" not in unknown.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["eval", "inspect"])
 def test_other_commands_refuse_the_same_model(run, tmp_path: Path, command: str) -> None:
     options = ["--data", DIGITS] if command == "eval" else []
@@ -345,15 +369,17 @@ def test_evaluation(run, options: list[object], expected: str) -> None:
     assert expected in result.err
 
 
-def test_ctrl_c_leaves_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+def test_ctrl_c_leaves_only_what_is_finished(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Path
+) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(JOB, "write_card", interrupted)
     result = run("prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--k", 0, "--output", "out")
     assert result.code == 130
-    assert "Traceback" not in result.err
-    assert list(elsewhere.iterdir()) == []
+    assert "is kept in" in result.err and "Traceback" not in result.err
+    assert [path.name for path in elsewhere.iterdir()] == [".out.snows-work"]
 
 
 def test_a_layer_that_overflows_is_reported_as_null(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,15 @@
 import resource
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from embedded import DIGITS, VIT
 
+from snows_hf import prune
+from snows_hf.errors import SaveError
 from snows_hf.hub import save
 
 
@@ -17,11 +19,11 @@ ARGUMENTS = ("prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8,
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 kB: the embedded ViT has 320."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of 200 kB, or whatever the test says: the embedded ViT has 320."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '200k')}", "tmpfs", str(folder)]
     try:
         mounted = subprocess.run(command, capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -35,22 +37,37 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_without_room_is_refused_before_the_work(run, small_disk: Path) -> None:
     result = run(*ARGUMENTS, small_disk / "out")
     assert (result.code, result.out) == (1, "")
-    assert "needs 0.3 MB, and its disk has 0.2 MB left" in result.err
+    assert "needs 0.6 MB, and its disk has 0.2 MB left" in result.err
     assert "Pruning" not in result.err
     assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["out", "."])
-def test_a_disk_that_fills_up_in_the_meantime(
-    run, small_disk: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    result = run(*ARGUMENTS, small_disk / name)
-    assert (result.code, result.out) == (1, "")
-    assert f"Error: Output {(small_disk / name).resolve()} cannot be written" in result.err
-    assert "No space left" in result.err
-    assert "Traceback" not in result.err
-    assert list(small_disk.iterdir()) == []
+@pytest.mark.parametrize("when", ["Pruning", "Saving"])
+@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
+def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name: str, tmp_path: Path) -> None:
+    """What was finished is kept, and when there is room again the same call gives the result."""
+    settings = {"data": str(DIGITS), "samples": 8, "k": 0}
+    output, filler = small_disk / name, small_disk.resolve() / "filler"
+    if name == ".":
+        filler = small_disk / f".{small_disk.name}.snows-work/filler"  # a mount point must be empty
+
+    def fill(stage: str) -> None:
+        if stage.startswith(when):
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+    with pytest.raises(SaveError, match="No space left") as refused:
+        prune(str(VIT), "2:4", output=output, on_stage=fill, **settings)
+    assert ("Finished work cannot be kept" if when == "Pruning" else "cannot be written") in refused.value.message
+    filler.unlink()
+    assert all("snows-work" in path.name for path in small_disk.iterdir())
+    prune(str(VIT), "2:4", output=output, **settings)
+    assert not any("snows-work" in path.name for path in small_disk.iterdir())
+    prune(str(VIT), "2:4", output=tmp_path / "whole", **settings)
+    weights = output / "model.safetensors"
+    assert weights.read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
 def test_a_file_size_limit(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,5 +85,9 @@ def test_a_file_size_limit(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (result.code, result.out) == (1, "")
     assert "out cannot be written" in result.err
-    assert "Traceback" not in result.err
-    assert list(elsewhere.iterdir()) == []
+    assert "is kept in" in result.err and "Traceback" not in result.err
+    assert [path.name for path in elsewhere.iterdir()] == [".out.snows-work"]
+    monkeypatch.undo()
+    monkeypatch.chdir(elsewhere)
+    assert run(*ARGUMENTS, "out").code == 0
+    assert [path.name for path in elsewhere.iterdir()] == ["out"]

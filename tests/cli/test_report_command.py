@@ -169,7 +169,7 @@ def test_many_classes_are_a_list(run, made: Path) -> None:
     text = page(Path("many/report.html")).text
     assert "the classes that changed most, of 30" in text
     assert "Confusions that changed most" in text
-    assert text.count("class 29") == 2  # lost two of ten, to class 0
+    assert "8 of 10" in text
     assert "Changes of the confusion matrix" not in text
 
 

@@ -75,6 +75,10 @@ class Machine:
         done = subprocess.run(
             command, cwd=self.place / "work", env=environment, capture_output=True, text=True, timeout=300
         )
+        for secret in (WRITER, READER):  # whatever the command did
+            assert secret not in done.stdout + done.stderr
+            for path in (self.place / "work").rglob("*"):
+                assert path.is_dir() or secret.encode() not in path.read_bytes(), path
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     def __call__(self, *arguments: object, **options: Any) -> "Outcome":
@@ -96,8 +100,6 @@ class Outcome:
         message = self.err[self.err.index("Error: ") :]
         for part in parts:
             assert part in message
-        for token in (WRITER, READER):
-            assert token not in self.err
 
     def succeeds(self) -> "Outcome":
         assert self.code == 0, self.err
@@ -330,6 +332,19 @@ def corrupt_byte(hub: Hub, machine: Machine, model: Path) -> None:
 def corrupt_byte_of_a_dataset(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("GET", "digits/resolve/.*test.parquet", "corrupt")
     machine("eval", VIT, "--data", "me/digits").fails_with("me/digits", "cannot be read")
+
+
+@scenario
+def file_names_that_lead_out_of_the_folder(hub: Hub, machine: Machine, model: Path) -> None:
+    outside = machine.place.parent / "escaped.json"
+    for name in ("../../../../../escaped.json", str(outside), "a/../../../../../../escaped.json", "..\\escaped.json"):
+        repository = hub.add("models", "me/hostile", model)
+        repository.commit({name: b"{}"})
+        done = machine("inspect", "me/hostile")
+        assert "Traceback" not in done.err
+        assert done.code == 0 or "Model me/hostile" in done.err, done.err
+        inside = [path for path in machine.place.rglob("*escaped.json*") if machine.cache not in path.parents]
+        assert not inside and not outside.exists() and not (machine.place.parent.parent / "escaped.json").exists()
 
 
 @scenario

@@ -1,7 +1,7 @@
 """Algorithm 2: steps, line search and bookkeeping, on objectives whose minima are known."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snows_hf.config import SolverConfig
-from snows_hf.solver import Expansion, NewtonStatus, newton
+from snows_hf.solver import Expansion, NewtonResult, NewtonState, NewtonStatus, newton
 from snows_hf.solver.newton import armijo
 
 
@@ -286,6 +286,9 @@ def test_non_finite_trial_is_backtracked_over():
 def test_counts_products_and_reports_progress():
     objective, seen, products = Function(rosenbrock), [], 0
 
+    def counts(result: NewtonResult) -> tuple[int, float, float]:
+        return result.cg_iterations, result.loss_start, result.loss_end
+
     @dataclass
     class Counted(Function):
         def expand(self, w: Tensor) -> Expansion:
@@ -299,7 +302,7 @@ def test_counts_products_and_reports_progress():
             return Expansion(inner.value, inner.gradient, product)
 
     w = torch.tensor([-1.2, 1.0, 2.0], dtype=torch.float64)
-    result = newton([Counted(rosenbrock)] * 5, objective, w, CONFIG, lambda *args: seen.append(args))
+    result = newton([Counted(rosenbrock)] * 5, objective, w, CONFIG, lambda s: seen.append(counts(s.result)))
     assert result.cg_iterations == products
     assert seen[-1] == (products, result.loss_start, result.loss_end)
     assert [start for _, start, _ in seen] == [result.loss_start] * len(seen)
@@ -365,3 +368,22 @@ def test_the_running_mean_looks_back_on_its_window(window, mean):
     held_out = Function(lambda w: (w - mean).square().sum())
     result = newton(batches, held_out, torch.zeros(1, dtype=torch.float64), config(average=window))
     assert float(result.w) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("average", [0, 3])
+@pytest.mark.parametrize("ended_after", [1, 3, 7])
+def test_a_run_that_continues_from_a_state_is_the_run_that_never_ended(ended_after, average):
+    """Rejected steps, the patience's counters, the running mean and the best iterate go along."""
+    batches = [Function(lambda w, i=i: rosenbrock(w - 0.05 * i)) for i in range(8)]
+    w = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    settings_ = config(patience=6, min_gain=0.2, max_backtracks=2, average=average)
+    states: list[NewtonState] = []
+
+    def keep(state: NewtonState) -> None:
+        states.append(replace(state, result=replace(state.result, cg_statuses=list(state.result.cg_statuses))))
+
+    whole = newton(batches, batches[0], w, settings_, keep)
+    state = states[min(ended_after, len(states)) - 1]
+    rest = newton(batches[state.result.steps :], batches[0], w * float("nan"), settings_, state=state)
+    assert torch.equal(rest.w, whole.w)
+    assert {**rest.__dict__, "w": 0} == {**whole.__dict__, "w": 0}

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .options import Json, Model, Quiet, Revision
-from .sink import Sink, calm_libraries
+from .sink import Sink, calm_libraries, shown
 
 
 def command(
@@ -23,10 +23,10 @@ def command(
     result = inspect(model, operations, revision)
     verdict = {True: "yes", False: "NO", None: "dense"}
     sink.table(
-        ["layer", "shape", "zeros (%)", "pattern held"],
+        ["layer", "shape", "zeros (%)", "pattern", "held"],
         [
             (layer["name"], "x".join(map(str, layer["shape"])), f"{100 * layer['sparsity']:.1f}",
-             verdict[layer["pattern_ok"]])
+             shown(layer["pattern"] or ""), verdict[layer["pattern_ok"]])
             for layer in result["layers"]
         ],
     )  # fmt: skip

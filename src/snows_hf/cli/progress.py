@@ -43,6 +43,8 @@ class LayerProgress:
             self.bar.start()
             self.task = self.bar.add_task("", total=progress.total)
         report = progress.report
+        if progress.note:
+            self.sink.stage(progress.note)
         if report is not None:
             self._describe(report.name, completed=progress.index + 1)
             self.sink.stage(

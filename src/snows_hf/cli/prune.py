@@ -10,16 +10,23 @@ import typer
 import yaml
 
 from ..config import PruneConfig, SolverConfig
+from ..distributed import from_main
 from ..errors import ConfigError, SaveError, SnowsError, one_line
 from .options import Device, Json, Model, Private, Quiet, Revision
 from .progress import LayerProgress
 from .push import push_and_show
-from .sink import Sink, calm_libraries
+from .sink import Sink, calm_libraries, shown
 
 
 def command(
     model: Model,
-    pattern: Annotated[str, typer.Option(help="N:M (N of M weights kept), or a fraction of zeros such as 0.7.")],
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="N:M (N of M weights kept), a fraction of zeros such as 0.7, or a set of which each layer gets one: "
+            "1:4,2:4,dense."
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -33,6 +40,16 @@ def command(
     mask: Annotated[
         str | None,
         typer.Option(help="Mask criterion (magnitude, wanda, sparsegpt, obc, …), or a safetensors file of booleans."),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="Which layers lose how much of an unstructured sparsity: global, uniform or sensitivity."),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Of a set of patterns: the zeros of all layers together, such as 0.65.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What an allocation by sensitivity counts: weights, or flops.")
     ] = None,
     no_update: Annotated[
         bool,
@@ -55,6 +72,9 @@ def command(
     ] = False,
     push_to: Annotated[str | None, typer.Option(help="Publish the result on the Hub as USER/NAME.")] = None,
     private: Private = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, where the last run of this was broken off.")
+    ] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64, bfloat16 or float16.")] = "float32",
     seed: Annotated[int | None, typer.Option(help="Of the choice and order of calibration images.")] = None,
@@ -66,7 +86,8 @@ def command(
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
     sink = Sink(as_json, quiet)
     settings = read_settings(config)
-    chosen = {"samples": samples, "k": k, "mask": mask, "curvature": curvature, "seed": seed}
+    chosen: dict[str, Any] = {"samples": samples, "k": k, "mask": mask, "curvature": curvature, "seed": seed}
+    chosen |= {"allocation": allocation, "sparsity": sparsity, "budget": budget}
     settings |= {name: value for name, value in chosen.items() if value is not None}
     if layers:
         settings["layers"] = tuple(layers)
@@ -94,54 +115,58 @@ def command(
             memory=memory,
             preset=preset,
             update=not no_update,
+            restart=restart,
             format=format,
             on_progress=progress.update,
             on_stage=sink.stage,
             **settings,
         )
     show_report(sink, result.report)
-    shown = result.report
+    outcome = result.report
     if report:
         sink.stage("Writing the report")
         try:
             # Attention maps on images that measure anyway, not those that the model was made with.
-            page = make_page(
-                output,
-                dense=model,
-                data=eval_data,
-                split=eval_split,
-                revision=revision,
-                device=device,
-                on_stage=sink.stage,
+            page = from_main(
+                lambda: make_page(
+                    output,
+                    dense=model,
+                    data=eval_data,
+                    split=eval_split,
+                    revision=revision,
+                    device=device,
+                    on_stage=sink.stage,
+                )
             )
         except SnowsError as error:
-            sink.json(shown | {"page": None})
+            sink.json(outcome | {"page": None})
             again = f"snows-hf report {shlex.quote(str(output))}"
             raise SaveError(
                 error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the report."
             ) from error
-        shown = shown | {"page": page["html"]}
+        outcome = outcome | {"page": page["html"]}
         sink.text(f"Report: {page['html']}")
     if push_to is None:
-        sink.json(shown)
+        sink.json(outcome)
         return
     try:
-        pushed = push_and_show(sink, output, push_to, private)
+        pushed = from_main(lambda: push_and_show(sink, output, push_to, private))
     except SnowsError as error:
-        sink.json(shown | {"pushed_to": None})
+        sink.json(outcome | {"pushed_to": None})
         again = f"snows-hf push {shlex.quote(str(output))} {push_to}{' --private' if private else ''}"
         raise SaveError(
             error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the push."
         ) from error
-    sink.json(shown | {"pushed_to": pushed})
+    sink.json(outcome | {"pushed_to": pushed})
 
 
 def default_output(model: str, pattern: str) -> Path:
-    """``google/vit-base-patch16-224``, ``2:4`` → ``vit-base-patch16-224-2to4``."""
+    """``google/vit-base-patch16-224``, ``2:4`` → ``vit-base-patch16-224-2to4``; ``1:4,2:4`` → ``…-1to4-2to4``."""
     from ..hub.load import short_name
 
     name = short_name(model).rpartition("/")[2] or "model"
-    return Path(f"{name}-{re.sub('[^0-9.]', 'to', pattern)}")
+    suffix = pattern.replace(":", "to").replace(",", "-")
+    return Path(f"{name}-{re.sub('[^a-z0-9.-]', '', suffix)}")
 
 
 def read_settings(path: Path | None) -> dict[str, Any]:
@@ -203,6 +228,13 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         steps = [("dense", "dense"), (alone, "masked"), *([("SNOWS", "pruned")] if report["update"] else [])]
         rows = [(what, f"{report[key]['top1']:.2f}", f"{report[key]['top5']:.2f}") for what, key in steps]
         sink.table(["", "top-1 (%)", "top-5 (%)"], rows, title=f"{report['pattern']} on {images} images")
+    if "patterns" in report["allocation"]:
+        chosen = [(name, shown(own)) for name, own in report["allocation"]["patterns"].items()]
+        sink.table(
+            ["weights", "pattern"],
+            chosen,
+            title=f"Allocation by sensitivity, counting {report['allocation']['budget']}",
+        )
     sink.text(
         f"{len(report['layers'])} layers pruned to {report['pattern']} ({100 * report['sparsity']:.1f} % zeros) with "
         f"{report['samples']} images in {report['seconds']:.0f} s."

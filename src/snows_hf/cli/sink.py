@@ -10,17 +10,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..distributed import rank
 from ..errors import SnowsError
 
 
 @dataclass
 class Sink:
-    """Output in one of three modes: for people, ``as_json`` (one object on stdout), or ``quiet`` (errors alone)."""
+    """Output in one of three modes: for people, ``as_json`` (one object on stdout), or ``quiet`` (errors alone).
+
+    Of several processes only the main one says more than its errors.
+    """
 
     as_json: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        if rank() > 0:
+            self.as_json, self.quiet = False, True
         self.out = Console(highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -57,9 +63,15 @@ class Sink:
 
     def error(self, error: SnowsError) -> None:
         """The message of an error on stderr, in every mode."""
-        self.err.print(f"Error: {error.message}", markup=False, style="bold red")
+        who = f"Process {rank()}: " if rank() > 0 else ""
+        self.err.print(f"{who}Error: {error.message}", markup=False, style="bold red")
         if error.remedy:
             self.err.print(error.remedy, markup=False)
+
+
+def shown(pattern: str) -> str:
+    """A pattern for people: of a sparsity at most four decimals."""
+    return f"{float(pattern):.4g}" if pattern.replace(".", "").isdigit() else pattern
 
 
 def calm_libraries() -> None:

@@ -1,5 +1,6 @@
 """The model card of a pruned model, from card_template.md beside this file (model_cards/template.md links to it)."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         base_model=report["source"] if is_hub_id else None,
         library_name=checkpoint.library,
         pipeline_tag="image-classification",
-        tags=["snows-hf", "sparse", "pruned", *([] if ":" not in report["pattern"] else [report["pattern"]])],
+        tags=["snows-hf", "sparse", "pruned", *re.findall("^[0-9]+:[0-9]+$", report["pattern"])],
         datasets=sorted({name for name in datasets if "/" in name}) or None,
         eval_results=results,
         **fields,
@@ -74,6 +75,36 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         licence=licence,
         here=PLACEHOLDER,
         layers=[layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_masked" in layer],
+    )
+    card.save(folder / "README.md")
+
+
+def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
+    """Writes README.md of a network that was pruned at initialisation and trained.
+
+    Args:
+        checkpoint: the trained model.
+        folder: where README.md goes.
+        report: of the training, as in snows_config.json.
+    """
+    tags = ["snows-hf", *(["sparse", "pruned", "pruning-at-initialization"] if report["pattern"] else [])]
+    names = {report[key]["name"] for key in ("data", "eval_data") if report[key]}
+    data = ModelCardData(
+        model_name=report["name"],
+        library_name=checkpoint.library,
+        pipeline_tag="image-classification",
+        tags=tags,
+        datasets=sorted(name for name in names if "/" in name) or None,
+    )
+    template = files("snows_hf.hub").joinpath("training_card_template.md").read_text(encoding="utf-8")
+    architecture = checkpoint.config.get("architecture", report["source"])
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        report=report,
+        library=checkpoint.library,
+        architecture=architecture,
+        here=PLACEHOLDER,
     )
     card.save(folder / "README.md")
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from ..errors import LoadError, SaveError, one_line
+from ..journal import sync, work_folder
 from .load import Checkpoint
 
 
@@ -26,6 +27,9 @@ REPORT_KEYS = {
 }  # fmt: skip
 """What the card reads of a report."""
 
+PLACING = "placing"
+"""A file of the work folder, from when the result begins to move to its place: what is there then is ours."""
+
 
 def check_output(output: Path, size: int) -> None:
     """Refuses, before any work is done, an output folder that could not be written at the end.
@@ -37,10 +41,12 @@ def check_output(output: Path, size: int) -> None:
     Raises:
         SaveError: it exists and is not empty, its parent cannot be written, or the disk has no room.
     """
+    work = work_folder(output)
     try:
         if output.exists() and not output.is_dir():
             raise SaveError(f"Output {output} exists and is a file.", "Choose another --output.")
-        if output.exists() and any(output.iterdir()):
+        entries = {path.name for path in output.iterdir()} if output.exists() else set()
+        if entries - {work.name} and not (work / PLACING).exists():
             raise SaveError(f"Output {output} exists and is not empty.", "Choose another --output, or remove it.")
         place = output.absolute()
         while not place.exists():
@@ -59,17 +65,25 @@ def check_output(output: Path, size: int) -> None:
 
 
 @contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """A fresh folder whose files are in ``output`` when the block ends well, and gone when it does not.
+def whole_folder(output: Path, work: Path | None = None) -> Iterator[Path]:
+    """A fresh folder whose files are in ``output``, and on the disk, when the block ends well, and gone when it does
+    not.
 
     An ``output`` that exists already, empty, stays the folder that it is (a mount point, say) and is filled.
+
+    Args:
+        output: the folder to be made.
+        work: where the fresh folder is until then; None: hidden, beside ``output`` or in it.
 
     Raises:
         SaveError: the disk is full or refuses.
     """
     output = output.resolve()
-    partial = output if output.exists() else output.parent
-    partial /= f".{output.name}.partial-{uuid4().hex[:8]}"
+    if work is not None:
+        partial = work / "result"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    else:
+        partial = (output if output.exists() else output.parent) / f".{output.name}.partial-{uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -77,11 +91,18 @@ def whole_folder(output: Path) -> Iterator[Path]:
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
+                sync(path)
+        sync(partial)
+        if work is not None:
+            (work / PLACING).touch()
+            sync(work)
         if output.exists():
             for path in partial.iterdir():
                 path.rename(output / path.name)
+            sync(output)
         else:
             partial.rename(output)
+            sync(output.parent)
     except (OSError, SafetensorError) as error:
         raise SaveError(
             f"Output {output} cannot be written: {one_line(error)}.", "Nothing was left behind there."

@@ -2,7 +2,7 @@
 
 from .choose import Masks, choose, choose_masks, load_masks, split_by_fit
 from .evidence import Evidence
-from .pattern import NM, Pattern, Unstructured, parse_pattern
+from .pattern import NM, Pattern, PerLayer, Unstructured, parse_candidates, parse_pattern
 from .scores import Choice
 
 
@@ -12,10 +12,12 @@ __all__ = [
     "Evidence",
     "Masks",
     "Pattern",
+    "PerLayer",
     "Unstructured",
     "choose",
     "choose_masks",
     "load_masks",
+    "parse_candidates",
     "parse_pattern",
     "split_by_fit",
 ]

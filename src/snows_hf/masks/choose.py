@@ -25,7 +25,8 @@ def split_by_fit(weights: Mapping[str, Tensor], pattern: Pattern) -> tuple[list[
     Raises:
         PatternError: it fits none.
     """
-    fitting = [name for name, weight in weights.items() if pattern.fits(weight.shape)]
+    own = {name: pattern.of(name) for name in weights}
+    fitting = [name for name, p in own.items() if p is not None and p.fits(weights[name].shape)]
     if not fitting:
         widths = sorted({weight.shape[1] for weight in weights.values()})
         raise PatternError(
@@ -88,8 +89,9 @@ def load_masks(path: Path, weights: Mapping[str, Tensor], pattern: Pattern) -> M
                 f"Mask file {path}: {name} is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape "
                 f"{tuple(weights[name].shape)}."
             )
-        if isinstance(pattern, NM) and not pattern.holds(mask):
-            raise MaskError(f"Mask file {path}: {name} does not follow the pattern {pattern}.")
+        own = pattern.of(name)
+        if isinstance(own, NM) and not own.holds(mask):
+            raise MaskError(f"Mask file {path}: {name} does not follow the pattern {own}.")
     if not masks:
         raise MaskError(f"Mask file {path} holds no mask.")
     return {name: masks[name].to(weights[name].device) for name in weights if name in masks}

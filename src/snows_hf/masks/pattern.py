@@ -7,7 +7,7 @@ Convention: N of every M consecutive weights are KEPT, along dimension 1 of the 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ class NM:
         """:meth:`mask` of every tensor."""
         return {name: self.mask(score) for name, score in scores.items()}
 
+    def of(self, name: str) -> "NM":
+        """The pattern of one layer: this one."""
+        return self
+
+    def zeros(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many weights each layer loses."""
+        return {name: weight.numel() // self.m * (self.m - self.n) for name, weight in weights.items()}
+
     def holds(self, weight: Tensor) -> bool:
         """Whether no group of M weights has more than N that are not zero."""
         if not self.fits(weight.shape):
@@ -101,7 +109,7 @@ class Unstructured:
             raise PatternError(f"Layer cap {self.layer_cap}: expected a value from {self.sparsity} (sparsity) to 1.")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}"
+        return f"{self.sparsity:.12g}"
 
     @property
     def cap(self) -> float:
@@ -130,6 +138,10 @@ class Unstructured:
         removed = torch.cat(owners)[order].bincount(minlength=len(names)).tolist()
         return {n: _keep_highest(scores[n], scores[n].numel() - removed[i]) for i, n in enumerate(names)}
 
+    def of(self, name: str) -> "Unstructured":
+        """The pattern of one layer, as far as it has one by itself: this one."""
+        return self
+
     def zeros(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """How many weights each layer loses where all lose the same share: ``round(sparsity · weights)`` in all."""
         counts, before = {}, 0
@@ -144,7 +156,47 @@ class Unstructured:
         return True
 
 
-Pattern = NM | Unstructured
+@dataclass(frozen=True)
+class PerLayer:
+    """A pattern for each layer, as an allocation chose them.
+
+    Attributes:
+        patterns: by parameter name; None for what is left dense by choice. What is not named no candidate fits.
+        title: what stands for all of them, ``0.8`` or ``1:4,2:4,dense`` for example.
+    """
+
+    patterns: Mapping[str, NM | Unstructured | None]
+    title: str
+
+    def __str__(self) -> str:
+        return self.title
+
+    @classmethod
+    def parse(cls, patterns: Mapping[str, str], title: str) -> "PerLayer":
+        """From the patterns as text, ``dense`` for None."""
+        found = {name: None if text == "dense" else parse_pattern(text) for name, text in patterns.items()}
+        layers = {n: replace(p, scope="layer") if isinstance(p, Unstructured) else p for n, p in found.items()}
+        return cls(layers, title)
+
+    def of(self, name: str) -> NM | Unstructured | None:
+        """The pattern of one layer; None where it stays dense."""
+        return self.patterns.get(name)
+
+    def masks(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Masks, bool and shaped like the ``scores``, each by its layer's own pattern."""
+        return {name: self._sparse(name).masks({name: score})[name] for name, score in scores.items()}
+
+    def zeros(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many weights each layer loses."""
+        return {name: self._sparse(name).zeros({name: weight})[name] for name, weight in weights.items()}
+
+    def _sparse(self, name: str) -> NM | Unstructured:
+        own = self.patterns[name]
+        assert own is not None, f"{name} stays dense"
+        return own
+
+
+Pattern = NM | Unstructured | PerLayer
 
 
 def _keep_highest(scores: Tensor, keep: int) -> Tensor:
@@ -154,7 +206,7 @@ def _keep_highest(scores: Tensor, keep: int) -> Tensor:
     return mask.view_as(scores)
 
 
-def parse_pattern(text: str) -> Pattern:
+def parse_pattern(text: str) -> NM | Unstructured:
     """``"2:4"`` → ``NM(2, 4)``; ``"0.7"`` → ``Unstructured(0.7)``.
 
     Raises:
@@ -169,3 +221,15 @@ def parse_pattern(text: str) -> Pattern:
             f"Pattern {text!r}: expected N:M (2:4, 1:4) or a fraction of zeros (0.7).",
             "2:4 is the pattern that sparse tensor cores run.",
         ) from None
+
+
+def parse_candidates(text: str) -> list[NM | Unstructured | None]:
+    """``"1:4,2:4,dense"`` → the patterns that a layer may have, None standing for dense; ``"2:4"`` → itself.
+
+    Raises:
+        PatternError: one that is no pattern, or a set of nothing but ``dense``.
+    """
+    candidates = [None if part.strip() == "dense" else parse_pattern(part) for part in text.split(",")]
+    if not any(candidates):
+        raise PatternError(f"Pattern {text!r}: expected at least one beside 'dense'.", "As in 1:4,2:4,dense.")
+    return candidates

@@ -75,6 +75,18 @@ class NewtonResult:
     losses: list[float] = field(default_factory=list)
 
 
+@dataclass
+class NewtonState:
+    """All that the next step depends on, besides its batch: iterate ``w`` (m,), the iterates' running ``mean`` (m,),
+    the ``result`` so far, and patience's counters. A run that gets it continues as if it had never ended."""
+
+    w: Tensor
+    mean: Tensor
+    result: NewtonResult
+    milestone: float
+    stale: int = 0
+
+
 def armijo(
     value: Callable[[Tensor], float], w: Tensor, delta: Tensor, loss: float, slope: float, config: SolverConfig
 ) -> float:
@@ -96,7 +108,8 @@ def newton(
     held_out: Objective,
     w: Tensor,
     config: SolverConfig,
-    progress: Callable[[int, float, float], None] | None = None,
+    progress: Callable[[NewtonState], None] | None = None,
+    state: NewtonState | None = None,
 ) -> NewtonResult:
     """Minimises the mean of ``batches`` from w by one Newton step per batch and pass.
 
@@ -109,14 +122,17 @@ def newton(
         held_out: objective on images that no batch holds.
         w: active weights to start from, shape (m,).
         config: passes, CG and line-search settings.
-        progress: called after each step with the products so far, and the held-out loss at the start and at best.
+        progress: called after each step, with where the run is; it changes in the next.
+        state: where an earlier run was; ``w`` is not read then, and ``batches`` are those that it had left.
     """
-    start = held_out.value(w)
-    result = NewtonResult(w, NewtonStatus.KEPT_MASKED, loss_start=start, loss_end=start)
-    if not math.isfinite(start):
+    if state is None:
+        start = held_out.value(w)
+        state = NewtonState(w, w, NewtonResult(w, NewtonStatus.KEPT_MASKED, start, start), milestone=start)
+    w, result = state.w, state.result
+    if not math.isfinite(result.loss_start):
         result.status = NewtonStatus.NON_FINITE
+    if not math.isfinite(result.loss_start) or state.stale >= config.patience:
         return result
-    milestone, stale, mean = start, 0, w
     for batch in chain.from_iterable(repeat(batches, config.passes)):
         local = batch.expand(w)
         if not math.isfinite(local.value) or not torch.isfinite(local.gradient).all():
@@ -142,18 +158,19 @@ def newton(
         else:
             w = w + alpha * direction.delta
             taken = result.steps - result.rejected
-            mean = mean + (w - mean) / min(taken, max(config.average, 1))
-            for candidate in (w, mean) if config.average and taken > 1 else (w,):
+            state.mean = state.mean + (w - state.mean) / min(taken, max(config.average, 1))
+            for candidate in (w, state.mean) if config.average and taken > 1 else (w,):
                 loss = held_out.value(candidate)
                 if loss < result.loss_end:
                     result.w, result.loss_end, result.status = candidate, loss, NewtonStatus.IMPROVED
         result.losses.append(result.loss_end)
-        if progress is not None:
-            progress(result.cg_iterations, start, result.loss_end)
-        if result.loss_end < (1 - config.min_gain) * milestone:
-            milestone, stale = result.loss_end, 0
+        if result.loss_end < (1 - config.min_gain) * state.milestone:
+            state.milestone, state.stale = result.loss_end, 0
         else:
-            stale += 1
-            if stale == config.patience:
-                break
+            state.stale += 1
+        state.w = w
+        if progress is not None:
+            progress(state)
+        if state.stale >= config.patience:
+            break
     return result

@@ -34,15 +34,12 @@ def damped(H: Tensor) -> Tensor:
 @register_criterion("obc")
 def obc(evidence: Evidence) -> Choice:
     masks, weights = {}, {}
-    zeros = None if isinstance(evidence.pattern, NM) else evidence.pattern.zeros(evidence.weights)
+    zeros = evidence.pattern.zeros(evidence.weights)
     for name, H in evidence.grams().items():
         weight = evidence.weights[name]
         W, H = matrix(weight).to(H.device, torch.float64), damped(H)
-        if isinstance(evidence.pattern, NM):
-            kept = nm_kept(W, H, evidence.pattern)
-        else:
-            assert zeros is not None
-            kept = unstructured_kept(W, H, zeros[name])
+        pattern = evidence.pattern.of(name)
+        kept = nm_kept(W, H, pattern) if isinstance(pattern, NM) else unstructured_kept(W, H, zeros[name])
         masks[name] = unmatrix(kept, weight.shape).to(weight.device)
         weights[name] = unmatrix(refit(W, H, kept), weight.shape).to(weight)
     return Choice(masks, weights)

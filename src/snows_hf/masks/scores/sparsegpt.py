@@ -22,12 +22,12 @@ BLOCK = 128
 @register_criterion("sparsegpt")
 def sparsegpt(evidence: Evidence) -> Choice:
     masks, weights = {}, {}
-    zeros = None if isinstance(evidence.pattern, NM) else evidence.pattern.zeros(evidence.weights)
+    zeros = evidence.pattern.zeros(evidence.weights)
     for name, H in evidence.grams().items():
         weight = evidence.weights[name]
         W = matrix(weight).to(H.device, torch.float64).unflatten(0, (len(H), -1))
-        n_m = evidence.pattern if isinstance(evidence.pattern, NM) else None
-        kept, W = sweep(W, damped(H), n_m, zeros[name] if zeros else 0)
+        pattern = evidence.pattern.of(name)
+        kept, W = sweep(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
         masks[name] = unmatrix(kept.flatten(0, 1), weight.shape).to(weight.device)
         weights[name] = unmatrix(W.flatten(0, 1), weight.shape).to(weight)
     return Choice(masks, weights)

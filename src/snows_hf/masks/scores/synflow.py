@@ -8,6 +8,7 @@ Where a network takes means off again (the LayerNorms of a ViT) its flow is only
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ...adapters import build_chain
 from ...adapters.frozen import frozen
 from ..evidence import Evidence
-from ..pattern import NM, Pattern
+from ..pattern import NM, Pattern, PerLayer
 from .base import register_criterion
 
 
@@ -53,8 +54,13 @@ def positive(model: nn.Module) -> None:
             tensor.abs_()
 
 
-def schedule(pattern: Pattern) -> list[Pattern]:
+def schedule(pattern: Pattern) -> list[Any]:
     """The patterns of the rounds: densities falling exponentially to the last (Algorithm 1, line 3)."""
+    if isinstance(pattern, PerLayer):  # each layer by its own schedule, all beginning and ending together
+        own = {name: schedule(p) for name, p in pattern.patterns.items() if p}
+        longest = max(map(len, own.values()))
+        rounds = ({name: s[k * len(s) // longest] for name, s in own.items()} for k in range(longest))
+        return [PerLayer(each, pattern.title) for each in rounds]
     if isinstance(pattern, NM):
         return [NM(n, pattern.m) for n in range(pattern.m - 1, pattern.n - 1, -1)]
     densities = [(1 - pattern.sparsity) ** (k / ROUNDS) for k in range(1, ROUNDS)]

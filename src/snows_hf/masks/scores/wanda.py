@@ -19,7 +19,7 @@ def wanda(evidence: Evidence) -> dict[str, Tensor]:
         weight = evidence.weights[name]
         norms = H.diagonal(dim1=-2, dim2=-1).sqrt().to(weight.device)  # (groups, d)
         rows = matrix(weight).abs() * norms.repeat_interleave(len(weight) // len(norms), 0)
-        if not isinstance(evidence.pattern, NM):
+        if not isinstance(evidence.pattern.of(name), NM):
             # Ranks within the row, as a share of it: every row loses the same share, in whatever scope.
             rows = rows.argsort(dim=1, stable=True).argsort(dim=1).to(torch.float64) / rows.shape[1]
         scores[name] = unmatrix(rows, weight.shape)

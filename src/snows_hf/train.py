@@ -1,0 +1,337 @@
+"""Pruning at initialisation: masks chosen on an untrained network, which is then trained with them fixed.
+
+After Gollini Navarrete et al., "What Scalable Second-Order Information Knows for Pruning at Initialization": the
+statistics of batch norms are those of no data until they are warmed up, and criteria that read data see a network that
+is not the one to be trained.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .adapters import build_chain
+from .collapse import find_collapse
+from .config import PruneConfig, TrainConfig
+from .data import ImageSource, calibration_examples, check_labels, open_images
+from .errors import ConfigError, NumericsError
+from .evaluate import evaluate, logits_of
+from .hub.card import write_training_card
+from .hub.create import create
+from .hub.load import Checkpoint, short_name
+from .hub.save import check_output, save_checkpoint, whole_folder
+from .masks import Evidence, Masks, Pattern, Unstructured, choose, parse_pattern, split_by_fit
+from .prune import PruneResult, check_apart, check_mask, class_labels, describe_data, describe_hardware, find_device
+from .version import __version__
+
+
+def train(
+    source: str,
+    data: str,
+    pattern: str | None = None,
+    *,
+    output: str | Path | None = None,
+    data_split: str = "train",
+    eval_data: str | None = None,
+    eval_split: str = "test",
+    device: str = "auto",
+    revision: str | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    **settings: Any,
+) -> PruneResult:
+    """Builds an untrained network, chooses its masks, and trains it with the masks fixed.
+
+    Args:
+        source: a name that timm knows (``resnet20_cifar``), or the folder or Hub id of a checkpoint, of which only the
+            configuration is used.
+        data: labelled images: Hub data set, image folder or folder of parquet. All of them are held in memory.
+        pattern: ``"0.9"`` or ``"2:4"``, as for :func:`snows_hf.prune`; None trains the dense network.
+        output: folder to save to, absent or empty; None saves nothing.
+        data_split: split of ``data``.
+        eval_data: labelled images on which accuracy is measured at the end; None measures nothing.
+        eval_split: split of ``eval_data``.
+        device: ``auto`` (what accelerate finds), ``cpu`` or ``cuda``.
+        revision: of ``source`` on the Hub.
+        on_stage: called with a line of text when a new stage begins, after each epoch, and for each collapsed layer.
+        **settings: by the names of :class:`~snows_hf.config.TrainConfig`.
+
+    Raises:
+        SnowsError: bad settings, source, data or output; a loss that is not finite; see snows_hf.errors.
+    """
+    started = time.perf_counter()
+    config = TrainConfig().updated(**settings)
+    chosen_pattern = at_initialisation(pattern, config) if pattern is not None else None
+    check_mask(config.mask)
+    target = find_device(device)
+    if eval_data is not None:
+        check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
+    if output is not None:
+        check_output(Path(output), size=0)
+    images_source = open_images(data, data_split)
+    check_labels(images_source, "training")
+    evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
+
+    on_stage(f"Building {source}, untrained")
+    checkpoint = create(source, images_source.class_names, config.seed, revision)
+    network = checkpoint.model.to(target)
+    chain = build_chain(network)
+    weights = {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
+    if chosen_pattern is not None:
+        split_by_fit(weights, chosen_pattern)
+    on_stage(f"Reading the images of {data} ({data_split})")
+    images, labels = read_examples(images_source, checkpoint, config, target)
+
+    if config.warm_up_bn:
+        on_stage(f"Warming up batch norms on {config.warm_up_bn} batches")
+        if not warm_up(network, images[: config.warm_up_bn * config.batch_size].split(config.batch_size), target):
+            on_stage("The network has no batch norm: there is nothing to warm up")
+    masks: Masks = {}
+    facts: dict[str, Any] = {}
+    cut: dict[str, str] = {}
+    connected = True
+    if chosen_pattern is not None:
+        on_stage(f"Choosing masks by {Path(config.mask).name}")
+        some = slice(0, config.criterion_samples)
+        settings_of_masks = PruneConfig(str(chosen_pattern), mask=config.mask, seed=config.seed)
+        evidence = Evidence(weights, chosen_pattern, settings_of_masks, chain, images[some], labels[some])
+        choice = choose(evidence)
+        masks, facts = choice.masks, dict(choice.facts)
+        cut, connected = find_collapse(chain, masks, images[:1].to(target))
+        for name, reason in cut.items():
+            on_stage(f"Layer collapse: {name}: {reason}")
+        if not connected:
+            on_stage("The logits no longer depend on the images: training can only learn how frequent classes are")
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        on_stage(f"Epoch {epoch}/{config.epochs}: loss {loss:.4f}")
+
+    on_stage(f"Training on {len(labels)} images")
+    training = time.perf_counter()
+    losses = fit(network, images, labels, masks, config, target, on_epoch)
+    training_seconds = time.perf_counter() - training
+    accuracy = None
+    if evaluation is not None:
+        on_stage(f"Measuring it on {eval_data} ({eval_split})")
+        accuracy = evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+    network.to("cpu")
+
+    zeros = sum(int((chain.weight(name) == 0).sum()) for name in masks)
+    report: dict[str, Any] = {
+        "source": short_name(source),
+        "library": checkpoint.library,
+        "architecture": type(network).__name__,
+        "pattern": str(chosen_pattern) if chosen_pattern is not None else None,
+        "sparsity": zeros / sum(mask.numel() for mask in masks.values()) if masks else 0.0,
+        "settings": config.to_dict() | {"mask": Path(config.mask).name},
+        "criterion": facts,
+        "collapse": {"layers": cut, "connected": connected},
+        "layers": [
+            {"name": name, "shape": list(mask.shape), "sparsity": 1 - float(mask.double().mean())}
+            for name, mask in masks.items()
+        ],
+        "images": len(labels),
+        "data": describe_data(data, data_split),
+        "eval_data": describe_data(eval_data, eval_split) if eval_data is not None else None,
+        "accuracy": accuracy.to_dict() if accuracy else None,
+        "losses": losses,
+        "training_seconds": training_seconds,
+        "seconds": time.perf_counter() - started,
+        "hardware": describe_hardware(target),
+        "versions": {
+            "snows-hf": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "seed": config.seed,
+    }
+    if output is None:
+        return PruneResult(network, None, {"output": None, **report})
+    on_stage(f"Saving to {output}")
+    report["name"] = Path(output).resolve().name
+    summary = {"version": __version__, "pattern": report["pattern"], "sparsity": round(report["sparsity"], 6)}
+    with whole_folder(Path(output)) as folder:
+        saved = replace(checkpoint, folder=folder)  # a licence of the configuration's is not one of these weights
+        save_checkpoint(saved, folder, summary if masks else {"version": __version__}, report)
+        write_training_card(saved, folder, report)
+    return PruneResult(network, Path(output), {"output": str(output), **report})
+
+
+def at_initialisation(pattern: str, config: TrainConfig) -> Pattern:
+    """The pattern, unstructured with all layers ranked together as the paper has it, up to the layer cap.
+
+    Raises:
+        PatternError: no pattern, or a cap below its sparsity.
+    """
+    chosen = parse_pattern(pattern)
+    if not isinstance(chosen, Unstructured):
+        return chosen
+    if config.allocation == "uniform":
+        return replace(chosen, scope="layer")
+    return replace(chosen, layer_cap=config.layer_cap)
+
+
+def read_examples(
+    source: ImageSource, checkpoint: Checkpoint, config: TrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Preprocessed images (n, 3, h, w) on the CPU, in random order, and the model's class of each (n,).
+
+    Raises:
+        ConfigError: fewer than two images.
+        DataError: unreadable images, or labels that do not match the model's classes.
+    """
+    count = config.samples or source.size
+    if count is None:
+        raise ConfigError(f"{source.name} is streamed, and how many images to keep is not said.", "Give --samples.")
+    images, labels = calibration_examples(source, count, config.seed, checkpoint.preprocess)
+    if len(images) < 2:
+        raise ConfigError(f"{source.name} ({source.split}) has one image.", "Training needs two at least.")
+    with torch.no_grad():
+        classes = logits_of(checkpoint.model, images[:2].to(device)).shape[1]
+    own = class_labels(labels, source, checkpoint, classes)
+    assert own is not None
+    return images.contiguous(memory_format=torch.channels_last), own
+
+
+@torch.no_grad()
+def warm_up(network: nn.Module, batches: Iterator[Tensor] | tuple[Tensor, ...], device: torch.device) -> bool:
+    """Sets the running statistics of all batch norms to the average over batches, weights unchanged.
+
+    Returns:
+        Whether there is a batch norm.
+    """
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return False
+    momenta = [norm.momentum for norm in norms]
+    training = network.training
+    network.eval()  # dropout stays off
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    for batch in batches:
+        network(batch.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.train(training)
+    return True
+
+
+def fit(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    masks: Masks,
+    config: TrainConfig,
+    device: torch.device,
+    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> list[float]:
+    """SGD with momentum on cross-entropy, in place; weights that the masks leave out are zero and stay zero.
+
+    Args:
+        network: in float32 on ``device``; left in evaluation mode.
+        images: preprocessed (n, 3, h, w).
+        labels: classes (n,).
+        masks: by parameter name, true where a weight stays.
+        config: epochs, learning rate and its schedule, batch size, momentum, weight decay, augmentation, seed.
+        device: where the network is.
+        on_epoch: called after each epoch with its number, from 1, and its mean loss.
+
+    Returns:
+        The mean loss of each epoch.
+
+    Raises:
+        NumericsError: a loss is not finite.
+    """
+    accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
+    examples = torch.utils.data.TensorDataset(images, labels)
+    with torch.random.fork_rng(), fixed(network, masks):
+        torch.manual_seed(config.seed)
+        # A last batch of one image is more than batch norm can do.
+        loader: Any = torch.utils.data.DataLoader(
+            examples, config.batch_size, shuffle=True, drop_last=len(examples) % config.batch_size == 1
+        )
+        steps = config.epochs * max(1, len(loader))
+        optimizer: Any = torch.optim.SGD(
+            network.requires_grad_(True).parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, steps=steps, kind=config.schedule))
+        model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+        losses = []
+        network.train()
+        for epoch in range(1, config.epochs + 1):
+            total, seen = torch.zeros((), device=device), 0
+            for batch, classes in loader:
+                batch = augmented(batch) if config.augment else batch
+                loss = F.cross_entropy(logits_of(model, batch), classes)
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+                total += loss.detach() * len(classes)
+                seen += len(classes)
+            losses.append(float(total) / seen)
+            if not math.isfinite(losses[-1]):
+                raise NumericsError(
+                    f"The training loss of epoch {epoch} is {losses[-1]}.", f"Lower --lr, now {config.lr:g}."
+                )
+            on_epoch(epoch, losses[-1])
+        network.eval()
+    return losses
+
+
+@contextmanager
+def fixed(network: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """For the time of the block, weights outside the masks are zero and have no gradient: then momentum and weight
+    decay, of zero, leave them where they are."""
+    handles = []
+    for name, mask in masks.items():
+        weight = network.get_parameter(name).requires_grad_(True)
+        gone = ~mask.to(weight.device)
+        weight.data.masked_fill_(gone, 0.0)
+        handles.append(weight.register_hook(partial(torch.masked_fill, mask=gone, value=0.0)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def factor(step: int, steps: int, kind: str) -> float:
+    """The learning rate's factor: half a cosine down to zero, or a tenth of what it was after half and after three
+    quarters of the steps."""
+    done = step / max(1, steps)
+    if kind == "step":
+        return float(0.1 ** ((done >= 0.5) + (done >= 0.75)))
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def augmented(images: Tensor) -> Tensor:
+    """Each image (n, 3, h, w) mirrored or not, and shifted by up to an eighth of its size; what comes in is zero."""
+    n, _, h, w = images.shape
+    mirrored = torch.rand(n, device=images.device) < 0.5
+    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    pad = max(1, h // 8), max(1, w // 8)
+    padded = F.pad(images, (pad[1], pad[1], pad[0], pad[0]))
+    top, left = (torch.randint(2 * p + 1, (n,), device=images.device) for p in pad)
+    rows = top[:, None] + torch.arange(h, device=images.device)
+    columns = left[:, None] + torch.arange(w, device=images.device)
+    each = torch.arange(n, device=images.device)
+    return padded.movedim(1, -1)[each[:, None, None], rows[:, :, None], columns[:, None]].movedim(-1, 1)

@@ -1,0 +1,60 @@
+"""Two processes, as the launcher starts them, against one: the same weights, whichever way the images divide."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from embedded import DIGITS, NO_HUB, VIT, tensors_of
+
+
+SETTINGS = "layer_steps: 2\njoint_steps: 3\nbatch_size: 7\n"  # 7 divides neither by 2 nor the images
+
+
+def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
+    # Named after GPUs, it starts processes wherever it is.
+    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    command += ["-m", "snows_hf", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": NO_HUB}
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_two_processes_come_to_the_weights_of_one(run, elsewhere: Path) -> None:
+    """Joint steps and a Gram preconditioner included; the held-out batch has one image, for two processes."""
+    Path("s.yaml").write_text(SETTINGS)
+    options = ("prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 20, "--k", 3, "--dtype", "float64")
+    options += ("--config", "s.yaml", "--mask", "wanda", "--json", "--eval-data", DIGITS, "--output")
+    two = launch(2, *options, "two")
+    assert two.returncode == 0, two.stderr
+    report = json.loads(two.stdout)  # one of them alone speaks
+    one = json.loads(run(*options, "one").out)
+    assert (report["processes"], one["processes"]) == (2, 1)
+    assert report["pruned"] == one["pruned"]
+    first, second = tensors_of(Path("one")), tensors_of(Path("two"))
+    for name, tensor in first.items():
+        assert ((tensor == 0) == (second[name] == 0)).all()
+        if tensor.is_floating_point():
+            assert (tensor - second[name]).norm() <= 1e-5 * tensor.norm(), name
+    assert {path.name for path in elsewhere.iterdir()} == {"one", "two", "s.yaml"}
+    # The losses agree to rounding, of steps that follow one another.
+    for alone, together in zip(one["layers"], report["layers"], strict=True):
+        assert together["loss_pruned"] == pytest.approx(alone["loss_pruned"], rel=1e-5)
+        assert together["steps"] == alone["steps"]
+
+
+def test_an_error_of_the_main_process_ends_all(elsewhere: Path) -> None:
+    (elsewhere / "out").mkdir()
+    (elsewhere / "out/file").write_text("")
+    failed = launch(2, "prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--output", "out")
+    assert failed.returncode != 0
+    assert "Error: Output out exists and is not empty" in failed.stderr
+    assert os.listdir("out") == ["file"]

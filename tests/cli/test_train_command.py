@@ -1,0 +1,33 @@
+"""``snows-hf train`` from the command line."""
+
+import json
+from pathlib import Path
+
+from embedded import DIGITS, RESNET
+
+
+QUICK = ("--data", DIGITS, "--samples", 60, "--epochs", 1, "--output", "out")
+
+
+def test_a_trained_network_that_eval_and_inspect_read(run) -> None:
+    options = ("--pattern", "0.9", "--mask", "snip", "--warm-up-bn", 1, "--eval-data", DIGITS, *QUICK)
+    result = run("train", RESNET, *options, "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    for line in ("untrained", "Warming up batch norms on 1 batches", "Choosing masks by snip", "Epoch 1/1: loss"):
+        assert line in result.err
+    assert report["collapse"].keys() == {"layers", "connected"} and len(report["losses"]) == 1
+    assert json.loads(run("eval", "out", "--data", DIGITS, "--json").out) == report["accuracy"]
+    found = json.loads(run("inspect", "out", "--json").out)
+    assert (found["pattern"], found["pattern_ok"]) == ("0.9", True)
+
+
+def test_collapse_is_told(run) -> None:
+    result = run("train", RESNET, "--pattern", "0.9999", *QUICK)
+    assert result.code == 0 and "Layer collapse: resnet.encoder" in result.out and "no weight is left" in result.out
+
+
+def test_an_unknown_architecture(run) -> None:
+    result = run("train", "resnet21_cifar", *QUICK)
+    assert (result.code, result.out) == (1, "") and "no architecture that timm knows" in result.err
+    assert not Path("out").exists()

@@ -1,0 +1,84 @@
+"""Whatever stands in a file or an option: it is read, or refused by an error of ours."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snows_hf.cli.prune import default_output, read_settings
+from snows_hf.config import PruneConfig
+from snows_hf.data import split_revision
+from snows_hf.errors import ConfigError, LoadError, PatternError
+from snows_hf.hub.load import library_of, read_config, short_name
+from snows_hf.journal import Journal
+from snows_hf.masks import parse_pattern
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from([*PruneConfig("2:4").to_dict(), "damping", "cg_max_iter", "colour"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.from_regex(r"-?\d*[:.]?-?\d*", fullmatch=True))
+def test_patterns(text: str) -> None:
+    try:
+        assert parse_pattern(str(parse_pattern(text))) == parse_pattern(text)
+    except PatternError as error:
+        assert error.message
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary(max_size=60) | st.text().map(str.encode) | st.dictionaries(NAMES, VALUES).map(json.dumps).map(str.encode)
+)
+def test_settings_files(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s.yaml"
+        path.write_bytes(content)
+        try:
+            PruneConfig("2:4").updated(**read_settings(path))
+        except ConfigError as error:
+            assert error.message
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | VALUES.map(json.dumps).map(str.encode))
+def test_config_files(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(content)
+        try:
+            assert library_of(read_config(Path(folder)), Path(folder)) in ("timm", "transformers")
+        except LoadError as error:
+            assert error.message
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), min_size=1, max_size=20))
+def test_names_of_models_and_data(name: str) -> None:
+    assert "/" not in str(default_output(name, "2:4"))
+    short_name(name)
+    split_revision(name)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_records(data: st.DataObject) -> None:
+    """However a record is damaged, it comes back as it was or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder))
+        journal.put("x", {"w": torch.arange(5.0)}, a=[1, {"b": None}])
+        (path,) = Path(folder).iterdir()
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(0, 3))):
+            place = data.draw(st.integers(0, len(content)))
+            content[place : place + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+        path.write_bytes(content)
+        found = journal.get("x")
+        assert found is None or (found.facts == {"a": [1, {"b": None}]} and found.tensors["w"].tolist() == [*range(5)])
