@@ -60,7 +60,7 @@ class LayerReport:
     def from_dict(cls, facts: Mapping[str, Any]) -> "LayerReport":
         """:meth:`to_dict` undone, after JSON."""
         lists = {"parameters": tuple(facts["parameters"]), "shape": tuple(facts["shape"])}
-        lists["losses"] = tuple(facts["losses"])
+        lists["losses"] = tuple(facts.get("losses", ()))
         return cls(**{**facts, **lists})
 
     def to_dict(self) -> dict[str, Any]:
