@@ -13,7 +13,7 @@ ALGORITHM = (
     "adapters allocation augment cascade collapse config distributed errors journal masks memory models objective "
     "preconditioner solver"
 )
-JOBS = "attention bench finetune inspect probe prune sensitivity train"
+JOBS = "attention bench finetune inspect probe prune report sensitivity train"
 EVERYTHING_BUT_CLI = f"{ALGORITHM} {JOBS} data evaluate flops hub remote speed"
 MAY_IMPORT = {
     "errors": "",
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "attention": f"{EVERYTHING_BUT_CLI} version",
     "finetune": f"{EVERYTHING_BUT_CLI} version",
     "probe": f"{EVERYTHING_BUT_CLI} version",
+    "report": f"{EVERYTHING_BUT_CLI} version",
     "inspect": f"{EVERYTHING_BUT_CLI} version",
     "train": f"{EVERYTHING_BUT_CLI} version",
     "sensitivity": f"{EVERYTHING_BUT_CLI} version",

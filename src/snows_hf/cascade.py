@@ -6,9 +6,10 @@ broke; with cascaded targets (the paper's) the dense layer runs on the pruned st
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -34,7 +35,8 @@ from .solver import Expansion, NewtonState, newton
 class LayerReport:
     """What happened to one group in one sweep. Losses are K-step losses on the held-out calibration images: at the
     start (in the first sweep, of the mask alone, or of the criterion's own weights where these are better) and at the
-    end. ``batch_size``: images of its largest batch, fewer than asked for where memory ran out."""
+    end, in ``losses`` the lowest so far after each step. ``cg_statuses`` counts why conjugate gradients stopped.
+    ``batch_size``: images of its largest batch, fewer than asked for where memory ran out."""
 
     name: str
     sweep: int
@@ -51,11 +53,14 @@ class LayerReport:
     status: str
     remedy: str
     batch_size: int
+    losses: tuple[float, ...] = ()
+    cg_statuses: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "LayerReport":
         """:meth:`to_dict` undone, after JSON."""
         lists = {"parameters": tuple(facts["parameters"]), "shape": tuple(facts["shape"])}
+        lists["losses"] = tuple(facts.get("losses", ()))
         return cls(**{**facts, **lists})
 
     def to_dict(self) -> dict[str, Any]:
@@ -424,6 +429,8 @@ class Cascade:
             seconds=time.perf_counter() - started,
             status=result.status.value,
             remedy=result.status.remedy,
+            losses=tuple(result.losses),
+            cg_statuses=dict(Counter(status.value for status in result.cg_statuses)),
             batch_size=streams.largest,
         )
         return report, active.scatter(result.w)
