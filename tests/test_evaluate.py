@@ -1,5 +1,7 @@
 """Top-1 and top-5 against counting by hand."""
 
+from collections import Counter
+
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -46,6 +48,8 @@ def test_against_counting_by_hand(classes: int, batch_size: int) -> None:
     assert found.images == 40
     assert found.top1 == pytest.approx(100 * sum(h < 1 for h in higher) / 40)
     assert found.top5 == pytest.approx(100 * sum(h < 5 for h in higher) / 40)
+    first = logits.argmax(1).tolist()
+    assert found.confusion == Counter(f"{label} {guess}" for label, guess in zip(labels, first, strict=True))
     assert model.training
     assert model.logits.grad is None
 

@@ -14,9 +14,8 @@ ALGORITHM = (
     "preconditioner solver streams"
 )
 STEPS = "calibration checks choices describe fitting training"
-JOBS = "attention bench finetune inspect probe prune sensitivity train"
-BELOW_JOBS = f"{ALGORITHM} {STEPS} data evaluate flops hub remote speed version"
-EVERYTHING_BUT_CLI = f"{BELOW_JOBS} {JOBS}"
+JOBS = "attention bench finetune inspect probe prune report sensitivity train"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} {STEPS} {JOBS} data evaluate flops hub remote speed version"
 MAY_IMPORT = {
     "errors": "",
     "version": "",

@@ -15,6 +15,7 @@ from .hub.repack import pack, unpack
 from .inspect import inspect
 from .probe import probe
 from .prune import PruneResult, prune
+from .report import compare, report
 from .sensitivity import sensitivity
 from .speed import Acceleration, accelerate
 from .train import train
@@ -41,6 +42,7 @@ __all__ = [
     "accelerate",
     "attention",
     "build_chain",
+    "compare",
     "evaluate",
     "finetune",
     "from_pretrained",
@@ -50,6 +52,7 @@ __all__ = [
     "probe",
     "prune",
     "push",
+    "report",
     "sensitivity",
     "train",
     "unpack",

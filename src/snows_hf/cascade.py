@@ -1,8 +1,9 @@
 """Algorithm 3: layer after layer, each solved on the inputs that the pruned layers before it produce (streams.py)."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from .streams import Batches, Streams, holding, masked_operations, split_images,
 class LayerReport:
     """What happened to one group in one sweep. Losses are K-step losses on the held-out calibration images: at the
     start (in the first sweep, of the mask alone, or of the criterion's own weights where these are better) and at the
-    end. ``batch_size``: images of its largest batch, fewer than asked for where memory ran out."""
+    end, in ``losses`` the lowest so far after each step. ``cg_statuses`` counts why conjugate gradients stopped.
+    ``batch_size``: images of its largest batch, fewer than asked for where memory ran out."""
 
     name: str
     sweep: int
@@ -42,11 +44,14 @@ class LayerReport:
     status: str
     remedy: str
     batch_size: int
+    losses: tuple[float, ...] = ()
+    cg_statuses: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "LayerReport":
         """:meth:`to_dict` undone, after JSON."""
         lists = {"parameters": tuple(facts["parameters"]), "shape": tuple(facts["shape"])}
+        lists["losses"] = tuple(facts.get("losses", ()))
         return cls(**{**facts, **lists})
 
     def to_dict(self) -> dict[str, Any]:
@@ -252,6 +257,8 @@ class Cascade:
             seconds=time.perf_counter() - started,
             status=result.status.value,
             remedy=result.status.remedy,
+            losses=tuple(result.losses),
+            cg_statuses=dict(Counter(status.value for status in result.cg_statuses)),
             batch_size=streams.largest,
         )
         return report, active.scatter(result.w)

@@ -1,6 +1,8 @@
 """Accuracy on a labelled split."""
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +14,16 @@ from .errors import DataError
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of images, in per cent, whose class is the highest, or among the five highest, logits."""
+    """Shares of images, in per cent, whose class is the highest, or among the five highest, logits.
+
+    ``confusion`` counts them by true and predicted class: ``"3 5"`` those of class 3 that were taken for 5, by the
+    model's numbers; pairs that never occur are left out.
+    """
 
     top1: float
     top5: float
     images: int
+    confusion: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,6 +52,7 @@ def evaluate(
     parameter = next(model.parameters())
     classes: Tensor | None = None
     top1 = top5 = images = 0
+    confusion: Counter[str] = Counter()
     model.eval()
     try:
         for pixels, labels in labelled_batches(source, preprocess, batch_size):
@@ -52,7 +60,10 @@ def evaluate(
             if classes is None:
                 classes = label_map(source.class_names, class_names, logits.shape[1], source.name)
             ranked = logits.float().topk(min(5, logits.shape[1])).indices.cpu()
-            hits = ranked == to_classes(labels, classes, source)[:, None]
+            wanted = to_classes(labels, classes, source)
+            hits = ranked == wanted[:, None]
+            pairs = zip(wanted.tolist(), ranked[:, 0].tolist(), strict=True)
+            confusion.update(f"{true} {predicted}" for true, predicted in pairs)
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.any(1).sum())
             images += len(labels)
@@ -60,4 +71,4 @@ def evaluate(
         model.train(training)
     if images == 0:
         raise DataError(f"Data {source.name} ({source.split}) is empty.")
-    return Accuracy(100 * top1 / images, 100 * top5 / images, images)
+    return Accuracy(100 * top1 / images, 100 * top5 / images, images, dict(confusion))

@@ -30,7 +30,7 @@ def test_prune_as_json(run, model: Path, layers: int) -> None:
     assert report["seconds"] > 0
     for what in ("dense", "masked", "pruned"):
         accuracy = report[what]
-        assert accuracy.keys() == {"top1", "top5", "images"}
+        assert accuracy.keys() == {"top1", "top5", "images", "confusion"}
         assert accuracy["images"] == 597
         assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 100
     assert len(report["layers"]) == layers

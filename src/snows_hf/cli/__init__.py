@@ -6,7 +6,21 @@ import typer
 
 from ..errors import SnowsError
 from ..version import __version__
-from . import attention, bench, demo, evaluate, finetune, inspect, probe, prune, push, repack, sensitivity, train
+from . import (
+    attention,
+    bench,
+    demo,
+    evaluate,
+    finetune,
+    inspect,
+    probe,
+    prune,
+    push,
+    repack,
+    report,
+    sensitivity,
+    train,
+)
 from .sink import Sink
 
 
@@ -24,6 +38,8 @@ app.command("sensitivity")(sensitivity.command)
 app.command("finetune")(finetune.command)
 app.command("probe")(probe.command)
 app.command("attention")(attention.command)
+app.command("report")(report.command)
+app.command("compare")(report.compare_command)
 app.command("train")(train.command)
 app.command("pack")(repack.pack_command)
 app.command("unpack")(repack.unpack_command)

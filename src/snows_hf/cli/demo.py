@@ -46,6 +46,7 @@ def command(
     sink.text("Try next:")
     for line in (
         f"snows-hf inspect {shlex.quote(str(output))}",
+        f"snows-hf report {shlex.quote(str(output))}",
         "snows-hf prune google/vit-base-patch16-224 --pattern 2:4",
         "snows-hf prune timm/resnet50.a1_in1k --pattern 2:4 --samples 1000",
     ):

@@ -67,6 +67,9 @@ def command(
     ] = "safetensors",
     eval_data: EvalData = None,
     eval_split: EvalSplit = "test",
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write report.html and report.json into the folder.")
+    ] = False,
     push_to: Annotated[str | None, typer.Option(help="Publish the result on the Hub as USER/NAME.")] = None,
     private: Private = False,
     restart: Restart = False,
@@ -88,6 +91,7 @@ def command(
 
     from ..hub.push import check_push
     from ..prune import prune
+    from ..report import report as make_page
 
     sink = open_sink(as_json, quiet)
     if push_to is not None:
@@ -115,18 +119,42 @@ def command(
             **settings,
         )
     show_report(sink, result.report)
+    outcome = result.report
+    if report:
+        sink.stage("Writing the report")
+        try:
+            # Attention maps on images that measure anyway, not those that the model was made with.
+            page = from_main(
+                lambda: make_page(
+                    output,
+                    dense=model,
+                    data=eval_data,
+                    split=eval_split,
+                    revision=revision,
+                    device=device,
+                    on_stage=sink.stage,
+                )
+            )
+        except SnowsError as error:
+            sink.json(outcome | {"page": None})
+            again = f"snows-hf report {shlex.quote(str(output))}"
+            raise SaveError(
+                error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the report."
+            ) from error
+        outcome = outcome | {"page": page["html"]}
+        sink.text(f"Report: {page['html']}")
     if push_to is None:
-        sink.json(result.report)
+        sink.json(outcome)
         return
     try:
         pushed = from_main(lambda: push_and_show(sink, output, push_to, private))
     except SnowsError as error:
-        sink.json(result.report | {"pushed_to": None})
+        sink.json(outcome | {"pushed_to": None})
         again = f"snows-hf push {shlex.quote(str(output))} {push_to}{' --private' if private else ''}"
         raise SaveError(
             error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the push."
         ) from error
-    sink.json(result.report | {"pushed_to": pushed})
+    sink.json(outcome | {"pushed_to": pushed})
 
 
 def default_output(model: str, pattern: str) -> Path:

@@ -60,7 +60,8 @@ class NewtonStatus(StrEnum):
 class NewtonResult:
     """Best weights seen (m,), how the run ended, and its counts.
 
-    ``loss_start`` and ``loss_end`` are held-out losses; ``cg_iterations`` counts curvature products.
+    ``loss_start`` and ``loss_end`` are held-out losses, ``losses`` the lowest so far after each step;
+    ``cg_iterations`` counts curvature products.
     """
 
     w: Tensor
@@ -71,6 +72,7 @@ class NewtonResult:
     rejected: int = 0
     cg_iterations: int = 0
     cg_statuses: list[CGStatus] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -161,6 +163,7 @@ def newton(
                 loss = held_out.value(candidate)
                 if loss < result.loss_end:
                     result.w, result.loss_end, result.status = candidate, loss, NewtonStatus.IMPROVED
+        result.losses.append(result.loss_end)
         if result.loss_end < (1 - config.min_gain) * state.milestone:
             state.milestone, state.stale = result.loss_end, 0
         else:
