@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Json, Quiet, Revision
-from .sink import Sink, calm_libraries
+from .options import DataSplit, Device, Json, Quiet, Revision
+from .sink import Sink, open_sink
 
 
 Pruned = Annotated[str, typer.Argument(help="Folder (or Hub id) of what `snows-hf prune` wrote.")]
@@ -20,7 +20,7 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="Images for attention maps: Hub data set, image folder or parquet.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
+    split: DataSplit = "test",
     images: Annotated[int, typer.Option(help="Images to draw.")] = 4,
     revision: Revision = None,
     device: Device = "auto",
@@ -30,8 +30,7 @@ def command(
     """Write a page about a pruned checkpoint: what was lost, where, what is saved."""
     from ..report import report
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     result = report(
         model,
         output=output,
@@ -58,8 +57,7 @@ def compare_command(
     """Set several pruned checkpoints side by side: accuracy, loss, size, operations, time."""
     from ..report import compare
 
-    calm_libraries()
-    sink = Sink(as_json, quiet)
+    sink = open_sink(as_json, quiet)
     result = compare(models, output=output, on_stage=sink.stage)
     show(sink, result["models"])
     if output is not None:
