@@ -157,6 +157,7 @@ class PruneConfig(_Settings):
         _check(self.joint_steps >= 0, "joint_steps", self.joint_steps, "an integer ≥ 0")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
+        _check(isinstance(self.augment, bool), "augment", self.augment, "true or false")
         _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
         _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
@@ -292,7 +293,17 @@ _PAPER = {
 _PAPER_CNN = {**_PAPER, "cg_atol": 1e-3, "cg_max_iter": 1000, "passes": 3, "samples": 3000}
 _PAPER_VIT = {**_PAPER, "cg_atol": 5e-4, "cg_max_iter": 500, "passes": 1, "samples": 5000}
 
-_CNN = {"weighting": "relative", "cg_max_iter": 5, "layer_steps": 4, "joint_steps": 40}
+_CNN = {
+    "weighting": "relative",
+    "cg_max_iter": 5,
+    "layer_steps": 4,
+    "joint_steps": 40,
+    "emphasis": 3.0,
+    "augment": True,
+    "average": 10,
+    "patience": 10,
+    "min_gain": 0.002,
+}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # What measured best here (docs/results.md).
