@@ -46,6 +46,13 @@ def test_a_new_record_replaces_the_old_one(journal: Journal, tmp_path: Path) -> 
     assert len(records(tmp_path)) == 1 and float(journal.get("x").tensors["w"]) == 2.0
 
 
+def test_tensors_that_share_memory(journal: Journal) -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    journal.put("x", {"a": tensor, "b": tensor, "c": tensor.T})
+    found = journal.get("x").tensors
+    assert torch.equal(found["a"], tensor) and torch.equal(found["b"], tensor) and torch.equal(found["c"], tensor.T)
+
+
 def test_once_is_once(journal: Journal) -> None:
     for value in (1.0, 2.0):
         made = journal.once("x", lambda value=value: Record({"w": torch.tensor(value)}, {"value": value}))

@@ -299,8 +299,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
         buffer = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
         if buffer is not None:
             tensors[f"momentum.{name}"] = buffer
-    # Cloned: safetensors takes no tensors that share memory.
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors
 
 
 @torch.no_grad()

@@ -121,7 +121,11 @@ class Journal:
             return
         temporary = self.folder / f"{name}.tmp"
         try:
-            on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            # Cloned: safetensors takes no tensors that share memory, as tied weights do, or a best and a mean.
+            on_cpu = {
+                key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for key, tensor in tensors.items()
+            }
             save_file(on_cpu, temporary, {"facts": json.dumps(facts)})
             sync(temporary)
             path = self.folder / f"{name}.{checksum(temporary)}.safetensors"
