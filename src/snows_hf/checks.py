@@ -3,6 +3,7 @@
 import fnmatch
 import os
 from datetime import timedelta
+from os.path import expanduser
 from pathlib import Path
 
 import accelerate
@@ -29,7 +30,7 @@ def check_apart(data: str, split: str, eval_data: str | None, eval_split: str, r
     if eval_data is None:
         return
     # A Hub id names a folder that does not exist, which serves as well.
-    places = [Path(split_revision(name)[0]).expanduser().resolve() for name in (data, eval_data)]
+    places = [Path(expanduser(split_revision(name)[0])).resolve() for name in (data, eval_data)]
     if split == eval_split and places[0] == places[1]:
         raise DataError(
             f"Calibration or training, and evaluation, would use the same split {eval_split!r} of {eval_data}.",

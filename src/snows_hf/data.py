@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from os.path import expanduser  # unlike Path's, it leaves a ~name that is nobody's as it is
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +70,7 @@ def open_images(name: str, split: str) -> ImageSource:
     Raises:
         DataError: nothing there, no such split, no image column, or no access.
     """
-    local = Path(name).expanduser()
+    local = Path(expanduser(name))
     if local.is_file():
         raise DataError(f"Data {name} is a file.", "Give the folder that holds it, or a Hub dataset as USER/NAME.")
     repository, revision = split_revision(name)
@@ -97,7 +98,7 @@ def _load_folder(name: str, folder: Path) -> Any:
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """``USER/NAME@REVISION`` → ``(USER/NAME, REVISION)``; a folder may have an @ in its name."""
-    if Path(name).expanduser().exists():
+    if Path(expanduser(name)).exists():
         return name, None
     repository, _, revision = name.partition("@")
     return repository, revision or None

@@ -1,6 +1,7 @@
 """An untrained network: of an architecture that timm knows by name, or of a checkpoint's configuration."""
 
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def create(source: str, class_names: Sequence[str] | None, seed: int, revision: 
             classes = {} if class_names is None else {"num_classes": len(class_names)}
             labels = {} if class_names is None else {"label_names": list(class_names)}
             return _timm(source, Path(source), labels, source, class_names, **classes)
-        if "/" not in source and not Path(source).expanduser().exists():
+        if "/" not in source and not Path(expanduser(source)).exists():
             raise LoadError(
                 f"{source} is no architecture that timm knows, and no folder.",
                 "Give a name such as resnet20_cifar or vit_small_patch16_224, or a folder or Hub id with config.json.",

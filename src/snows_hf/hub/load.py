@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Checkpoint:
 
 def local_folder(source: str) -> Path | None:
     """The folder that a model's name means, whether or not it exists; None for a repository on the Hub."""
-    folder = Path(source.removeprefix("local-dir:")).expanduser()
+    folder = Path(expanduser(source.removeprefix("local-dir:")))
     if source.startswith("hf-hub:"):
         return None
     return folder if folder.exists() or source.startswith(("local-dir:", ".", "/", "~")) else None

@@ -1,6 +1,7 @@
 """From a saved folder to a repository on the Hub, in one commit: complete, or not visible."""
 
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
@@ -85,7 +86,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
         LoadError: the folder holds no checkpoint.
         SaveError: the Hub cannot be reached, or refuses.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(expanduser(folder))
     library_of(read_config(folder), folder)
     check_weights(folder)
     info = check_push(repository, private)
