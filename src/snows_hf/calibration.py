@@ -75,6 +75,8 @@ def first_pass(
     check_chain(chain, images[:2].to(device))
     with frozen(chain.model):  # counting hooks every module's inputs, and fails where one needs a gradient
         flops = count_flops(chain.model, images[:1].to(device))
+    if labels is None:
+        return flops, None
     with torch.no_grad():
         classes = chain.logits(images[:1].to(device)).shape[1]
-    return flops, None if labels is None else class_labels(labels, source, checkpoint, classes)
+    return flops, class_labels(labels, source, checkpoint, classes)

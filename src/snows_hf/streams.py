@@ -122,9 +122,10 @@ class Batches:
         joint = self.segment.group.kind == "joint"
         part = share(self.streams.size(index))
         pruned = send_to_device(self.streams.pruned[index].get(), self.device)
-        source = self.streams.dense[index].get() if self.config.targets == "dense" else pruned
         if self.config.augment and joint and step is not None:  # elsewhere what comes in is not images
             source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
+        else:
+            source = self.streams.dense[index].get() if self.config.targets == "dense" else pruned
         with torch.no_grad(), holding(self.segment.chain, self.dense):
             targets = self.segment.outputs(send_to_device(source, self.device))
         solver = self.config.solver

@@ -158,7 +158,7 @@ def newton(
         else:
             w = w + alpha * direction.delta
             taken = result.steps - result.rejected
-            state.mean = state.mean + (w - state.mean) / min(taken, max(config.average, 1))
+            state.mean = state.mean + (w - state.mean) / min(taken, config.average) if config.average else w
             for candidate in (w, state.mean) if config.average and taken > 1 else (w,):
                 loss = held_out.value(candidate)
                 if loss < result.loss_end:
