@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import PIL.Image
 import torch
@@ -15,8 +14,9 @@ from .adapters import Chain, build_chain, frozen, recorded_attention
 from .checks import find_device
 from .data import Preprocess, calibration_images, open_images
 from .describe import describe_data
-from .errors import AdapterError, ConfigError, SaveError, one_line
+from .errors import AdapterError, ConfigError
 from .hub.load import distinct_names, load
+from .hub.save import check_file, write_whole
 
 
 BATCH = 8
@@ -204,12 +204,7 @@ def check_png(output: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError("Drawing needs matplotlib.", "Install it: pip install 'snows-hf[viz]'.") from None
-    if output.suffix.lower() != ".png":
-        raise ConfigError(f"Output {output}: expected a name that ends in .png.")
-    if output.exists():
-        raise SaveError(f"Output {output} exists.", "Choose another --output, or remove it.")
-    if not output.absolute().parent.is_dir():
-        raise SaveError(f"Output {output}: its folder does not exist.", "Make it, or choose another --output.")
+    check_file(output, ".png")
 
 
 def draw(
@@ -250,11 +245,4 @@ def draw(
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    partial = output.with_name(f".{output.name}.partial-{uuid4().hex[:8]}")
-    try:
-        figure.savefig(partial, dpi=150, format="png")
-        partial.replace(output)
-    except OSError as error:
-        raise SaveError(f"Output {output} cannot be written: {one_line(error)}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(output, lambda path: figure.savefig(path, dpi=150, format="png"))

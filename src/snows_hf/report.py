@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import jinja2
 import torch
@@ -19,7 +18,15 @@ from .attention import attention
 from .errors import AdapterError, ConfigError, LoadError, SaveError, one_line
 from .hub.load import Checkpoint, load, local_folder, short_name
 from .hub.packed import pack_tensor
-from .hub.save import REPORT_FILE, check_output, read_report, save_checkpoint, write_json
+from .hub.save import (
+    REPORT_FILE,
+    check_file,
+    check_output,
+    read_report,
+    save_checkpoint,
+    write_json,
+    write_whole,
+)
 
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
@@ -119,7 +126,7 @@ def compare(
     if not models:
         raise ConfigError("Nothing to compare.", "Name at least one folder that `snows-hf prune` wrote.")
     if output is not None:
-        check_page(Path(output))
+        check_file(Path(output), ".html")
     rows = []
     for model in models:
         on_stage(f"Loading {model}")
@@ -442,34 +449,3 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**context)
-
-
-def check_page(output: Path) -> None:
-    """Refuses, before any work is done, a page that could not be written.
-
-    Raises:
-        ConfigError: its name does not end in .html.
-        SaveError: it exists, or its folder does not.
-    """
-    if output.suffix.lower() != ".html":
-        raise ConfigError(f"Output {output}: expected a name that ends in .html.")
-    if output.exists():
-        raise SaveError(f"Output {output} exists.", "Choose another --output, or remove it.")
-    if not output.absolute().parent.is_dir():
-        raise SaveError(f"Output {output}: its folder does not exist.", "Make it, or choose another --output.")
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Puts a file in its place once it is whole.
-
-    Raises:
-        SaveError: the disk is full or refuses.
-    """
-    partial = path.with_name(f".{path.name}.partial-{uuid4().hex[:8]}")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise SaveError(f"Output {path} cannot be written: {one_line(error)}.") from error
-    finally:
-        partial.unlink(missing_ok=True)

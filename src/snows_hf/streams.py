@@ -121,11 +121,12 @@ class Batches:
         """That of one batch; where images are augmented, as they look at a step."""
         joint = self.segment.group.kind == "joint"
         part = share(self.streams.size(index))
-        pruned = send_to_device(self.streams.pruned[index].get(), self.device)
+        pruned: State = send_to_device(self.streams.pruned[index].get(), self.device)
+        source = pruned
         if self.config.augment and joint and step is not None:  # elsewhere what comes in is not images
             source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
-        else:
-            source = self.streams.dense[index].get() if self.config.targets == "dense" else pruned
+        elif self.config.targets == "dense":
+            source = self.streams.dense[index].get()
         with torch.no_grad(), holding(self.segment.chain, self.dense):
             targets = self.segment.outputs(send_to_device(source, self.device))
         solver = self.config.solver

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -13,7 +13,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from ..errors import LoadError, SaveError, one_line
+from ..errors import ConfigError, LoadError, SaveError, one_line
 from ..journal import sync, work_folder
 from .load import Checkpoint
 
@@ -163,3 +163,34 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_file(output: Path, suffix: str) -> None:
+    """Refuses, before any work is done, a single file that could not be written.
+
+    Raises:
+        ConfigError: its name does not end in ``suffix``.
+        SaveError: it exists, or its folder does not.
+    """
+    if output.suffix.lower() != suffix:
+        raise ConfigError(f"Output {output}: expected a name that ends in {suffix}.")
+    if output.exists():
+        raise SaveError(f"Output {output} exists.", "Choose another --output, or remove it.")
+    if not output.absolute().parent.is_dir():
+        raise SaveError(f"Output {output}: its folder does not exist.", "Make it, or choose another --output.")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Puts a file in its place once it is whole.
+
+    Raises:
+        SaveError: the disk is full or refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial-{uuid4().hex[:8]}")
+    try:
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise SaveError(f"Output {path} cannot be written: {one_line(error)}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
