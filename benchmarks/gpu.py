@@ -58,7 +58,7 @@ def product_rate(chain: Chain, masks: Masks, config: PruneConfig, device: torch.
         for operation in chain.operations[:index]:
             images = operation.run(images)
         targets = segment.outputs(images)
-    w = active.gather({name: chain.weight(name).detach() for name in active.masks})
+    w = active.within(chain)
     expansion = KStepObjective(segment, active, images, targets, config.solver.curvature).expand(w)
     p = torch.randn_like(w)
     with FlopCounterMode(display=False) as counter:

@@ -23,7 +23,7 @@ from snows_hf.hub.load import load
 from snows_hf.masks import Masks, choose_masks, parse_pattern
 from snows_hf.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.solver import NewtonState, newton
-from snows_hf.streams import split_images
+from snows_hf.streams import masked_operations, split_images
 
 
 def as_loss(objective: KStepObjective) -> Loss:
@@ -42,6 +42,17 @@ class Setting:
     images: Tensor
     masks: Masks
     k: int
+
+    @classmethod
+    def of(cls, model: str, data: str, images: int, seed: int, pattern: str, k: int | None = None) -> "Setting":
+        """Chain, calibration images and magnitude masks of a checkpoint; K of Table 7 where none is given."""
+        checkpoint = load(model)
+        chain = build_chain(checkpoint.model.float())
+        x = calibration_images(open_images(data, "train"), images, seed, checkpoint.preprocess)
+        weights = {p: chain.weight(p).detach() for _, group in chain.groups() for p in group.parameters}
+        masks = choose_masks(weights, parse_pattern(pattern), "magnitude")
+        k = preset("paper", chain.family, pattern).k if k is None else k
+        return cls(chain, x.contiguous(memory_format=torch.channels_last), masks, k)
 
     def objectives(self, index: int, batch_size: int) -> list[KStepObjective]:
         """Batches, and last the held-out images, for the layer at operation ``index``."""
@@ -62,7 +73,7 @@ def compare(setting: Setting, index: int, limit: float) -> list[str]:
     """One row of the table: the layer at operation ``index``."""
     chain = setting.chain
     *batches, judge = setting.objectives(index, 128)
-    w = judge.active.gather({name: chain.weight(name).detach() for name in judge.active.masks})
+    w = judge.active.within(chain)
     table_7 = VIT if chain.family == "vit" else CNN
     plain = plain_newton([as_loss(batch) for batch in batches], w, table_7, limit)
     goal = judge.value(plain.w)
@@ -96,20 +107,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="places among the groups; all of them where not given")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one layer of the plain algorithm")
     arguments = parser.parse_args()
-    checkpoint = load(arguments.model)
-    chain = build_chain(checkpoint.model.float())
-    images = calibration_images(open_images(arguments.data, "train"), arguments.images, 0, checkpoint.preprocess)
-    weights = {p: chain.weight(p).detach() for _, group in chain.groups() for p in group.parameters}
-    masks = choose_masks(weights, parse_pattern(arguments.pattern), "magnitude")
-    k = preset("paper", chain.family, arguments.pattern).k
-    setting = Setting(chain, images.contiguous(memory_format=torch.channels_last), masks, k)
-    places = [i for i, group in chain.groups() if group.parameters[0] in masks]
-    name = Path(arguments.model).name
-    print(f"{name}, {arguments.pattern}, K = {k}, {len(images)} images, {torch.get_num_threads()} threads")
+    setting = Setting.of(arguments.model, arguments.data, arguments.images, 0, arguments.pattern)
+    places = masked_operations(setting.chain, setting.masks)
+    name, threads = Path(arguments.model).name, torch.get_num_threads()
+    print(f"{name}, {arguments.pattern}, K = {setting.k}, {len(setting.images)} images, {threads} threads")
     columns = ["layer", "masked loss", "plain: loss", "products", "seconds", "ours: loss", "products", "seconds"]
     columns += ["seconds to plain's loss", "ratio"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    with frozen(chain.model):
+    with frozen(setting.chain.model):
         for place in arguments.layers or range(len(places)):
             print(f"| {' | '.join(compare(setting, places[place], arguments.limit))} |", flush=True)
 

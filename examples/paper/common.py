@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 import snows_hf
-from snows_hf.adapters import build_chain
+from snows_hf.adapters import frozen
 from snows_hf.config import SolverConfig
-from snows_hf.data import calibration_images, open_images
 from snows_hf.hub.save import read_report
-from snows_hf.masks import choose_masks, parse_pattern
 from snows_hf.objective import KStepObjective
 from snows_hf.solver import Expansion, newton
+from snows_hf.streams import masked_operations
 
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -142,25 +141,42 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def layer_setting(given: argparse.Namespace, name: str, pattern: str, k: int) -> Setting:
     """Chain, images, magnitude masks and K, by which ``Setting.objectives`` makes the problem of any layer."""
-    checkpoint = snows_hf.load(model_folder(given, name))
-    chain = build_chain(checkpoint.model.float())
-    source = open_images(str(given.data / "cifar10"), "train")
-    images = calibration_images(source, given.images, given.seed, checkpoint.preprocess)
-    weights = {p: chain.weight(p).detach() for _, group in chain.groups() for p in group.parameters}
-    masks = choose_masks(weights, parse_pattern(pattern), "magnitude")
-    return Setting(chain, images.contiguous(memory_format=torch.channels_last), masks, k)
+    data = str(given.data / "cifar10")
+    return Setting.of(model_folder(given, name), data, given.images, given.seed, pattern, k)
+
+
+def layer_arguments(doc: str, seconds: float) -> argparse.Namespace:
+    """The command line of a figure on single layers, by its default of processor time for each run."""
+    more = [
+        ("--places", {"type": int, "nargs": "+", "help": "layers by number from 0; -1 for all"}),
+        ("--seconds", {"type": float, "default": seconds, "help": "processor time of each run on each layer"}),
+        ("--k", {"type": int, "default": 10}),
+    ]
+    return arguments(doc, 512, more)
 
 
 def chosen_layers(given: argparse.Namespace, setting: Setting) -> list[int]:
     """Indices of operations: of the layers at ``--places`` among all; the first, middle and last where not given."""
-    every = [i for i, group in setting.chain.groups() if group.parameters[0] in setting.masks]
+    every = masked_operations(setting.chain, setting.masks)
     places = given.places or [0, len(every) // 2, len(every) - 1]
     return every if places == [-1] else [every[place] for place in places]
 
 
-def masked_start(setting: Setting, objective: KStepObjective) -> Tensor:
-    """Active weights (m,) of the dense network."""
-    return objective.active.gather({name: setting.chain.weight(name).detach() for name in objective.active.masks})
+def each_layer(
+    given: argparse.Namespace, name: str, figure: str
+) -> Iterator[tuple[Setting, int, str, Callable[[Record, Callable[[], Record]], Record]]]:
+    """The chosen layers of one model, as figures measure them: setting, index, name of the layer, and what the log has
+    of a run on it, by what tells the run from others."""
+    setting = layer_setting(given, name, "2:4", given.k)
+    shared = {"figure": figure, "model": name, "seconds": given.seconds, "images": given.images, "k": given.k}
+    with frozen(setting.chain.model):
+        for index in chosen_layers(given, setting):
+            layer = setting.chain.operations[index].name
+
+            def find(key: Record, run: Callable[[], Record], layer: str = layer) -> Record:
+                return logged(given, shared | {"layer": layer} | key, run)
+
+            yield setting, index, layer, find
 
 
 class OutOfTimeError(Exception):
@@ -249,7 +265,7 @@ def timed_newton(
 
     try:
         solver = replace(solver, passes=1, patience=10**9)
-        newton(endless(), Judge(judge, clock), masked_start(setting, judge), solver)
+        newton(endless(), Judge(judge, clock), judge.active.within(setting.chain), solver)
     except OutOfTimeError:
         pass
     return clock

@@ -10,10 +10,9 @@ solver (Hessian products, no preconditioner) and ours (Gauss-Newton products, Gr
 from dataclasses import replace
 from functools import partial
 
-from common import arguments, chosen_layers, layer_setting, logged, number, table, timed_newton
+from common import each_layer, layer_arguments, number, table, timed_newton
 from solver import Setting
 
-from snows_hf.adapters import frozen
 from snows_hf.config import preset
 
 
@@ -30,28 +29,18 @@ def measured(setting: Setting, index: int, which: str, cap: int, limit: float) -
 
 
 def main() -> None:
-    more = [
-        ("--places", {"type": int, "nargs": "+", "help": "layers by number from 0; -1 for all"}),
-        ("--seconds", {"type": float, "default": 20.0, "help": "processor time of each run"}),
-        ("--k", {"type": int, "default": 10}),
-    ]
-    given = arguments(__doc__, 512, more)
+    given = layer_arguments(__doc__, 20.0)
     for name in given.only:
-        setting = layer_setting(given, name, "2:4", given.k)
         rows = []
-        with frozen(setting.chain.model):
-            for index in chosen_layers(given, setting):
-                layer = setting.chain.operations[index].name
-                for which in SOLVERS:
-                    cells = []
-                    for cap in CAPS:
-                        key = {"figure": "10", "model": name, "layer": layer, "solver": which, "cap": cap}
-                        key |= {"seconds": given.seconds, "images": given.images, "k": given.k}
-                        run = partial(measured, setting, index, which, cap, given.seconds)
-                        found = logged(given, key, run)
-                        left = [found[at] / found["start"] for at in ("eighth", "half", "end")]
-                        cells.append(" / ".join(number(share, 4) for share in left))
-                    rows.append((layer, which, *cells))
+        for setting, index, layer, find in each_layer(given, name, "10"):
+            for which in SOLVERS:
+                cells = []
+                for cap in CAPS:
+                    run = partial(measured, setting, index, which, cap, given.seconds)
+                    found = find({"solver": which, "cap": cap}, run)
+                    left = [found[at] / found["start"] for at in ("eighth", "half", "end")]
+                    cells.append(" / ".join(number(share, 4) for share in left))
+                rows.append((layer, which, *cells))
         table(
             f"Figure 10: {name}, K = {given.k}, {given.images} images; loss after 1/8, 1/2, all of {given.seconds:g} "
             "s",

@@ -13,22 +13,10 @@ from functools import partial
 from itertools import cycle
 
 import torch
-from common import (
-    Clock,
-    Judge,
-    arguments,
-    chosen_layers,
-    layer_setting,
-    logged,
-    masked_start,
-    number,
-    table,
-    timed_newton,
-)
+from common import Clock, Judge, each_layer, layer_arguments, number, table, timed_newton
 from solver import Setting
 from torch import Tensor
 
-from snows_hf.adapters import frozen
 from snows_hf.config import preset
 from snows_hf.objective import KStepObjective
 from snows_hf.solver.newton import armijo
@@ -42,7 +30,7 @@ DAMPING = 1e-4
 def sgd(setting: Setting, index: int, rate: float, limit: float) -> Clock:
     *batches, judge = setting.objectives(index, 128)
     clock = Clock.start(limit)
-    held_out, w = Judge(judge, clock), masked_start(setting, judge)
+    held_out, w = Judge(judge, clock), judge.active.within(setting.chain)
     momentum, judged = torch.zeros_like(w), 0.0
     held_out.value(w)
     for batch in cycle(batches):
@@ -82,7 +70,7 @@ def fisher_direction(gradients: Tensor, damping: float) -> Tensor:
 def fisher(setting: Setting, index: int, limit: float) -> Clock:
     *batches, judge = setting.objectives(index, 128)
     clock = Clock.start(limit)
-    held_out, w = Judge(judge, clock), masked_start(setting, judge)
+    held_out, w = Judge(judge, clock), judge.active.within(setting.chain)
     held_out.value(w)
     solver = preset("paper", setting.chain.family, "2:4").solver
     for batch in cycle(batches):
@@ -111,27 +99,18 @@ def measured(setting: Setting, index: int, method: str, limit: float) -> dict[st
 
 
 def main() -> None:
-    more = [
-        ("--places", {"type": int, "nargs": "+", "help": "layers by number from 0; -1 for all"}),
-        ("--seconds", {"type": float, "default": 60.0, "help": "processor time of each method on each layer"}),
-        ("--k", {"type": int, "default": 10}),
-    ]
-    given = arguments(__doc__, 512, more)
+    given = layer_arguments(__doc__, 60.0)
     for name in given.only:
-        setting = layer_setting(given, name, "2:4", given.k)
         rows = []
-        with frozen(setting.chain.model):
-            for index in chosen_layers(given, setting):
-                layer = setting.chain.operations[index].name
-                found = {}
-                for method in (*METHODS, *(f"sgd {rate}" for rate in RATES)):
-                    key = {"figure": "7 and 9", "model": name, "layer": layer, "method": method}
-                    key |= {"seconds": given.seconds, "images": given.images, "k": given.k}
-                    found[method] = logged(given, key, partial(measured, setting, index, method, given.seconds))
-                best = min((m for m in found if m.startswith("sgd")), key=lambda m: found[m]["end"])
-                shares = [(found[m]["quarter"], found[m]["end"], found[m]["start"]) for m in (*METHODS, best)]
-                cells = [f"{number(quarter / start, 4)} / {number(end / start, 4)}" for quarter, end, start in shares]
-                rows.append((layer, *cells, best.split()[1]))
+        for setting, index, layer, find in each_layer(given, name, "7 and 9"):
+            found = {
+                method: find({"method": method}, partial(measured, setting, index, method, given.seconds))
+                for method in (*METHODS, *(f"sgd {rate}" for rate in RATES))
+            }
+            best = min((m for m in found if m.startswith("sgd")), key=lambda m: found[m]["end"])
+            shares = [(found[m]["quarter"], found[m]["end"], found[m]["start"]) for m in (*METHODS, best)]
+            cells = [f"{number(quarter / start, 4)} / {number(end / start, 4)}" for quarter, end, start in shares]
+            rows.append((layer, *cells, best.split()[1]))
         table(
             f"Figures 7 and 9: {name}, K = {given.k}, {given.images} images, loss after 1/4 / all of "
             f"{given.seconds:g} s",

@@ -129,5 +129,5 @@ def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -
     with torch.no_grad():
         targets = segment.outputs(state)
     active = ActiveWeights.of(segment.group, masks, targets[0].device)
-    w = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
+    w = active.within(segment.chain)
     return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)

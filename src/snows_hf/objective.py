@@ -40,6 +40,10 @@ class ActiveWeights:
         """Full weights → w (m,)."""
         return torch.cat([weights[name][mask] for name, mask in self.masks.items()])
 
+    def within(self, chain: Chain) -> Tensor:
+        """w (m,) of the weights that the chain's model has now, detached."""
+        return self.gather({name: chain.weight(name).detach() for name in self.masks})
+
     def scatter(self, w: Tensor) -> dict[str, Tensor]:
         """w (m,) → full weights, zero where masked; differentiable."""
         parts = w.split([int(mask.sum()) for mask in self.masks.values()])

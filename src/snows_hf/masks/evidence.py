@@ -144,7 +144,7 @@ class Evidence:
 
     def _linearised(self, segment: Segment, active: ActiveWeights, states: list[State]) -> Iterator[Linearisation]:
         images = sum(len(state[0]) for state in states)
-        dense = active.gather({name: segment.chain.weight(name).detach() for name in active.masks})
+        dense = active.within(segment.chain)
         relative = self.config.weighting == "relative"
         for state in states:
             w, state = dense.clone().requires_grad_(), _moved(state, dense.device)
