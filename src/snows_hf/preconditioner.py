@@ -25,6 +25,11 @@ MAX_ENTRIES = 2**28
 CHUNK_ENTRIES = 2**22
 """Numbers that are gathered and factorised at a time."""
 
+SAMPLES = 16
+"""Inputs that a Gram matrix is estimated from, at least, as a multiple of its size; and of ``MIN_IMAGES`` images."""
+
+MIN_IMAGES = 32
+
 
 @contextmanager
 def recorded(chain: Chain, parameters: Mapping[str, Tensor]) -> Iterator[dict[str, tuple[nn.Module, Tensor, Tensor]]]:
@@ -67,6 +72,18 @@ def gram(module: nn.Module, x: Tensor) -> Tensor | None:
         block = columns @ columns.mT
         total = block if total is None else total + block
     return total
+
+
+def sampled(mask: Tensor, z: Tensor, share: Share) -> tuple[slice, float]:
+    """Images of this process from which a layer's Gram matrix is estimated, evenly spread over the whole batch, and
+    what the sum over them is to be multiplied by.
+
+    ``z`` is the layer's output: all of it but rows and images are positions, each with an input of its own.
+    """
+    positions = z[0].numel() // len(mask)
+    wanted = max(MIN_IMAGES, -(-SAMPLES * mask[0].numel() // positions))
+    stride = max(1, share.total // wanted)
+    return slice(-share.start % stride, None, stride), share.total / len(range(0, share.total, stride))
 
 
 def layout(mask: Tensor) -> tuple[int, int, int]:
@@ -132,17 +149,19 @@ def row_preconditioner(
         share: which images of the batch these are.
     """
     grams = []
-    for name in masks:
-        g = gram(seen[name][0], seen[name][1])
+    for name, mask in masks.items():
+        module, x, z = seen[name]
+        images, scale = sampled(mask, z, share)
+        g = gram(module, x[images])
         if g is None:
             return None
-        grams.append(share.sum(g * share.weight))
+        grams.append(share.sum(g * (share.weight * scale)))
     device = outputs[0][1].device
     generator = torch.Generator(device).manual_seed(0)
     u = []
     for h, o in outputs:  # drawn for the whole batch: every image has its own, whoever has the image
         signs = torch.randint(2, (share.total, *o.shape[1:]), generator=generator, device=device, dtype=o.dtype)
-        u.append(h**0.5 * (2 * signs[share.start : share.stop] - 1))
+        u.append(signs[share.start : share.stop].mul_(2 * h**0.5).sub_(h**0.5))
     f = [o for _, o in outputs]
     sensitivities = torch.autograd.grad(f, [seen[name][2] for name in masks], u, retain_graph=True)
     blocks = []

@@ -1,12 +1,14 @@
 """The state in which a model is differentiated: everything still but the weights that are solved for.
 
-Autograd's second-order rules for convolutions and batch norms also compute what a frozen network has no use for (a
-weight gradient per convolution, batch statistics per norm), at more than the cost of the product itself. Here a frozen
-convolution is a linear map that knows its transpose, and a batch norm in evaluation mode an affine one.
+Autograd's second-order rules for convolutions and batch norms also compute what nobody asked for (of a convolution the
+gradients of its input and weight, of a norm its batch statistics'), at more than the cost of the product itself. Here
+a convolution is a bilinear map of input and weight, with its two transposes, and a batch norm in evaluation mode an
+affine map.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,52 +19,102 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 
+def _asked(ctx: Any) -> list[bool]:
+    """Of a function's inputs, those whose gradients this very backward pass is for; ``needs_input_grad`` also has
+    those that another pass may be for."""
+    return [
+        node is not None and (hasattr(node, "variable") or torch._C._will_engine_execute_node(node))  # leaves: always
+        for node, _ in ctx.next_functions
+    ]
+
+
+@dataclass(frozen=True)
+class Blank:
+    """What must be known of a tensor where its values are not."""
+
+    shape: torch.Size
+    layout: torch.memory_format
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Blank":
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return cls(x.shape, torch.channels_last if channels_last else torch.contiguous_format)
+
+    def filled(self, like: Tensor) -> Tensor:
+        return torch.empty(self.shape, dtype=like.dtype, device=like.device, memory_format=self.layout)
+
+
+def _transposed(g: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d, which: int) -> Tensor:
+    """⟨g, conv(x, weight)⟩ differentiated by x (0) or by weight (1); the values of that one are not read."""
+    mask = [which == 0, which == 1, False]
+    places = conv.stride, conv.padding, conv.dilation
+    gradients = torch.ops.aten.convolution_backward(g, x, weight, None, *places, False, (0, 0), conv.groups, mask)
+    gradient: Tensor = gradients[which]
+    return gradient
+
+
 class Convolution(Function):
-    """x → conv(x) for a convolution whose weight and bias are constants; differentiable in x to any order."""
+    """x, w → conv(x, w) without its bias; like its two transposes differentiable to any order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        ctx.conv, ctx.shape = conv, x.shape
-        ctx.layout = (
-            torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        )
-        return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, conv: nn.Conv2d) -> Tensor:
+        ctx.conv, ctx.blank = conv, Blank.of(x)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # what is not saved may be freed
+        return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return Transpose.apply(gradients[0], ctx.conv, ctx.shape, ctx.layout), None
-
-
-class Transpose(Function):
-    """The transpose of a convolution's linear part: gradients of its output → gradients of its input of ``shape``."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, conv: nn.Conv2d, shape: torch.Size, layout: torch.memory_format) -> Tensor:
-        ctx.conv = conv
-        return torch.ops.aten.convolution_backward(
-            g,
-            torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=layout),  # its values are not read
-            conv.weight,
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (x, weight), (of_x, of_weight) = gradients, ctx.saved_tensors, _asked(ctx)
+        return (
+            InputGradient.apply(g, weight, ctx.blank, ctx.conv) if of_x else None,
+            WeightGradient.apply(g, x, Blank.of(weight), ctx.conv) if of_weight else None,
             None,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            False,
-            (0, 0),
-            conv.groups,
-            (True, False, False),
-        )[0]
+        )
+
+
+class InputGradient(Function):
+    """g, w → the gradient of ⟨g, conv(x, w)⟩ in x, which looks like ``blank``."""
 
     @staticmethod
-    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor, None, None, None]:
-        conv = ctx.conv
-        v = F.conv2d(tangents[0], conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return v, None, None, None
+    def forward(ctx: Any, g: Tensor, weight: Tensor, blank: Blank, conv: nn.Conv2d) -> Tensor:
+        ctx.conv = conv
+        ctx.save_for_backward(g if ctx.needs_input_grad[1] else None, weight)
+        return _transposed(g, blank.filled(g), weight, conv, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
+        (t,), (g, weight), (of_g, of_weight) = tangents, ctx.saved_tensors, _asked(ctx)
+        return (
+            Convolution.apply(t, weight, ctx.conv) if of_g else None,
+            WeightGradient.apply(g, t, Blank.of(weight), ctx.conv) if of_weight else None,
+            None,
+            None,
+        )
+
+
+class WeightGradient(Function):
+    """g, x → the gradient of ⟨g, conv(x, w)⟩ in w, which looks like ``blank``."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, blank: Blank, conv: nn.Conv2d) -> Tensor:
+        ctx.conv = conv
+        ctx.save_for_backward(g, x)
+        return _transposed(g, x, blank.filled(x), conv, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
+        (t,), (g, x), (of_g, of_x) = tangents, ctx.saved_tensors, _asked(ctx)
+        return (
+            Convolution.apply(x, t, ctx.conv) if of_g else None,
+            InputGradient.apply(g, t, Blank.of(x), ctx.conv) if of_x else None,
+            None,
+            None,
+        )
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    # The layer that is solved for has its own, differentiable weight put in place of the constant one.
-    return nn.Conv2d.forward(conv, x) if conv.weight.requires_grad else Convolution.apply(x, conv)
+    z: Tensor = Convolution.apply(x, conv.weight, conv)
+    return z if conv.bias is None else z + conv.bias[:, None, None]
 
 
 def _normalise(norm: Any) -> Any:
