@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
 from snows_hf.objective import ActiveWeights, KStepObjective, Segment
-from snows_hf.preconditioner import RowBlocks, gram
+from snows_hf.distributed import Share
+from snows_hf.preconditioner import MIN_IMAGES, SAMPLES, RowBlocks, gram, sampled
 from snows_hf.solver import CGStatus, cg
 
 
@@ -52,6 +53,22 @@ def test_gram_is_the_hessian_of_each_output_channel(name):
 
 def test_layers_it_cannot_unfold_have_no_gram():
     assert gram(nn.ConvTranspose2d(2, 2, 3), torch.zeros(1, 2, 4, 4)) is None
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 50])
+@pytest.mark.parametrize(("total", "wanted"), [(256, 32), (256, 256), (100, 72), (200, 33), (40, 144), (1, 32)])
+def test_images_for_gram_matrices_are_the_same_for_any_number_of_processes(total, wanted, processes):
+    """Evenly spread over the batch, no fewer than are wanted if there are as many, and scaled to all of them."""
+    mask = torch.ones(5, max(1, wanted * 4 // SAMPLES), dtype=torch.bool)
+    taken = []
+    for place in range(processes):
+        start, stop = total * place // processes, total * (place + 1) // processes
+        z = torch.zeros(max(stop - start, 1), 5, 2, 2)  # four positions
+        images, scale = sampled(mask, z, Share(total, start, stop))
+        taken += list(range(start, stop))[images]
+    steps = {b - a for a, b in zip(taken, taken[1:], strict=False)}
+    assert taken[0] == 0 and len(steps) <= 1
+    assert min(total, wanted) <= len(taken) <= 2 * max(wanted, MIN_IMAGES) and scale == total / len(taken)
 
 
 def masks_of(kind: str, shape: tuple[int, int]) -> Tensor:

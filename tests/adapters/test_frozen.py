@@ -67,6 +67,45 @@ def test_a_weight_put_in_place_is_differentiated():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "norm" not in name])
+def test_weights_in_two_layers_have_their_derivatives_to_third_order(name, layout):
+    """In both weights and the image at once, of a loss that all of them enter nonlinearly."""
+    model = network(name)
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    variables = [x, *(model[i].weight.detach().clone().requires_grad_() for i in (0, 2))]
+
+    def orders() -> list[torch.Tensor]:
+        replaced = {"0.weight": variables[1], "2.weight": variables[2]}
+        derivatives, scalar = [], torch.func.functional_call(model, replaced, (variables[0],)).pow(3).sum()
+        for _ in range(3):
+            found = grad(scalar, variables, create_graph=True)
+            derivatives += [d.detach() for d in found]
+            scalar = sum((d * torch.linspace(-1, 1, d.numel()).double().reshape(d.shape)).sum() for d in found)
+        return derivatives
+
+    expected = orders()
+    with frozen(model):
+        got = orders()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed():
+    """Of Jᵀu along u: a convolution for each tangent of an input, and one for that of the weight."""
+    model = network("padded")
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    weight = 2 * model[2].weight.detach().clone().requires_grad_()  # no leaf, as no weight that is scattered is
+    with frozen(model):
+        y = torch.func.functional_call(model, {"2.weight": weight}, (x,))
+        u = torch.ones_like(y, requires_grad=True)
+        gradients = grad(y, (weight, x), u, create_graph=True)
+        with torch.profiler.profile() as profile:
+            grad(gradients, u, [torch.ones_like(g) for g in gradients])
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::conv2d"] == 3 and "aten::convolution_backward" not in calls
+
+
 def test_a_weight_that_changes_meanwhile_is_used():
     model = network("padded")
     x = torch.randn(2, 3, 8, 7, dtype=torch.float64)

@@ -11,6 +11,7 @@ from torch.autograd import grad
 from ..adapters.base import Chain, State
 from ..adapters.frozen import frozen
 from ..config import PruneConfig
+from ..distance import Distance
 from ..errors import MaskError, NumericsError
 from ..memory import Images
 from ..objective import ActiveWeights, KStepObjective, Segment
@@ -25,11 +26,11 @@ REMEDY = "Use --dtype float32 or float64, or a criterion that reads weights alon
 @dataclass(frozen=True)
 class Linearisation:
     """A batch's K-step loss around the dense weights w (m,): its share of all images, and every operation's output,
-    attached to w, with the loss's second derivative in each of its entries (C)."""
+    attached to w, with its term of the loss."""
 
     share: float
     w: Tensor
-    outputs: list[tuple[float, Tensor]]
+    outputs: list[tuple[Tensor, Distance]]
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,7 @@ class Evidence:
             outputs = segment.outputs(state, active.scatter(w))
             targets = [o.detach() for o in outputs]
             objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
-            moving = [(2 * c, o) for c, o in zip(objective.weights, outputs, strict=True) if o.requires_grad]
-            yield Linearisation(len(state[0]) / images, w, moving)
+            yield Linearisation(len(state[0]) / images, w, objective.moving(outputs))
 
     @torch.no_grad()
     def grams(self) -> dict[str, Tensor]:
