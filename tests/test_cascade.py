@@ -262,9 +262,9 @@ def test_predictions_are_polished(network, joint_steps):
     """The losses, recomputed as the divergence of the networks before and after on the images that judge."""
     settings = {"joint_steps": joint_steps, "augment": True, "batch_size": 50}
     before = tiny.prune(network(), count=200, **settings)
-    after, again = (tiny.prune(network(), count=200, polish_steps=40, **settings) for _ in range(2))
+    after, again = (tiny.prune(network(), count=200, polish_passes=13, **settings) for _ in range(2))
     *layers, polish = after.reports
-    assert (polish.name, polish.sweep, polish.steps) == ("predictions", 2 + (joint_steps > 0), 40)
+    assert (polish.name, polish.sweep, polish.steps) == ("predictions", 2 + (joint_steps > 0), 13 * 3)
     for a, b in zip(layers, before.reports, strict=True):
         assert {**a.to_dict(), "seconds": 0} == {**b.to_dict(), "seconds": 0}
     for name, mask in after.masks.items():
@@ -284,7 +284,7 @@ def test_predictions_are_polished(network, joint_steps):
 def test_a_network_without_classifier_has_no_predictions():
     network = tiny.timm_resnet()
     network.reset_classifier(0)
-    assert [report.name for report in tiny.prune(network, polish_steps=3).reports if report.sweep > 1] == []
+    assert [report.name for report in tiny.prune(network, polish_passes=3).reports if report.sweep > 1] == []
 
 
 def test_augmented_images_teach_and_never_judge():

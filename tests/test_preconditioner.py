@@ -1,5 +1,7 @@
 """The Gram-matrix preconditioner against dense matrices."""
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
@@ -7,8 +9,8 @@ from torch import Tensor, nn
 
 from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
-from snows_hf.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.distributed import Share
+from snows_hf.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.preconditioner import MIN_IMAGES, SAMPLES, RowBlocks, gram, sampled
 from snows_hf.solver import CGStatus, cg
 
@@ -66,7 +68,7 @@ def test_images_for_gram_matrices_are_the_same_for_any_number_of_processes(total
         z = torch.zeros(max(stop - start, 1), 5, 2, 2)  # four positions
         images, scale = sampled(mask, z, Share(total, start, stop))
         taken += list(range(start, stop))[images]
-    steps = {b - a for a, b in zip(taken, taken[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(taken)}
     assert taken[0] == 0 and len(steps) <= 1
     assert min(total, wanted) <= len(taken) <= 2 * max(wanted, MIN_IMAGES) and scale == total / len(taken)
 

@@ -106,7 +106,7 @@ def prune_chain(
     """
     batches = split_images(len(images), config.batch_size, config.held_out)
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
-    again = config.sweeps > 1 or config.joint_steps > 0 or config.polish_steps > 0
+    again = config.sweeps > 1 or config.joint_steps > 0 or config.polish_passes > 0
     dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
     cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {}, journal or Journal())
     shelf = images.shelf if isinstance(images, Images) else Shelf()
@@ -137,7 +137,7 @@ class Cascade:
     @property
     def endings(self) -> list[str]:
         """What moves all layers together after the sweeps."""
-        steps = {"joint": self.config.joint_steps, "polish": self.config.polish_steps if self.chain.classifies else 0}
+        steps = {"joint": self.config.joint_steps, "polish": self.config.polish_passes if self.chain.classifies else 0}
         return [kind for kind in steps if steps[kind]]
 
     @property
@@ -231,7 +231,7 @@ class Cascade:
         self.on_progress(Progress(place, total, group.name))
         active = ActiveWeights.of(group, self.masks, self.device)
         judge = len(streams.pruned) - 1
-        joint, polish = self.config.joint_steps, self.config.polish_steps
+        joint, polish = self.config.joint_steps, self.config.polish_passes * judge
         steps = {"joint": joint, "polish": polish}.get(group.kind) or self.layer_steps(judge)
         state = self.journal.get_state(f"layer-{place:04d}", self.device) if group.kind == "joint" else None
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.

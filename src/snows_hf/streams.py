@@ -123,9 +123,8 @@ class Batches:
         part = share(self.streams.size(index))
         pruned: State = send_to_device(self.streams.pruned[index].get(), self.device)
         source = pruned
-        if (
-            self.config.augment and kind in ("joint", "polish") and step is not None
-        ):  # elsewhere what comes in is not images
+        takes_images = kind in ("joint", "polish")
+        if self.config.augment and takes_images and step is not None:
             source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
         elif self.config.targets == "dense":
             source = self.streams.dense[index].get()
