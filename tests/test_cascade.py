@@ -256,37 +256,6 @@ def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
     assert joint.loss_pruned < joint.loss_masked
 
 
-@pytest.mark.parametrize("joint_steps", [0, 2])
-@pytest.mark.parametrize("network", NETWORKS)
-def test_predictions_are_polished(network, joint_steps):
-    """The losses, recomputed as the divergence of the networks before and after on the images that judge."""
-    settings = {"joint_steps": joint_steps, "augment": True, "batch_size": 50}
-    before = tiny.prune(network(), count=200, **settings)
-    after, again = (tiny.prune(network(), count=200, polish_passes=13, **settings) for _ in range(2))
-    *layers, polish = after.reports
-    assert (polish.name, polish.sweep, polish.steps) == ("predictions", 2 + (joint_steps > 0), 13 * 3)
-    for a, b in zip(layers, before.reports, strict=True):
-        assert {**a.to_dict(), "seconds": 0} == {**b.to_dict(), "seconds": 0}
-    for name, mask in after.masks.items():
-        assert torch.equal(after.pruned.get_parameter(name) != 0, mask)
-        assert torch.equal(after.pruned.get_parameter(name), again.pruned.get_parameter(name))
-
-    images = after.images[split_images(len(after.images), after.config.batch_size, after.config.held_out)[-1]]
-    with torch.no_grad(), frozen(after.dense), frozen(after.pruned), frozen(before.pruned):
-        dense, start, end = (
-            build_chain(net).logits(images).log_softmax(1) for net in (after.dense, before.pruned, after.pruned)
-        )
-    losses = [float((dense.exp() * (dense - o)).sum(1).mean()) for o in (start, end)]
-    assert [polish.loss_masked, polish.loss_pruned] == pytest.approx(losses, rel=1e-9)
-    assert polish.loss_pruned < polish.loss_masked
-
-
-def test_a_network_without_classifier_has_no_predictions():
-    network = tiny.timm_resnet()
-    network.reset_classifier(0)
-    assert [report.name for report in tiny.prune(network, polish_passes=3).reports if report.sweep > 1] == []
-
-
 def test_augmented_images_teach_and_never_judge():
     settings = {"joint_steps": 4, "average": 3}
     plain, augmented, again = (

@@ -10,8 +10,8 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = (
-    "adapters allocation augment cascade collapse config distance distributed errors journal masks memory models "
-    "objective preconditioner solver streams"
+    "adapters allocation augment cascade collapse config distributed errors journal masks memory models objective "
+    "preconditioner solver streams"
 )
 STEPS = "calibration checks choices describe fitting training"
 JOBS = "attention bench finetune inspect probe prune report sensitivity train"
@@ -23,12 +23,11 @@ MAY_IMPORT = {
     "distributed": "errors",
     "journal": "distributed errors solver",
     "solver": "solver config",
-    "masks": "masks adapters config distance errors memory objective preconditioner solver",
+    "masks": "masks adapters config errors memory objective preconditioner solver",
     "models": "models",
     "adapters": "adapters errors models",
-    "distance": "",
-    "preconditioner": "adapters.base distance distributed",
-    "objective": "adapters.base distance distributed preconditioner solver",
+    "preconditioner": "adapters.base distributed",
+    "objective": "adapters.base distributed preconditioner solver",
     "memory": "errors",
     "augment": "distributed",
     "streams": "adapters augment config distributed masks memory objective",

@@ -59,11 +59,8 @@ def with_value(image: int, value: float) -> Tensor:
     ids=["NaN", "infinite", "NaN judges", "overflow of float64"],
 )
 def test_activations_that_are_not_finite(network: Callable, images: Tensor, joint_steps: int) -> None:
-    reports = solved(network(), images, joint_steps=joint_steps, polish_passes=joint_steps)
-    polish = reports.pop() if joint_steps else reports[-1]
+    reports = solved(network(), images, joint_steps=joint_steps)
     assert statuses(reports) == {"non_finite"}
-    # Logits that are huge have predictions all the same.
-    assert polish.status == "non_finite" or float(images.abs().max()) > 1e100
     assert all("best finite weights were kept" in report.remedy for report in reports)
 
 
@@ -112,8 +109,7 @@ def test_weights_of_zero(network: Callable) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("joint_steps", [0, 2])
 def test_one_image(network: Callable, count: int, joint_steps: int) -> None:
-    reports = solved(network(), tiny.images(count), joint_steps=joint_steps, polish_passes=joint_steps)
-    assert statuses(reports) <= {"improved", "kept_masked"}
+    assert statuses(solved(network(), tiny.images(count), joint_steps=joint_steps)) <= {"improved", "kept_masked"}
 
 
 def test_one_image_and_one_class() -> None:
@@ -165,7 +161,7 @@ def last_operation(model: nn.Module) -> str:
 def test_batches_are_halved_until_they_fit(joint_steps: int) -> None:
     model, said = tiny.cifar_resnet(), list[Progress]()
     chain = hungry(build_chain(model), last_operation(model), fits=4)
-    settings = tiny.config(batch_size=12, joint_steps=joint_steps, polish_passes=joint_steps)
+    settings = tiny.config(batch_size=12, joint_steps=joint_steps)
     reports = prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, CPU, said.append)
     sizes = [report.batch_size for report in reports]
     assert sizes[0] > 4 >= sizes[-1]  # the first layers do not reach that far

@@ -18,7 +18,7 @@ from .journal import Journal
 from .masks import Masks
 from .memory import Images, Shelf, out_of_memory
 from .objective import ActiveWeights, Segment
-from .solver import NewtonResult, NewtonState, adam, newton
+from .solver import NewtonState, newton
 from .streams import Batches, Streams, holding, masked_operations, split_images, whole
 
 
@@ -101,12 +101,12 @@ def prune_chain(
         MemoryLimitError: a single image is too much.
 
     Returns:
-        One report per pruned group, in forward order; the groups once more for every further sweep, one for the joint
-        solve, and one for what polishes the predictions.
+        One report per pruned group, in forward order; the groups once more for every further sweep, and one for the
+        joint solve.
     """
     batches = split_images(len(images), config.batch_size, config.held_out)
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
-    again = config.sweeps > 1 or config.joint_steps > 0 or config.polish_passes > 0
+    again = config.sweeps > 1 or config.joint_steps > 0
     dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
     cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {}, journal or Journal())
     shelf = images.shelf if isinstance(images, Images) else Shelf()
@@ -116,7 +116,8 @@ def prune_chain(
             for sweep in range(1, config.sweeps + 1)
             for report in cascade.sweep(sweep, Streams.start(images, batches, shelf))
         ]
-        reports += [cascade.together(kind, Streams.start(images, batches, shelf)) for kind in cascade.endings]
+        if config.joint_steps:
+            reports.append(cascade.joint(Streams.start(images, batches, shelf)))
     return reports
 
 
@@ -134,17 +135,6 @@ class Cascade:
     start: Mapping[str, Tensor]
     journal: Journal
 
-    @property
-    def endings(self) -> list[str]:
-        """What moves all layers together after the sweeps."""
-        steps = {"joint": self.config.joint_steps, "polish": self.config.polish_passes if self.chain.classifies else 0}
-        return [kind for kind in steps if steps[kind]]
-
-    @property
-    def total(self) -> int:
-        """How many groups are solved in all."""
-        return self.config.sweeps * len(masked_operations(self.chain, self.masks)) + len(self.endings)
-
     def layer_steps(self, learners: int) -> int:
         """Newton steps for one layer with that many batches."""
         steps = self.config.solver.passes * learners
@@ -154,10 +144,11 @@ class Cascade:
         """All layers once, in forward order; ``number`` counts from 1."""
         reports: list[LayerReport] = []
         todo = masked_operations(self.chain, self.masks)
+        total = self.config.sweeps * len(todo) + (self.config.joint_steps > 0)
         for index, operation in enumerate(self.chain.operations[: max(todo, default=-1) + 1]):
             weights: Mapping[str, Tensor] = {}
             if index in todo:
-                place = (number - 1) * len(todo) + len(reports), self.total
+                place = (number - 1) * len(todo) + len(reports), total
                 segment = Segment.cut(self.chain, index, self.config.k)
                 report, weights = self.finish(segment, number, streams, *place)
                 reports.append(report)
@@ -169,16 +160,13 @@ class Cascade:
             streams.advance(operation.run, "pruned", self.device)
         return reports
 
-    def together(self, kind: str, streams: Streams) -> LayerReport:
-        """All layers at once, from the network's images on: ``joint``, Algorithm 2 on the outputs of every operation,
-        or ``polish``, Adam on the predictions."""
-        number = self.endings.index(kind) + 1
-        place = self.total - len(self.endings) + number - 1, self.total
-        report, weights = self.finish(
-            whole(self.chain, self.masks, kind), self.config.sweeps + number, streams, *place
-        )
+    def joint(self, streams: Streams) -> LayerReport:
+        """All layers at once: Algorithm 2 on the outputs of every operation of the network, from its images on."""
+        segment = whole(self.chain, self.masks)
+        total = self.config.sweeps * len(masked_operations(self.chain, self.masks))
+        report, weights = self.finish(segment, self.config.sweeps + 1, streams, total, total + 1)
         self.chain.put(weights)
-        self.on_progress(Progress(*place, report.name, report=report))
+        self.on_progress(Progress(total, total + 1, report.name, report=report))
         return report
 
     def finish(
@@ -227,17 +215,15 @@ class Cascade:
         """Algorithm 2 for a segment's group, number ``place`` of ``total``: report, weights."""
         started = time.perf_counter()
         group = segment.group
-        whole_network = group.kind in ("joint", "polish")
+        joint = group.kind == "joint"
         self.on_progress(Progress(place, total, group.name))
         active = ActiveWeights.of(group, self.masks, self.device)
         judge = len(streams.pruned) - 1
-        joint, polish = self.config.joint_steps, self.config.polish_passes * judge
-        steps = {"joint": joint, "polish": polish}.get(group.kind) or self.layer_steps(judge)
-        state = self.journal.get_state(f"layer-{place:04d}", self.device) if group.kind == "joint" else None
+        steps = self.config.joint_steps if joint else self.layer_steps(judge)
+        state = self.journal.get_state(f"layer-{place:04d}", self.device) if joint else None
+        solver = replace(self.config.solver, passes=1)  # the order has them all
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
         order = [(i, (place * steps + i) % judge) for i in range(state.result.steps if state else 0, steps)]
-        if group.kind == "polish":  # images that no joint step has seen like that
-            order = [(joint + i, batch) for i, batch in order]
         batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
         held_out = batches.objective(judge)
         own = {name: self.chain.weight(name).detach() for name in active.masks}
@@ -246,27 +232,21 @@ class Cascade:
             updated = active.gather({name: self.start.get(name, weight).to(weight) for name, weight in own.items()})
             w = updated if held_out.value(updated) < held_out.value(w) else w
 
-        def report_step(result: NewtonResult) -> None:
+        def report_step(state: NewtonState) -> None:
+            result = state.result
             counts = result.cg_iterations, result.loss_start, result.loss_end
             self.on_progress(Progress(place, total, group.name, *counts))
-
-        def keep_step(state: NewtonState) -> None:
-            report_step(state.result)
-            if group.kind == "joint":
+            if joint:
                 self.journal.put_state(f"layer-{place:04d}", state)
 
-        if group.kind == "polish":
-            result = adam(batches, held_out, w, self.config.polish_rate, steps, report_step)
-        else:
-            solver = replace(self.config.solver, passes=1)  # the order has them all
-            result = newton(batches, held_out, w, solver, keep_step, state)
+        result = newton(batches, held_out, w, solver, report_step, state)
         weights = [self.chain.weight(name) for name in group.parameters]
         size = sum(weight.numel() for weight in weights)
         report = LayerReport(
             name=group.name,
             sweep=sweep,
             parameters=group.parameters,
-            shape=(size,) if whole_network else (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
+            shape=(size,) if joint else (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
             k=segment.stop - segment.start - 1,
             sparsity=(sum(mask.numel() for mask in active.masks.values()) - active.size) / size,
             loss_masked=result.loss_start,

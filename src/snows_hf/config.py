@@ -114,11 +114,7 @@ class PruneConfig(_Settings):
         layer_steps: most Newton steps for one layer in one sweep; 0 means as many as the passes give.
         joint_steps: Newton steps, after the sweeps, that move the weights of all layers together.
         emphasis: of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power.
-        polish_passes: passes of Adam over the calibration batches, after the joint steps, on the mean KL divergence
-            of the pruned network's predictions from the dense one's. A network without a classifier has none.
-        polish_rate: how far a step of these moves a weight at most, as a share of the weights' root mean square.
-        augment: mirror and shift the images of joint and polishing steps at random (augment.py), other than those that
-            judge.
+        augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
     """
@@ -140,8 +136,6 @@ class PruneConfig(_Settings):
     layer_steps: int = 0
     joint_steps: int = 0
     emphasis: float = 0.0
-    polish_passes: int = 0
-    polish_rate: float = 0.0025
     augment: bool = False
     seed: int = 0
     solver: SolverConfig = field(default_factory=SolverConfig)
@@ -165,8 +159,6 @@ class PruneConfig(_Settings):
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
         _check(isinstance(self.augment, bool), "augment", self.augment, "true or false")
         _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")
-        _check(self.polish_passes >= 0, "polish_passes", self.polish_passes, "an integer ≥ 0")
-        _check(0 < self.polish_rate < 1e30, "polish_rate", self.polish_rate, "a number > 0, below 1e30")
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
         _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
 
@@ -306,7 +298,6 @@ _CNN = {
     "cg_max_iter": 5,
     "layer_steps": 4,
     "joint_steps": 40,
-    "polish_passes": 20,
     "emphasis": 3.0,
     "augment": True,
     "average": 10,

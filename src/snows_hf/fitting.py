@@ -66,8 +66,7 @@ def fit_sensitivity(
     """
     densest = min((c for c in candidates if c is not None), key=lambda candidate: candidate.sparsity)
     masks = choose_masks(weights, densest, "magnitude")  # of any criterion's size
-    config = config.updated(joint_steps=0, polish_passes=0)
-    return fit_batches(chain, images[:2], masks, config, device, left, on_stage)
+    return fit_batches(chain, images[:2], masks, config.updated(joint_steps=0), device, left, on_stage)
 
 
 def fit_batches(
@@ -117,7 +116,7 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
                 segments.append((Segment.cut(chain, index, config.k), state))
             with torch.no_grad():
                 state = operation.run(state)
-        if config.joint_steps or config.polish_passes:
+        if config.joint_steps:
             segments.append((whole(chain, masks), start))
         return max(
             saved_bytes(partial(_expand, segment, state, masks, config))

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd import grad
 
 from .adapters.base import Chain, Group, State
-from .distance import Distance, Divergence, SquaredError
 from .distributed import Share, whole
 from .preconditioner import recorded, row_preconditioner
 from .solver.newton import Expansion
@@ -88,8 +87,6 @@ class KStepObjective:
         damping: λ, which the preconditioner shares with the system it is for.
         relative: divide each operation's mean squared error by the variance of its targets.
         emphasis: e of the weights ((k + 1) / (K + 1))ᵉ that the operations have; 0 weighs all alike, as Eq. 3 does.
-        predictions: the loss is not Eq. 3, but the mean KL divergence between the predictions, softmax(Y) and
-            softmax(f), of the last operation, which must be the logits.
         share: which images of the batch ``state`` and ``targets`` hold; value and expansion are those of the whole
             batch. None: all of them.
     """
@@ -105,21 +102,16 @@ class KStepObjective:
         damping: float = 0.0,
         relative: bool = False,
         emphasis: float = 0.0,
-        predictions: bool = False,
         share: Share | None = None,
     ) -> None:
         self.segment, self.active, self.state, self.targets = segment, active, state, targets
         self.curvature, self.preconditioner, self.damping = curvature, preconditioner, damping
         self.share = share or whole(len(state[0]))
-        last = len(targets) - 1
-        self.terms: list[tuple[int, Distance]]
-        if predictions:
-            self.terms = [(last, Divergence(targets[-1], self.share.weight / self.share.total))]
-        else:
-            late = [((k + 1) / (last + 1)) ** emphasis for k in range(last + 1)]
-            self.terms = [(k, SquaredError(y, late[k] * self._scale(y, relative))) for k, y in enumerate(targets)]
+        self.weights = [
+            self._weight(y, relative) * (place / len(targets)) ** emphasis for place, y in enumerate(targets, start=1)
+        ]
 
-    def _scale(self, y: Tensor, relative: bool) -> float:
+    def _weight(self, y: Tensor, relative: bool) -> float:
         """One over the entries of an operation's targets in the whole batch, and over their variance."""
         variance = self.share.variance(y) + 1e-12 if relative else 1.0
         return self.share.weight / (y[0].numel() * self.share.total * variance)
@@ -133,26 +125,18 @@ class KStepObjective:
         return float(self.share.sum(self._loss(self._outputs(w))))
 
     def _loss(self, outputs: Sequence[Tensor]) -> Tensor:
-        return sum((d.value(outputs[k]) for k, d in self.terms), start=torch.zeros((), device=outputs[0].device))
-
-    def gradient(self, w: Tensor) -> tuple[float, Tensor]:
-        """L(w) and ∂L/∂w (m,)."""
-        w = w.detach().requires_grad_()
-        loss = self._loss(self._outputs(w))
-        (gradient,) = grad(loss, w)
-        return float(self.share.sum(loss.detach())), self.share.sum(gradient)
-
-    def moving(self, outputs: Sequence[Tensor]) -> list[tuple[Tensor, Distance]]:
-        """Outputs with their terms, but for those that w does not reach (a shortcut's convolution beside it): they
-        have no part in the derivatives."""
-        return [(outputs[k], d) for k, d in self.terms if outputs[k].requires_grad]
+        terms = zip(self.weights, outputs, self.targets, strict=True)
+        return sum((c * (o - y).square().sum() for c, o, y in terms), start=torch.zeros((), device=outputs[0].device))
 
     def expand(self, w: Tensor) -> Expansion:
         """Value, gradient and curvature product at w (Eq. 4, 5, 7), on graphs that are built once and kept."""
         w = w.detach().requires_grad_()
         with recorded(self.segment.chain, self.active.masks) as seen:
             outputs = self._outputs(w)
-        total, loss, moving = self.share.sum, self._loss(outputs), self.moving(outputs)
+        total, loss = self.share.sum, self._loss(outputs)
+        # Outputs that w does not reach (a shortcut's convolution beside it) have no part in the derivatives.
+        residuals = [t for t in zip(self.weights, outputs, self.targets, strict=True) if t[1].requires_grad]
+        moving = [(2 * c, o) for c, o, _ in residuals]
         precondition = None
         if self.preconditioner == "gram":
             precondition = row_preconditioner(self.active.masks, seen, moving, self.damping, self.share)
@@ -167,13 +151,12 @@ class KStepObjective:
         # Jᵀu is linear in u, so its derivative along u is J at any u: the tangent pass by reverse mode alone, over a
         # graph that is built once per batch, where forward mode would run the primal again for every product. At u of
         # the residuals, Jᵀu is the gradient besides.
-        f = [o for o, _ in moving]
-        u = [d.gradient(o.detach()).requires_grad_() for o, d in moving]
+        f = [o for _, o in moving]
+        u = [(2 * c * (o - y)).detach().requires_grad_() for c, o, y in residuals]
         (gradient,) = grad(f, w, u, create_graph=True)
 
         def gauss_newton(p: Tensor) -> Tensor:
             Jp = grad(gradient, u, p, retain_graph=True)
-            CJp = [d.curvature(o.detach(), t) for (o, d), t in zip(moving, Jp, strict=True)]
-            return total(grad(f, w, CJp, retain_graph=True)[0])
+            return total(grad(f, w, [h * t for (h, _), t in zip(moving, Jp, strict=True)], retain_graph=True)[0])
 
         return Expansion(float(total(loss.detach())), total(gradient.detach()), gauss_newton, precondition)

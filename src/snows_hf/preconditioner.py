@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters.base import Chain
-from .distance import Distance
 from .distributed import Share
 
 
@@ -136,7 +135,7 @@ class RowBlocks:
 def row_preconditioner(
     masks: Mapping[str, Tensor],
     seen: Mapping[str, tuple[nn.Module, Tensor, Tensor]],
-    outputs: Sequence[tuple[Tensor, Distance]],
+    outputs: Sequence[tuple[float, Tensor]],
     damping: float,
     share: Share,
 ) -> Callable[[Tensor], Tensor] | None:
@@ -145,7 +144,7 @@ def row_preconditioner(
     Args:
         masks: parameter name → mask, as in ActiveWeights.
         seen: what :func:`recorded` noted while ``outputs`` were computed.
-        outputs: of the segment, still attached to their graph, each with its term of the loss.
+        outputs: the outputs of the segment, still attached to their graph, each with the loss's curvature in it.
         damping: λ.
         share: which images of the batch these are.
     """
@@ -157,13 +156,13 @@ def row_preconditioner(
         if g is None:
             return None
         grams.append(share.sum(g * (share.weight * scale)))
-    device = outputs[0][0].device
+    device = outputs[0][1].device
     generator = torch.Generator(device).manual_seed(0)
     u = []
-    for o, distance in outputs:  # drawn for the whole batch: every image has its own, whoever has the image
+    for h, o in outputs:  # drawn for the whole batch: every image has its own, whoever has the image
         signs = torch.randint(2, (share.total, *o.shape[1:]), generator=generator, device=device, dtype=o.dtype)
-        u.append(distance.root(o.detach(), signs[share.start : share.stop].mul_(2).sub_(1)))
-    f = [o for o, _ in outputs]
+        u.append(signs[share.start : share.stop].mul_(2 * h**0.5).sub_(h**0.5))
+    f = [o for _, o in outputs]
     sensitivities = torch.autograd.grad(f, [seen[name][2] for name in masks], u, retain_graph=True)
     blocks = []
     for (name, mask), x_gram, g in zip(masks.items(), grams, sensitivities, strict=True):

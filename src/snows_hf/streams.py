@@ -119,12 +119,11 @@ class Batches:
 
     def objective(self, index: int, step: int | None = None) -> KStepObjective:
         """That of one batch; where images are augmented, as they look at a step."""
-        kind = self.segment.group.kind
+        joint = self.segment.group.kind == "joint"
         part = share(self.streams.size(index))
         pruned: State = send_to_device(self.streams.pruned[index].get(), self.device)
         source = pruned
-        takes_images = kind in ("joint", "polish")
-        if self.config.augment and takes_images and step is not None:
+        if self.config.augment and joint and step is not None:  # elsewhere what comes in is not images
             source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
         elif self.config.targets == "dense":
             source = self.streams.dense[index].get()
@@ -140,8 +139,7 @@ class Batches:
             solver.preconditioner,
             solver.damping,
             relative=self.config.weighting == "relative",
-            emphasis=self.config.emphasis if kind == "joint" else 0.0,
-            predictions=kind == "polish",
+            emphasis=self.config.emphasis if joint else 0.0,
             share=part,
         )
 
@@ -154,10 +152,7 @@ def masked_operations(chain: Chain, masks: Masks) -> list[int]:
     return [i for i, group in chain.groups() if any(name in masks for name in group.parameters)]
 
 
-def whole(chain: Chain, masks: Masks, kind: str = "joint") -> Segment:
-    """The network from its images on, with all pruned weights as one group: ``joint``, for the outputs of all
-    operations, or ``polish``, for the predictions."""
+def whole(chain: Chain, masks: Masks) -> Segment:
+    """The network from its images on, with all pruned weights as one group."""
     names = tuple(name for _, group in chain.groups() for name in group.parameters if name in masks)
-    return Segment(
-        chain, Group("all layers" if kind == "joint" else "predictions", names, kind), 0, len(chain.operations)
-    )
+    return Segment(chain, Group("all layers", names, "joint"), 0, len(chain.operations))

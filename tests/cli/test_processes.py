@@ -11,7 +11,7 @@ import pytest
 from embedded import DIGITS, NO_HUB, VIT, tensors_of
 
 
-SETTINGS = "layer_steps: 2\njoint_steps: 3\npolish_passes: 2\nbatch_size: 7\n"  # 7 divides neither by 2 nor the images
+SETTINGS = "layer_steps: 2\njoint_steps: 3\nbatch_size: 7\n"  # 7 divides neither by 2 nor the images
 
 
 def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -29,7 +29,7 @@ def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[st
 
 
 def test_two_processes_come_to_the_weights_of_one(run, elsewhere: Path) -> None:
-    """Joint steps, polish and a Gram preconditioner included; the held-out batch has one image, for two processes."""
+    """Joint steps and a Gram preconditioner included; the held-out batch has one image, for two processes."""
     Path("s.yaml").write_text(SETTINGS)
     options = ("prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 20, "--k", 3, "--dtype", "float64")
     options += ("--config", "s.yaml", "--mask", "wanda", "--json", "--eval-data", DIGITS, "--output")

@@ -22,7 +22,7 @@ from snows_hf.masks import NM
 
 
 QUICK = {"data": str(DIGITS), "samples": 32, "k": 1}
-JOINT = QUICK | {"layer_steps": 1, "joint_steps": 6, "polish_passes": 10, "batch_size": 16}
+JOINT = QUICK | {"layer_steps": 1, "joint_steps": 6, "batch_size": 16}
 WORK = ".out.snows-work"
 
 
@@ -52,12 +52,12 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The result of a prune with a joint solve that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     result = prune(str(RESNET), "2:4", output=folder / "out", **JOINT)
-    assert [layer["steps"] for layer in result.report["later_sweeps"]] == [6, 20]
+    assert result.report["later_sweeps"][0]["steps"] == 6
     return weights(folder / "out")
 
 
 def test_broken_off_again_and_again(joint: bytes, tmp_path: Path) -> None:
-    """Between layers, between the steps of the joint solve, and while predictions are polished."""
+    """Between layers, and between the steps of the joint solve."""
     said: list[str] = []
     for _ in range(20):
         try:

@@ -64,12 +64,6 @@ class Chain(nn.Module):
             outputs.append(state[0])
         return outputs
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the last outputs are logits; those of a model without a classifier are features."""
-        classes = getattr(self.model, "num_classes", None)  # timm's; transformers says it in the name
-        return classes > 0 if classes is not None else "ForImageClassification" in type(self.model).__name__
-
     def logits(self, images: Tensor) -> Tensor:
         """The model's logits (n, classes) for preprocessed images (n, 3, height, width), through the chain."""
         return self((images,))[-1]

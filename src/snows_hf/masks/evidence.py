@@ -11,7 +11,6 @@ from torch.autograd import grad
 from ..adapters.base import Chain, State
 from ..adapters.frozen import frozen
 from ..config import PruneConfig
-from ..distance import Distance
 from ..errors import MaskError, NumericsError
 from ..memory import Images
 from ..objective import ActiveWeights, KStepObjective, Segment
@@ -26,11 +25,11 @@ REMEDY = "Use --dtype float32 or float64, or a criterion that reads weights alon
 @dataclass(frozen=True)
 class Linearisation:
     """A batch's K-step loss around the dense weights w (m,): its share of all images, and every operation's output,
-    attached to w, with its term of the loss."""
+    attached to w, with the loss's second derivative in each of its entries (C)."""
 
     share: float
     w: Tensor
-    outputs: list[tuple[Tensor, Distance]]
+    outputs: list[tuple[float, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,8 @@ class Evidence:
             outputs = segment.outputs(state, active.scatter(w))
             targets = [o.detach() for o in outputs]
             objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
-            yield Linearisation(len(state[0]) / images, w, objective.moving(outputs))
+            moving = [(2 * c, o) for c, o in zip(objective.weights, outputs, strict=True) if o.requires_grad]
+            yield Linearisation(len(state[0]) / images, w, moving)
 
     @torch.no_grad()
     def grams(self) -> dict[str, Tensor]:

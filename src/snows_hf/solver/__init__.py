@@ -1,6 +1,5 @@
-"""Algorithms 1 and 2: conjugate gradients and stochastic Newton; Adam. All blind to networks."""
+"""Algorithms 1 and 2: conjugate gradients and stochastic Newton, blind to networks."""
 
-from .adam import adam
 from .cg import CGResult, CGStatus, cg
 from .newton import Expansion, NewtonResult, NewtonState, NewtonStatus, Objective, newton
 
@@ -13,7 +12,6 @@ __all__ = [
     "NewtonState",
     "NewtonStatus",
     "Objective",
-    "adam",
     "cg",
     "newton",
 ]

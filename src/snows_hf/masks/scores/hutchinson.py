@@ -77,10 +77,8 @@ def on_k_step_loss(evidence: Evidence, probes: int = PROBES) -> Diagonal:
         for part in linearisations:
 
             def draw(part: Linearisation = part) -> Tensor:
-                u = [
-                    distance.root(output.detach(), rademacher(output, generator)) for output, distance in part.outputs
-                ]
-                return grad([output for output, _ in part.outputs], part.w, u, retain_graph=True)[0].square()
+                u = [curvature**0.5 * rademacher(output, generator) for curvature, output in part.outputs]
+                return grad([output for _, output in part.outputs], part.w, u, retain_graph=True)[0].square()
 
             yield part.share, torch.zeros_like(part.w), draw
 
