@@ -297,7 +297,7 @@ _CNN = {
     "weighting": "relative",
     "cg_max_iter": 5,
     "layer_steps": 4,
-    "joint_steps": 40,
+    "joint_steps": 60,
     "emphasis": 3.0,
     "augment": True,
     "average": 10,
