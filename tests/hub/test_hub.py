@@ -347,6 +347,33 @@ def file_names_that_lead_out_of_the_folder(hub: Hub, machine: Machine, model: Pa
         assert not inside and not outside.exists() and not (machine.place.parent.parent / "escaped.json").exists()
 
 
+READ = """
+import json, sys, torch
+if "hook" in sys.argv:
+    import snows_hf
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("me/small").eval()
+print(json.dumps(model(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).logits.tolist()))
+"""
+
+
+@scenario
+def packed_repositories_are_read_by_id(hub: Hub, machine: Machine, model: Path) -> None:
+    only = ("--layers", "*.0.mlp.fc1", "--output", "out")
+    machine("prune", "me/vit", *QUICK, *only, "--format", "packed", "--push-to", "me/small").succeeds()
+    assert "model.safetensors" not in hub.repositories["models", "me/small"].files
+    machine("unpack", "out", "dense").succeeds()
+    measured = [
+        json.loads(machine("eval", source, "--data", "me/digits", "--json").succeeds().out)["top1"]
+        for source in ("me/small", "dense")
+    ]
+    assert measured[0] == measured[1]
+    assert machine.python("-c", READ, "hook").succeeds().out.startswith("[[")
+    stock = machine.python("-c", READ)
+    assert stock.code != 0 and stock.out == ""
+
+
 @scenario
 def too_many_requests(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("GET", "/api/models/me/vit", 429)
