@@ -1,7 +1,7 @@
 """Options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,3 +22,8 @@ EvalData = Annotated[str | None, typer.Option(help="Labelled images to measure a
 EvalSplit = Annotated[str, typer.Option(help="Split of --eval-data.")]
 Output = Annotated[Path, typer.Option(help="Folder for the result.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository on the Hub private.")]
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """Those that the user gave; the others keep the defaults of the job."""
+    return {name: value for name, value in settings.items() if value is not None}

@@ -12,7 +12,7 @@ import yaml
 from ..config import PruneConfig, SolverConfig
 from ..distributed import from_main
 from ..errors import ConfigError, SaveError, SnowsError, one_line
-from .options import DataSplit, Device, EvalData, EvalSplit, Json, Model, Private, Quiet, Restart, Revision
+from .options import DataSplit, Device, EvalData, EvalSplit, Json, Model, Private, Quiet, Restart, Revision, given
 from .progress import LayerProgress
 from .push import push_and_show
 from .sink import Sink, open_sink, shown
@@ -83,11 +83,9 @@ def command(
 ) -> None:
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
     settings = read_settings(config)
-    chosen: dict[str, Any] = {"samples": samples, "k": k, "mask": mask, "curvature": curvature, "seed": seed}
-    chosen |= {"allocation": allocation, "sparsity": sparsity, "budget": budget}
-    settings |= {name: value for name, value in chosen.items() if value is not None}
-    if layers:
-        settings["layers"] = tuple(layers)
+    settings |= given(samples=samples, k=k, mask=mask, curvature=curvature, seed=seed)
+    settings |= given(allocation=allocation, sparsity=sparsity, budget=budget)
+    settings |= given(layers=tuple(layers) if layers else None)
 
     from ..hub.push import check_push
     from ..prune import prune

@@ -1,11 +1,11 @@
 """``snows-hf sensitivity``"""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .options import DataSplit, Device, Json, Model, Quiet, Revision
+from .options import DataSplit, Device, Json, Model, Quiet, Revision, given
 from .sink import open_sink, shown
 
 
@@ -38,8 +38,6 @@ def command(
     sink = open_sink(as_json, quiet)
     if plot is not None:
         check_plot(plot)
-    settings: dict[str, Any] = {"samples": samples, "mask": mask, "repair_steps": repair_steps, "seed": seed}
-    settings["layers"] = tuple(layers) if layers else None
 
     def on_layer(row: Sensitivity) -> None:
         sink.stage(f"{row.layer} at {shown(str(row.pattern))}: {row.loss:.3g}")
@@ -53,7 +51,8 @@ def command(
         revision=revision,
         on_layer=on_layer,
         on_stage=sink.stage,
-        **{name: value for name, value in settings.items() if value is not None},
+        **given(samples=samples, mask=mask, repair_steps=repair_steps, seed=seed),
+        **given(layers=tuple(layers) if layers else None),
     )
     losses = [{c["pattern"]: c["loss"] for c in layer["candidates"]} for layer in result["layers"]]
     sink.table(

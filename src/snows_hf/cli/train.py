@@ -1,10 +1,10 @@
 """``snows-hf train``"""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Output, Quiet, Revision
+from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Output, Quiet, Revision, given
 from .sink import open_sink
 
 
@@ -48,9 +48,6 @@ def command(
     from ..train import train
 
     sink = open_sink(as_json, quiet)
-    settings: dict[str, Any] = {"mask": mask, "allocation": allocation, "warm_up_bn": warm_up_bn, "epochs": epochs}
-    settings["layer_cap"] = layer_cap
-    settings |= {"lr": lr, "schedule": schedule, "batch_size": batch_size, "samples": samples, "seed": seed}
     report = train(
         source,
         data,
@@ -62,7 +59,8 @@ def command(
         device=device,
         revision=revision,
         on_stage=sink.stage,
-        **{name: value for name, value in settings.items() if value is not None},
+        **given(mask=mask, allocation=allocation, layer_cap=layer_cap, warm_up_bn=warm_up_bn, epochs=epochs),
+        **given(lr=lr, schedule=schedule, batch_size=batch_size, samples=samples, seed=seed),
     ).report
     for name, reason in report["collapse"]["layers"].items():
         sink.text(f"Layer collapse: {name}: {reason}.")
