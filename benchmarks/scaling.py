@@ -36,7 +36,7 @@ from snows_hf.streams import split_images
 
 # width, depth, images, most products per step
 FITTED = [(128, 2, 300, 2), (128, 2, 300, 8), (192, 2, 300, 5), (192, 3, 300, 2), (256, 2, 300, 5)]
-UNSEEN = [(320, 2, 300, 3), (192, 3, 900, 4), (128, 6, 600, 5)]
+UNSEEN = [(320, 2, 300, 3), (192, 3, 900, 4)]
 SIZE = 32
 APPLIED = ["vit_large_patch16_224", "vit_huge_patch14_224", "vit_giant_patch14_224"]
 
