@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from snows_hf.adapters import Chain, build_chain
 from snows_hf.cascade import prune_chain
 from snows_hf.config import PruneConfig, preset
-from snows_hf.masks import NM
+from snows_hf.masks import choose_masks, parse_pattern
 from snows_hf.streams import split_images
 
 
@@ -64,7 +64,7 @@ class Work:
 @torch.no_grad()
 def operations_of(chain: Chain, size: int, device: str = "cpu") -> tuple[list[float], list[int]]:
     """Floating-point operations of one image in every operation of the chain, and bytes of the state after it."""
-    state = (torch.empty(1, 3, size, size, device=device).zero_(),)
+    state = (torch.zeros(1, 3, size, size, device=device),)
     flops, states = [], []
     for operation in chain.operations:
         counter: Any = FlopCounterMode(display=False)
@@ -88,11 +88,8 @@ def measure(width: int, depth: int, images: int, products: int) -> None:
     torch.set_num_threads(1)
     config, chain = settings(images, products), build_chain(network(width, depth))
     flops, _ = operations_of(chain, SIZE)
-    masks = {
-        name: NM(2, 4).mask(chain.weight(name).detach().abs())
-        for _, group in chain.groups()
-        for name in group.parameters
-    }
+    weights = {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
+    masks = choose_masks(weights, parse_pattern(config.pattern), config.mask)
     x = torch.randn(images, 3, SIZE, SIZE)
     started = time.process_time()
     with torch.no_grad():
@@ -134,18 +131,19 @@ def rest(found: dict[str, Any]) -> float:
     return float(found["forward"] * (found["judged"] + found["streams"]))
 
 
-def applied(name: str, images: int, gpus: int, a: float, c: float, rates: argparse.Namespace) -> list[str]:
-    with torch.device("meta"):
-        model = timm.create_model(name).eval()
-    chain, config = build_chain(model), settings(images, 5)
+def applied(
+    name: str, chain: Chain, images: int, gpus: int, a: float, c: float, rates: argparse.Namespace
+) -> list[str]:
+    config = preset("default", "vit", "2:4").updated(samples=images)
     flops, states = operations_of(chain, 224, "meta")
     layers = works(chain, flops, config.k)
-    batch, steps = config.batch_size, config.layer_steps
-    judge = min(round(0.1 * images), batch)
+    batch, steps, products = config.batch_size, config.layer_steps, config.solver.cg_max_iter
+    held_out = split_images(images, batch, config.held_out)[-1]
+    judge = held_out.stop - held_out.start
     rate = rates.rate * 1e12 * gpus
-    solving = sum(w.segment * steps * (batch * (a + c * 5) + judge) for w in layers) / rate
+    solving = sum(w.segment * steps * (batch * (a + c * products) + judge) for w in layers) / rate
     streams = 2 * images * sum(flops) / rate
-    sent = sum(4 * w.active * steps * (5 + 2) for w in layers) * 2 * (gpus - 1) / gpus
+    sent = sum(4 * w.active * steps * (products + 2) for w in layers) * 2 * (gpus - 1) / gpus
     nodes = -(-gpus // 8)
     moved = 2 * 2 * images * sum(states)  # both streams, written and read
     largest = 2 * images * max(states)
@@ -188,8 +186,10 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for name in APPLIED:
+        with torch.device("meta"):
+            chain = build_chain(timm.create_model(name).eval())
         for images, gpus in ((20_000, 1), (20_000, 8), (200_000, 8), (1_000_000, 8), (1_000_000, 64)):
-            print(f"| {' | '.join(applied(name, images, gpus, a, c, arguments))} |")
+            print(f"| {' | '.join(applied(name, chain, images, gpus, a, c, arguments))} |")
 
 
 if __name__ == "__main__":

@@ -150,9 +150,11 @@ def row_preconditioner(
     """
     grams = []
     for name, mask in masks.items():
-        module, x, z = seen[name]
+        module, *both = seen[name]
+        # Windows of attention come in the place of images, an image's one after the other.
+        x, z = (tensor.unflatten(0, (share.stop - share.start, -1)) for tensor in both)
         images, scale = sampled(mask, z, share)
-        g = gram(module, x[images])
+        g = gram(module, x[images].flatten(0, 1))
         if g is None:
             return None
         grams.append(share.sum(g * (share.weight * scale)))

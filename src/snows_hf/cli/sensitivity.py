@@ -51,8 +51,13 @@ def command(
         revision=revision,
         on_layer=on_layer,
         on_stage=sink.stage,
-        **given(samples=samples, mask=mask, repair_steps=repair_steps, seed=seed),
-        **given(layers=tuple(layers) if layers else None),
+        **given(
+            samples=samples,
+            mask=mask,
+            repair_steps=repair_steps,
+            seed=seed,
+            layers=tuple(layers) if layers else None,
+        ),
     )
     losses = [{c["pattern"]: c["loss"] for c in layer["candidates"]} for layer in result["layers"]]
     sink.table(

@@ -70,7 +70,7 @@ class Evidence:
 
     def theta(self) -> Tensor:
         """θ (m,), in the precision in which the network computes."""
-        return self.everything.gather({name: self.network.weight(name).detach() for name in self.weights})
+        return self.everything.within(self.network)
 
     def ranked(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The masks (True: kept) that the pattern makes of scores.

@@ -31,7 +31,7 @@ def synflow(evidence: Evidence) -> dict[str, Tensor]:
     chain = build_chain(model)
     ones = torch.ones_like(next(evidence.batches())[:1], dtype=torch.float64)
     active = evidence.everything
-    theta = active.gather({name: chain.weight(name).detach() for name in evidence.weights})
+    theta = active.within(chain)
     kept = torch.ones_like(theta)
     scores: dict[str, Tensor] = {}
     for pattern in schedule(evidence.pattern):
