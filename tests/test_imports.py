@@ -10,8 +10,8 @@ import snows_hf
 
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = (
-    "adapters allocation augment cascade collapse config distributed errors journal masks memory models objective "
-    "preconditioner solver streams"
+    "adapters allocation augment cascade collapse config distributed errors gradual journal masks memory models "
+    "objective preconditioner solver streams"
 )
 STEPS = "calibration checks choices describe fitting training"
 JOBS = "attention bench finetune inspect probe prune report sensitivity train"
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "memory": "errors",
     "augment": "distributed",
     "streams": "adapters augment config distributed masks memory objective",
-    "cascade": "adapters config distributed errors journal masks memory objective solver streams",
+    "gradual": "config masks objective preconditioner solver",
+    "cascade": "adapters config distributed errors gradual journal masks memory objective solver streams",
     "allocation": "adapters config errors masks objective solver streams",
     "collapse": "adapters masks",
     "remote": "errors",

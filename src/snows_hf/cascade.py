@@ -14,12 +14,13 @@ from .adapters import Chain, frozen
 from .config import PruneConfig
 from .distributed import processes
 from .errors import MemoryLimitError
+from .gradual import surplus, thinning_step
 from .journal import Journal
-from .masks import Masks
+from .masks import Masks, Pattern
 from .memory import Images, Shelf, out_of_memory
 from .objective import ActiveWeights, Segment
-from .solver import NewtonState, newton
-from .streams import Batches, Streams, holding, masked_operations, split_images, whole
+from .solver import NewtonResult, NewtonState, NewtonStatus, newton
+from .streams import Batches, Streams, holding, masked_operations, split_images, whole_network
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,41 @@ class LayerReport:
     cg_statuses: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
+    def of(
+        cls,
+        segment: Segment,
+        sweep: int,
+        result: NewtonResult,
+        streams: Streams,
+        active: ActiveWeights,
+        seconds: float,
+    ) -> "LayerReport":
+        """What Algorithm 2 did to a segment's group; ``active`` are the weights that it has in ``result.w``."""
+        weights = [segment.chain.weight(name) for name in segment.group.parameters]
+        size = sum(weight.numel() for weight in weights)
+        joint = segment.group.kind == "joint"
+        masked = sum(mask.numel() for mask in active.masks.values()) - int(torch.count_nonzero(result.w))
+        return cls(
+            name=segment.group.name,
+            sweep=sweep,
+            parameters=segment.group.parameters,
+            shape=(size,) if joint else (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
+            k=segment.stop - segment.start - 1,
+            sparsity=masked / size,
+            loss_masked=result.loss_start,
+            loss_pruned=result.loss_end,
+            cg_iterations=result.cg_iterations,
+            steps=result.steps,
+            rejected_steps=result.rejected,
+            seconds=seconds,
+            status=result.status.value,
+            remedy=result.status.remedy,
+            losses=tuple(result.losses),
+            cg_statuses=dict(Counter(status.value for status in result.cg_statuses)),
+            batch_size=streams.largest,
+        )
+
+    @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "LayerReport":
         """:meth:`to_dict` undone, after JSON."""
         lists = {"parameters": tuple(facts["parameters"]), "shape": tuple(facts["shape"])}
@@ -56,6 +92,13 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+Solution = tuple[LayerReport, dict[str, Tensor]]
+"""Of a group: what happened, and its full weights."""
+
+Solve = Callable[[Segment, int, Streams, int], Solution]
+"""From a segment, the sweep, both streams, and the group's place among all."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +125,7 @@ def prune_chain(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     start: Mapping[str, Tensor] | None = None,
     journal: Journal | None = None,
+    pattern: Pattern | None = None,
 ) -> list[LayerReport]:
     """Prunes a chain's model in place with the given masks (True: kept).
 
@@ -96,19 +140,21 @@ def prune_chain(
         start: full weights that a criterion has updated for these masks. A layer starts from them in the first sweep
             where their held-out loss is below that of the dense weights masked; targets stay the dense network's.
         journal: keeps every finished layer, and has those that an earlier run has finished.
+        pattern: to which the masks, which keep more, thin out after the sweeps, in ``config.gradual_steps`` joint
+            steps. None: they stay as they are.
 
     Raises:
         MemoryLimitError: a single image is too much.
 
     Returns:
-        One report per pruned group, in forward order; the groups once more for every further sweep, and one for the
-        joint solve.
+        One report per pruned group, in forward order; the groups once more for every further sweep, and one each for
+        gradual steps and the joint solve.
     """
     batches = split_images(len(images), config.batch_size, config.held_out)
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
-    again = config.sweeps > 1 or config.joint_steps > 0
+    again = config.sweeps > 1 or config.joint_steps > 0 or pattern is not None
     dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
-    cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {}, journal or Journal())
+    cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {}, journal or Journal(), pattern)
     shelf = images.shelf if isinstance(images, Images) else Shelf()
     with frozen(chain.model):
         reports = [
@@ -116,6 +162,9 @@ def prune_chain(
             for sweep in range(1, config.sweeps + 1)
             for report in cascade.sweep(sweep, Streams.start(images, batches, shelf))
         ]
+        if pattern is not None:
+            report, cascade = cascade.gradual(Streams.start(images, batches, shelf))
+            reports.append(report)
         if config.joint_steps:
             reports.append(cascade.joint(Streams.start(images, batches, shelf)))
     return reports
@@ -124,7 +173,8 @@ def prune_chain(
 @dataclass(frozen=True)
 class Cascade:
     """One run of Algorithm 3, over one sweep or several. ``dense`` holds the weights that pruning has overwritten,
-    ``start`` those that may be a better start than the masked ones, ``journal`` what is finished."""
+    ``start`` those that may be a better start than the masked ones, ``journal`` what is finished, ``pattern`` what the
+    masks still have to thin out to."""
 
     chain: Chain
     masks: Masks
@@ -134,6 +184,17 @@ class Cascade:
     on_progress: Callable[[Progress], None]
     start: Mapping[str, Tensor]
     journal: Journal
+    pattern: Pattern | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many there are to solve, in all sweeps."""
+        return self.config.sweeps * len(masked_operations(self.chain, self.masks))
+
+    @property
+    def total(self) -> int:
+        """Everything there is to solve: layers, and all of them together."""
+        return self.layers + (self.pattern is not None) + (self.config.joint_steps > 0)
 
     def layer_steps(self, learners: int) -> int:
         """Newton steps for one layer with that many batches."""
@@ -144,15 +205,13 @@ class Cascade:
         """All layers once, in forward order; ``number`` counts from 1."""
         reports: list[LayerReport] = []
         todo = masked_operations(self.chain, self.masks)
-        total = self.config.sweeps * len(todo) + (self.config.joint_steps > 0)
         for index, operation in enumerate(self.chain.operations[: max(todo, default=-1) + 1]):
             weights: Mapping[str, Tensor] = {}
             if index in todo:
-                place = (number - 1) * len(todo) + len(reports), total
+                place = (number - 1) * len(todo) + len(reports)
                 segment = Segment.cut(self.chain, index, self.config.k)
-                report, weights = self.finish(segment, number, streams, *place)
+                report, weights = self.finish(segment, number, streams, place, self.solve)
                 reports.append(report)
-                self.on_progress(Progress(*place, report.name, report=report))
             if self.config.targets == "dense":
                 with holding(self.chain, self.dense):
                     streams.advance(operation.run, "dense", self.device)
@@ -160,20 +219,30 @@ class Cascade:
             streams.advance(operation.run, "pruned", self.device)
         return reports
 
+    def gradual(self, streams: Streams) -> tuple[LayerReport, "Cascade"]:
+        """All layers at once while their masks thin out (gradual.py), and the cascade with the masks of the end."""
+        segment, sweep = whole_network(self.chain, self.masks), self.config.sweeps + 1
+        report, weights = self.finish(segment, sweep, streams, self.layers, self.thin_out)
+        self.chain.put(weights)
+        return report, replace(self, masks={name: weight != 0 for name, weight in weights.items()})
+
     def joint(self, streams: Streams) -> LayerReport:
         """All layers at once: Algorithm 2 on the outputs of every operation of the network, from its images on."""
-        segment = whole(self.chain, self.masks)
-        total = self.config.sweeps * len(masked_operations(self.chain, self.masks))
-        report, weights = self.finish(segment, self.config.sweeps + 1, streams, total, total + 1)
+        segment, sweep = whole_network(self.chain, self.masks), self.config.sweeps + 1
+        report, weights = self.finish(segment, sweep, streams, self.total - 1, self.solve)
         self.chain.put(weights)
-        self.on_progress(Progress(total, total + 1, report.name, report=report))
         return report
 
     def finish(
-        self, segment: Segment, sweep: int, streams: Streams, place: int, total: int
-    ) -> tuple[LayerReport, dict[str, Tensor]]:
-        """A segment's group, number ``place`` of ``total``, as an earlier run left it, or solved and kept: report,
-        weights. Where memory runs out, it is solved again with batches of half the size."""
+        self,
+        segment: Segment,
+        sweep: int,
+        streams: Streams,
+        place: int,
+        solve: Callable[[Segment, int, Streams, int], Solution],
+    ) -> Solution:
+        """A segment's group, number ``place`` of all, as an earlier run left it, or solved and kept. Where memory runs
+        out, it is solved again with batches of half the size."""
         name, group = f"layer-{place:04d}", segment.group
         active = ActiveWeights.of(group, self.masks, self.device)
         found = self.journal.get(name)
@@ -181,10 +250,12 @@ class Cascade:
         while known is not None and streams.halvings < known.facts["halvings"]:
             streams.halve()
         if found is not None:
-            return LayerReport.from_dict(found.facts["report"]), active.scatter(found.tensors["w"].to(self.device))
+            report = LayerReport.from_dict(found.facts["report"])
+            self.on_progress(Progress(place, self.total, report.name, report=report))
+            return report, active.scatter(found.tensors["w"].to(self.device))
         while True:
             try:
-                report, weights = self.solve(segment, sweep, streams, place, total)
+                report, weights = solve(segment, sweep, streams, place)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
@@ -202,21 +273,20 @@ class Cascade:
             clear_device_cache(garbage_collection=True)
             streams.halve()
             note = f"{group.name}: out of memory; solved again in batches of {streams.largest} images"
-            self.on_progress(Progress(place, total, group.name, note=note))
+            self.on_progress(Progress(place, self.total, group.name, note=note))
             self.journal.drop(f"{name}-")
             self.journal.put(f"{name}-halved", halvings=streams.halvings)
         self.journal.put(name, {"w": active.gather(weights)}, report=report.to_dict(), halvings=streams.halvings)
         self.journal.drop(f"{name}-")
+        self.on_progress(Progress(place, self.total, report.name, report=report))
         return report, weights
 
-    def solve(
-        self, segment: Segment, sweep: int, streams: Streams, place: int, total: int
-    ) -> tuple[LayerReport, dict[str, Tensor]]:
-        """Algorithm 2 for a segment's group, number ``place`` of ``total``: report, weights."""
+    def solve(self, segment: Segment, sweep: int, streams: Streams, place: int) -> Solution:
+        """Algorithm 2 for a segment's group."""
         started = time.perf_counter()
         group = segment.group
         joint = group.kind == "joint"
-        self.on_progress(Progress(place, total, group.name))
+        self.on_progress(Progress(place, self.total, group.name))
         active = ActiveWeights.of(group, self.masks, self.device)
         judge = len(streams.pruned) - 1
         steps = self.config.joint_steps if joint else self.layer_steps(judge)
@@ -235,30 +305,48 @@ class Cascade:
         def report_step(state: NewtonState) -> None:
             result = state.result
             counts = result.cg_iterations, result.loss_start, result.loss_end
-            self.on_progress(Progress(place, total, group.name, *counts))
+            self.on_progress(Progress(place, self.total, group.name, *counts))
             if joint:
                 self.journal.put_state(f"layer-{place:04d}", state)
 
         result = newton(batches, held_out, w, solver, report_step, state)
-        weights = [self.chain.weight(name) for name in group.parameters]
-        size = sum(weight.numel() for weight in weights)
-        report = LayerReport(
-            name=group.name,
-            sweep=sweep,
-            parameters=group.parameters,
-            shape=(size,) if joint else (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
-            k=segment.stop - segment.start - 1,
-            sparsity=(sum(mask.numel() for mask in active.masks.values()) - active.size) / size,
-            loss_masked=result.loss_start,
-            loss_pruned=result.loss_end,
-            cg_iterations=result.cg_iterations,
-            steps=result.steps,
-            rejected_steps=result.rejected,
-            seconds=time.perf_counter() - started,
-            status=result.status.value,
-            remedy=result.status.remedy,
-            losses=tuple(result.losses),
-            cg_statuses=dict(Counter(status.value for status in result.cg_statuses)),
-            batch_size=streams.largest,
-        )
+        report = LayerReport.of(segment, sweep, result, streams, active, time.perf_counter() - started)
         return report, active.scatter(result.w)
+
+    def thin_out(self, segment: Segment, sweep: int, streams: Streams, place: int) -> Solution:
+        """A Newton step on all layers, then some weights go, ``gradual_steps`` times (gradual.py)."""
+        started = time.perf_counter()
+        assert self.pattern is not None
+        record, name, steps = f"layer-{place:04d}", segment.group.name, self.config.gradual_steps
+        # What is gone is zero in w, which has the weights of the first masks throughout.
+        start = ActiveWeights.of(segment.group, self.masks, self.device)
+        batches = Batches(segment, self.dense, start, streams, self.config, self.device)
+        judge = len(streams.pruned) - 1
+        held_out = batches.objective(judge)
+        state = self.journal.get_state(record, self.device)
+        if state is None:
+            w = start.within(self.chain)
+            loss = held_out.value(w)
+            state = NewtonState(w, w, NewtonResult(w, NewtonStatus.THINNED_OUT, loss, loss), milestone=loss)
+        result = state.result
+        self.on_progress(Progress(place, self.total, name))
+        for step in range(result.steps + 1, steps + 1):
+            weights = start.scatter(state.w)
+            active = ActiveWeights({key: weight != 0 for key, weight in weights.items()})
+            # Images look other than in the joint solve, whose steps count from 0.
+            batch = replace(batches, active=active).objective(step % judge, self.config.joint_steps + step)
+            taken, weights = thinning_step(batch, weights, self.config.solver, self.pattern, surplus(step, steps))
+            state.w = state.mean = result.w = start.gather(weights)
+            result.steps, result.loss_end = step, held_out.value(state.w)
+            result.losses.append(result.loss_end)
+            if taken is None:
+                result.status = NewtonStatus.NON_FINITE
+                break
+            result.cg_iterations += taken.direction.iterations
+            result.cg_statuses.append(taken.direction.status)
+            result.rejected += taken.alpha == 0.0
+            counts = result.cg_iterations, result.loss_start, result.loss_end
+            self.on_progress(Progress(place, self.total, name, *counts))
+            self.journal.put_state(record, state)
+        report = LayerReport.of(segment, sweep, result, streams, start, time.perf_counter() - started)
+        return report, start.scatter(result.w)

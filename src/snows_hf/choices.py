@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .allocation import Candidate, allocate, layer_sensitivities
 from .config import PruneConfig
 from .fitting import fit_sensitivity
 from .journal import Journal, Record
-from .masks import NM, Choice, Evidence, PerLayer, Unstructured, choose, parse_pattern
+from .masks import NM, Choice, Evidence, Pattern, PerLayer, Unstructured, choose, parse_pattern
 
 
 def one_pattern(config: PruneConfig) -> NM | Unstructured:
@@ -48,24 +49,39 @@ def find_allocation(
     return replace(evidence, pattern=pattern), {"kind": "sensitivity", "budget": config.budget, **facts}
 
 
-def find_choice(journal: Journal, evidence: Evidence, on_stage: Callable[[str], None]) -> tuple[Choice, float]:
+def find_choice(
+    journal: Journal, evidence: Evidence, on_stage: Callable[[str], None], record: str = "choice"
+) -> tuple[Choice, float]:
     """Masks (and weights) by the criterion, and the seconds that it took: an earlier run's where there was one."""
 
     def decide() -> Record:
         started = time.perf_counter()
-        on_stage(f"Choosing masks by {Path(evidence.config.mask).name}")
+        on_stage(f"Choosing masks by {Path(evidence.config.mask).name} for {evidence.pattern}")
         choice = choose(evidence)
         tensors = {f"mask {name}": mask.cpu() for name, mask in choice.masks.items()}
         tensors |= {f"weight {name}": weight.cpu() for name, weight in choice.weights.items()}
         return Record(tensors, {"facts": dict(choice.facts), "seconds": time.perf_counter() - started})
 
-    record = journal.once("choice", decide)
+    kept = journal.once(record, decide)
     found: dict[str, dict[str, Tensor]] = {"mask": {}, "weight": {}}
     for name, weight in evidence.weights.items():  # in their order
         for kind, tensors in found.items():
-            if f"{kind} {name}" in record.tensors:
-                tensors[name] = record.tensors[f"{kind} {name}"].to(weight.device)
-    return Choice(found["mask"], found["weight"], record.facts["facts"]), record.facts["seconds"]
+            if f"{kind} {name}" in kept.tensors:
+                tensors[name] = kept.tensors[f"{kind} {name}"].to(weight.device)
+    return Choice(found["mask"], found["weight"], kept.facts["facts"]), kept.facts["seconds"]
+
+
+def find_first_masks(
+    journal: Journal, evidence: Evidence, choice: Choice, on_stage: Callable[[str], None]
+) -> tuple[Choice, Pattern | None]:
+    """What a prune begins with, and the pattern that its masks thin out to: with gradual steps, the criterion's choice
+    for twice as many weights; else ``choice`` as it is, and None."""
+    config, relaxed = evidence.config, evidence.pattern.relaxed()
+    if not config.gradual_steps or relaxed is None or config.mask.endswith(".safetensors"):
+        return choice, None
+    first, _ = find_choice(journal, replace(evidence, pattern=relaxed), on_stage, "choice-relaxed")
+    masks = {name: first.masks.get(name, torch.ones_like(mask)) for name, mask in choice.masks.items()}
+    return Choice(masks, first.weights), evidence.pattern
 
 
 def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -112,7 +112,10 @@ class PruneConfig(_Settings):
             of their targets).
         sweeps: passes of the cascade over the layers; from the second on, what follows a layer is pruned already.
         layer_steps: most Newton steps for one layer in one sweep; 0 means as many as the passes give.
-        joint_steps: Newton steps, after the sweeps, that move the weights of all layers together.
+        gradual_steps: Newton steps on all layers together during which masks that keep twice as many weights, with
+            which the sweeps were made, thin out to the pattern (gradual.py). 0, and wherever the pattern keeps half of
+            the weights or more, or the masks come from a file: masks do not change.
+        joint_steps: Newton steps, after these, that move the weights of all layers together.
         emphasis: of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power.
         augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
         seed: decides which images are drawn, and their order.
@@ -134,6 +137,7 @@ class PruneConfig(_Settings):
     weighting: str = "mean"
     sweeps: int = 1
     layer_steps: int = 0
+    gradual_steps: int = 0
     joint_steps: int = 0
     emphasis: float = 0.0
     augment: bool = False
@@ -154,6 +158,10 @@ class PruneConfig(_Settings):
         _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
         _check(self.sweeps >= 1, "sweeps", self.sweeps, "an integer ≥ 1")
         _check(self.layer_steps >= 0, "layer_steps", self.layer_steps, "an integer ≥ 0")
+        _check(self.gradual_steps >= 0, "gradual_steps", self.gradual_steps, "an integer ≥ 0")
+        if self.gradual_steps:
+            preconditioner = self.solver.preconditioner
+            _check(preconditioner == "gram", "preconditioner", preconditioner, "'gram', or gradual_steps = 0")
         _check(self.joint_steps >= 0, "joint_steps", self.joint_steps, "an integer ≥ 0")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
@@ -297,7 +305,8 @@ _CNN = {
     "weighting": "relative",
     "cg_max_iter": 5,
     "layer_steps": 4,
-    "joint_steps": 60,
+    "gradual_steps": 20,
+    "joint_steps": 40,
     "emphasis": 3.0,
     "augment": True,
     "average": 10,

@@ -41,7 +41,9 @@ def describe_layers(
     counted = [group for group in layers if group in touched or any(name in chosen for name in group.parameters)]
     pruned = [chain.weight(name) for group in counted for name in group.parameters]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
-    summaries = [report.to_dict() for report in reports if report.sweep == 1]
+    first = {report.name: report.to_dict() for report in reports if report.sweep == 1}
+    # Gradual steps may have removed more since.
+    summaries = [first[group.name] | summary(chain, group) for group in touched if group.name in first]
     weights = {name: chain.weight(name) for group in layers for name in group.parameters}
     _, unfit = split_by_fit(weights, pattern)
     dense_layers = [

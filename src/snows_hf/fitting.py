@@ -19,7 +19,7 @@ from .memory import Images, saved_bytes
 from .objective import ActiveWeights, KStepObjective, Segment
 from .preconditioner import factor_bytes
 from .solver import Expansion
-from .streams import masked_operations, whole
+from .streams import masked_operations, whole_network
 
 
 def find_batches(
@@ -117,7 +117,7 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
             with torch.no_grad():
                 state = operation.run(state)
         if config.joint_steps:
-            segments.append((whole(chain, masks), start))
+            segments.append((whole_network(chain, masks), start))
         return max(
             saved_bytes(partial(_expand, segment, state, masks, config))
             - saved_bytes(partial(_expand, segment, tuple(tensor[:1] for tensor in state), masks, config))

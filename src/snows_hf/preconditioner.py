@@ -111,9 +111,10 @@ class RowBlocks:
         self.valid = torch.arange(count * size, device=mask.device)[None] < active.sum(1)[:, None]
         owner = torch.arange(rows, device=mask.device) // (rows // g.shape[0])
         self.factor = g.new_empty(rows, count, size, size)
+        self.chunk = max(1, CHUNK_ENTRIES // (count * size**2))
         # The relative term keeps constant or dead inputs factorisable.
         floor = damping + 1e-4 * float(g.diagonal(dim1=-2, dim2=-1).mean() * b.mean())
-        for part in torch.arange(rows, device=mask.device).split(max(1, CHUNK_ENTRIES // (count * size**2))):
+        for part in torch.arange(rows, device=mask.device).split(self.chunk):
             o, valid = order[part], self.valid[part].unflatten(1, (count, size))
             blocks = g[owner[part, None, None, None], o[..., :, None], o[..., None, :]]
             blocks *= b[part, None, None, None] * valid[..., :, None] * valid[..., None, :]
@@ -131,6 +132,34 @@ class RowBlocks:
         solved = torch.cholesky_solve(blocks.to(self.factor.dtype), self.factor)
         return solved[..., 0].flatten(1)[self.valid].to(r.dtype)
 
+    def saliency(self, w: Tensor) -> Tensor:
+        """½wᵢ²/[(bG + λI)⁻¹]ᵢᵢ (m,): what it costs to remove one active weight, the others of its block making up for
+        it (Hassibi and Stork, 1993, Eq. 5)."""
+        inverse = [
+            torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).flatten(1)
+            for factor in self.factor.split(self.chunk)
+        ]
+        return w.square() / (2 * torch.cat(inverse)[self.valid].to(w.dtype))
+
+
+class RowPreconditioner:
+    """r (m,) → M⁻¹ r for a group, M having a block of rows for each of its parameters."""
+
+    def __init__(self, blocks: Sequence[RowBlocks]) -> None:
+        self.blocks = blocks
+        self.sizes = [int(block.valid.sum()) for block in blocks]
+
+    def __call__(self, r: Tensor) -> Tensor:
+        return self._each(RowBlocks.solve, r)
+
+    def saliency(self, w: Tensor) -> Tensor:
+        """:meth:`RowBlocks.saliency` of all active weights, (m,)."""
+        return self._each(RowBlocks.saliency, w)
+
+    def _each(self, of: Callable[[RowBlocks, Tensor], Tensor], vector: Tensor) -> Tensor:
+        parts = vector.split(self.sizes)
+        return torch.cat([of(block, part) for block, part in zip(self.blocks, parts, strict=True)])
+
 
 def row_preconditioner(
     masks: Mapping[str, Tensor],
@@ -138,8 +167,8 @@ def row_preconditioner(
     outputs: Sequence[tuple[float, Tensor]],
     damping: float,
     share: Share,
-) -> Callable[[Tensor], Tensor] | None:
-    """The preconditioner r (m,) → M⁻¹ r of a group, or None where a module is neither Linear nor plain Conv2d.
+) -> RowPreconditioner | None:
+    """The preconditioner of a group, or None where a module is neither Linear nor plain Conv2d.
 
     Args:
         masks: parameter name → mask, as in ActiveWeights.
@@ -172,9 +201,4 @@ def row_preconditioner(
         per_row = (g.movedim(1, -1) if isinstance(seen[name][0], nn.Conv2d) else g).flatten(0, -2)
         b = share.mean(per_row.to(x_gram.dtype).square().mean(0))
         blocks.append(RowBlocks(mask, x_gram, b.clamp_min(1e-3 * float(b.mean())), damping))
-    sizes = [int(mask.sum()) for mask in masks.values()]
-
-    def precondition(r: Tensor) -> Tensor:
-        return torch.cat([block.solve(part) for block, part in zip(blocks, r.split(sizes), strict=True)])
-
-    return precondition
+    return RowPreconditioner(blocks)

@@ -16,7 +16,7 @@ from .allocation import Candidate, by_sensitivity, candidates_of
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .cascade import LayerReport, Progress, prune_chain
 from .checks import check_apart, check_mask, find_device, find_dtype, select_layers
-from .choices import alone, find_allocation, find_choice, one_pattern
+from .choices import alone, find_allocation, find_choice, find_first_masks, one_pattern
 from .config import preset as preset_for
 from .data import open_images
 from .describe import describe_data, describe_hardware, describe_layers, describe_run, describe_size, finite
@@ -179,12 +179,16 @@ def prune(
             masked = pruned = measure("masked")
 
         reports: list[LayerReport] = []
+        final = None
         if update:
             chain.put({name: original[name] for name in masks})
             network.to(solver_dtype)
-            config = find_batches(journal, chain, images[:2], masks, config, target, memory, left, on_stage)
+            begin, final = find_first_masks(journal, evidence, choice, on_stage)
+            config = find_batches(journal, chain, images[:2], begin.masks, config, target, memory, left, on_stage)
             on_stage(f"Pruning {len(layers)} layers to {pattern}")
-            reports = prune_chain(chain, images, masks, config, target, on_progress, choice.weights, journal)
+            reports = prune_chain(
+                chain, images, begin.masks, config, target, on_progress, begin.weights, journal, final
+            )
             for name in restore_untouched(network, original, masks):
                 on_stage(f"{name}: weights beyond the range of {original[name].dtype} became its largest number")
             pruned = measure("pruned")
@@ -198,6 +202,7 @@ def prune(
                 "seconds": criterion_seconds,
                 "labels": labels is not None,
                 "own_update": bool(choice.weights),
+                "thinned_out_from": str(final.relaxed()) if final else None,
                 **choice.facts,
             },
             "samples": len(images),

@@ -115,7 +115,7 @@ class Batches:
     streams: Streams
     config: PruneConfig
     device: torch.device
-    order: Sequence[tuple[int, int]]
+    order: Sequence[tuple[int, int]] = ()
 
     def objective(self, index: int, step: int | None = None) -> KStepObjective:
         """That of one batch; where images are augmented, as they look at a step."""
@@ -152,7 +152,7 @@ def masked_operations(chain: Chain, masks: Masks) -> list[int]:
     return [i for i, group in chain.groups() if any(name in masks for name in group.parameters)]
 
 
-def whole(chain: Chain, masks: Masks) -> Segment:
+def whole_network(chain: Chain, masks: Masks) -> Segment:
     """The network from its images on, with all pruned weights as one group."""
     names = tuple(name for _, group in chain.groups() for name in group.parameters if name in masks)
     return Segment(chain, Group("all layers", names, "joint"), 0, len(chain.operations))

@@ -68,6 +68,10 @@ class NM:
         """The pattern of one layer: this one."""
         return self
 
+    def relaxed(self) -> "NM | None":
+        """The pattern that keeps twice as many weights; None where these are all."""
+        return NM(2 * self.n, self.m) if 2 * self.n < self.m else None
+
     def zeros(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """How many weights each layer loses."""
         return {name: weight.numel() // self.m * (self.m - self.n) for name, weight in weights.items()}
@@ -142,6 +146,11 @@ class Unstructured:
         """The pattern of one layer, as far as it has one by itself: this one."""
         return self
 
+    def relaxed(self) -> "Unstructured | None":
+        """The sparsity that keeps twice as many weights; None where these are all."""
+        sparsity = round(2 * self.sparsity - 1, 12)
+        return replace(self, sparsity=sparsity) if sparsity > 0 else None
+
     def zeros(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """How many weights each layer loses where all lose the same share: ``round(sparsity · weights)`` in all."""
         counts, before = {}, 0
@@ -181,6 +190,11 @@ class PerLayer:
     def of(self, name: str) -> NM | Unstructured | None:
         """The pattern of one layer; None where it stays dense."""
         return self.patterns.get(name)
+
+    def relaxed(self) -> "PerLayer | None":
+        """Each layer's own relaxed pattern; None where all are dense."""
+        patterns = {name: own and own.relaxed() for name, own in self.patterns.items()}
+        return PerLayer(patterns, f"{self.title}, relaxed") if any(patterns.values()) else None
 
     def masks(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Masks, bool and shaped like the ``scores``, each by its layer's own pattern."""

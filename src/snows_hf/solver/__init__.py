@@ -1,7 +1,7 @@
 """Algorithms 1 and 2: conjugate gradients and stochastic Newton, blind to networks."""
 
 from .cg import CGResult, CGStatus, cg
-from .newton import Expansion, NewtonResult, NewtonState, NewtonStatus, Objective, newton
+from .newton import Expansion, NewtonResult, NewtonState, NewtonStatus, Objective, Step, newton, newton_step
 
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "NewtonState",
     "NewtonStatus",
     "Objective",
+    "Step",
     "cg",
     "newton",
+    "newton_step",
 ]

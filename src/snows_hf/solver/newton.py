@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import SolverConfig
-from .cg import CGStatus, cg
+from .cg import CGResult, CGStatus, cg
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class NewtonStatus(StrEnum):
 
     IMPROVED = "improved"
     KEPT_MASKED = "kept_masked"
+    THINNED_OUT = "thinned_out"
     NON_FINITE = "non_finite"
 
     @property
     def remedy(self) -> str:
         return {
             "improved": "",
+            "thinned_out": "",
             "kept_masked": "No step lowered the held-out loss: the weights it began with were kept. Use more images, "
             "or a larger damping.",
             "non_finite": "The loss or a product was not finite: the best finite weights were kept. Use --dtype "
@@ -103,6 +105,37 @@ def armijo(
     return 0.0
 
 
+@dataclass(frozen=True)
+class Step:
+    """One Newton step: weights ``w`` (m,) after it, α (0 where it was rejected, and w is what it was), direction, and
+    the preconditioner, which outlives the graphs that made it."""
+
+    w: Tensor
+    alpha: float
+    direction: CGResult
+    preconditioner: Callable[[Tensor], Tensor] | None
+
+
+def newton_step(batch: Objective, w: Tensor, config: SolverConfig) -> Step | None:
+    """One step of Algorithm 2 from w (m,) on one batch; None where loss or gradient are not finite."""
+    local = batch.expand(w)
+    if not math.isfinite(local.value) or not torch.isfinite(local.gradient).all():
+        return None
+    direction = cg(
+        local.product,
+        local.gradient,
+        damping=config.damping,
+        rtol=config.cg_rtol,
+        atol=config.cg_atol,
+        max_iter=config.cg_max_iter,
+        stall=config.cg_stall,
+        preconditioner=local.preconditioner,
+    )
+    slope = float(direction.delta @ local.gradient)
+    alpha = armijo(batch.value, w, direction.delta, local.value, slope, config) if slope < 0 else 0.0
+    return Step(w + alpha * direction.delta if alpha else w, alpha, direction, local.preconditioner)
+
+
 def newton(
     batches: Iterable[Objective],
     held_out: Objective,
@@ -134,29 +167,17 @@ def newton(
     if not math.isfinite(result.loss_start) or state.stale >= config.patience:
         return result
     for batch in chain.from_iterable(repeat(batches, config.passes)):
-        local = batch.expand(w)
-        if not math.isfinite(local.value) or not torch.isfinite(local.gradient).all():
+        step = newton_step(batch, w, config)
+        if step is None:
             result.status = NewtonStatus.NON_FINITE
             break
-        direction = cg(
-            local.product,
-            local.gradient,
-            damping=config.damping,
-            rtol=config.cg_rtol,
-            atol=config.cg_atol,
-            max_iter=config.cg_max_iter,
-            stall=config.cg_stall,
-            preconditioner=local.preconditioner,
-        )
+        w = step.w
         result.steps += 1
-        result.cg_iterations += direction.iterations
-        result.cg_statuses.append(direction.status)
-        slope = float(direction.delta @ local.gradient)
-        alpha = armijo(batch.value, w, direction.delta, local.value, slope, config) if slope < 0 else 0.0
-        if alpha == 0.0:
+        result.cg_iterations += step.direction.iterations
+        result.cg_statuses.append(step.direction.status)
+        if step.alpha == 0.0:
             result.rejected += 1
         else:
-            w = w + alpha * direction.delta
             taken = result.steps - result.rejected
             state.mean = state.mean + (w - state.mean) / min(taken, config.average) if config.average else w
             for candidate in (w, state.mean) if config.average and taken > 1 else (w,):
