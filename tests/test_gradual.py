@@ -116,7 +116,7 @@ def test_saliency_is_the_least_cost_of_a_removal(groups):
     torch.testing.assert_close(block.saliency(w), torch.tensor(expected, dtype=torch.float64))
 
 
-SETTINGS = {"gradual_steps": 4, "joint_steps": 3, "preconditioner": "gram", "batch_size": 60, "layer_steps": 2}
+SETTINGS = {"gradual": 0.6, "joint_steps": 7, "preconditioner": "gram", "batch_size": 60, "layer_steps": 2}
 
 
 def prune(model: torch.nn.Module, pattern, journal: Journal | None = None, on_progress=lambda p: None, **changes):
@@ -148,10 +148,8 @@ def test_a_network_comes_to_the_pattern(network, pattern):
 
 def test_thinning_out_ends_better_than_the_mask_of_the_dense_network():
     """The loss of all operations on images that judge, after as many joint steps."""
-    gradual = prune(tiny.cifar_resnet(), NM(1, 4), gradual_steps=6, joint_steps=6)[-1]
-    fixed = tiny.prune(tiny.cifar_resnet(), 200, 1, 4, **SETTINGS | {"gradual_steps": 0, "joint_steps": 12}).reports[
-        -1
-    ]
+    gradual = prune(tiny.cifar_resnet(), NM(1, 4), gradual=0.5, joint_steps=12)[-1]
+    fixed = tiny.prune(tiny.cifar_resnet(), 200, 1, 4, **SETTINGS | {"gradual": 0.0, "joint_steps": 12}).reports[-1]
     assert gradual.loss_pruned < fixed.loss_pruned
 
 
@@ -162,7 +160,7 @@ def test_a_run_that_is_broken_off_gives_the_same_bits(stop, tmp_path: Path):
 
     def interrupt(progress: Progress) -> None:
         nonlocal left
-        if progress.name == "all layers" and progress.loss is not None:
+        if progress.name == "all layers, thinning out" and progress.loss is not None:
             left -= 1
             if left == 0:
                 raise StopError
@@ -196,5 +194,13 @@ def test_without_finite_numbers_the_pattern_is_reached_by_magnitude():
 
 
 def test_gradual_steps_need_the_preconditioner():
-    with pytest.raises(ConfigError, match="preconditioner = 'none': expected 'gram', or gradual_steps = 0"):
-        PruneConfig("1:4", gradual_steps=5).updated(preconditioner="none")
+    with pytest.raises(ConfigError, match="preconditioner = 'none': expected 'gram', or gradual = 0"):
+        PruneConfig("1:4", gradual=0.5, joint_steps=5).updated(preconditioner="none")
+
+
+def test_gradual_steps_are_joint_steps():
+    with pytest.raises(ConfigError, match=r"gradual = 1\.5: expected a number from 0 to 1"):
+        PruneConfig("1:4", gradual=1.5)
+    *_, thinning, joint = prune(tiny.cifar_resnet(), NM(1, 4))
+    assert (thinning.steps, joint.steps) == (4, 3)
+    assert prune(tiny.cifar_resnet(), NM(1, 4), gradual=1.0)[-1].status == "thinned_out"

@@ -165,7 +165,7 @@ def prune_chain(
         if pattern is not None:
             report, cascade = cascade.gradual(Streams.start(images, batches, shelf))
             reports.append(report)
-        if config.joint_steps:
+        if cascade.joint_steps:
             reports.append(cascade.joint(Streams.start(images, batches, shelf)))
     return reports
 
@@ -194,7 +194,17 @@ class Cascade:
     @property
     def total(self) -> int:
         """Everything there is to solve: layers, and all of them together."""
-        return self.layers + (self.pattern is not None) + (self.config.joint_steps > 0)
+        return self.layers + (self.pattern is not None) + (self.joint_steps > 0)
+
+    @property
+    def gradual_steps(self) -> int:
+        """Joint steps with masks that thin out."""
+        return self.config.gradual_steps if self.pattern is not None else 0
+
+    @property
+    def joint_steps(self) -> int:
+        """Joint steps with masks that stay."""
+        return self.config.joint_steps - self.gradual_steps
 
     def layer_steps(self, learners: int) -> int:
         """Newton steps for one layer with that many batches."""
@@ -221,7 +231,7 @@ class Cascade:
 
     def gradual(self, streams: Streams) -> tuple[LayerReport, "Cascade"]:
         """All layers at once while their masks thin out (gradual.py), and the cascade with the masks of the end."""
-        segment, sweep = whole_network(self.chain, self.masks), self.config.sweeps + 1
+        segment, sweep = whole_network(self.chain, self.masks, "all layers, thinning out"), self.config.sweeps + 1
         report, weights = self.finish(segment, sweep, streams, self.layers, self.thin_out)
         self.chain.put(weights)
         return report, replace(self, masks={name: weight != 0 for name, weight in weights.items()})
@@ -289,11 +299,11 @@ class Cascade:
         self.on_progress(Progress(place, self.total, group.name))
         active = ActiveWeights.of(group, self.masks, self.device)
         judge = len(streams.pruned) - 1
-        steps = self.config.joint_steps if joint else self.layer_steps(judge)
+        steps, before = (self.joint_steps, self.gradual_steps) if joint else (self.layer_steps(judge), 0)
         state = self.journal.get_state(f"layer-{place:04d}", self.device) if joint else None
         solver = replace(self.config.solver, passes=1)  # the order has them all
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
-        order = [(i, (place * steps + i) % judge) for i in range(state.result.steps if state else 0, steps)]
+        order = [(before + i, (place * steps + i) % judge) for i in range(state.result.steps if state else 0, steps)]
         batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
         held_out = batches.objective(judge)
         own = {name: self.chain.weight(name).detach() for name in active.masks}
@@ -317,7 +327,7 @@ class Cascade:
         """A Newton step on all layers, then some weights go, ``gradual_steps`` times (gradual.py)."""
         started = time.perf_counter()
         assert self.pattern is not None
-        record, name, steps = f"layer-{place:04d}", segment.group.name, self.config.gradual_steps
+        record, name = f"layer-{place:04d}", segment.group.name
         # What is gone is zero in w, which has the weights of the first masks throughout.
         start = ActiveWeights.of(segment.group, self.masks, self.device)
         batches = Batches(segment, self.dense, start, streams, self.config, self.device)
@@ -330,14 +340,14 @@ class Cascade:
             state = NewtonState(w, w, NewtonResult(w, NewtonStatus.THINNED_OUT, loss, loss), milestone=loss)
         result = state.result
         self.on_progress(Progress(place, self.total, name))
-        for step in range(result.steps + 1, steps + 1):
+        for step in range(result.steps, self.gradual_steps):
             weights = start.scatter(state.w)
             active = ActiveWeights({key: weight != 0 for key, weight in weights.items()})
-            # Images look other than in the joint solve, whose steps count from 0.
-            batch = replace(batches, active=active).objective(step % judge, self.config.joint_steps + step)
-            taken, weights = thinning_step(batch, weights, self.config.solver, self.pattern, surplus(step, steps))
+            batch = replace(batches, active=active).objective(step % judge, step)
+            share = surplus(step + 1, self.gradual_steps)
+            taken, weights = thinning_step(batch, weights, self.config.solver, self.pattern, share)
             state.w = state.mean = result.w = start.gather(weights)
-            result.steps, result.loss_end = step, held_out.value(state.w)
+            result.steps, result.loss_end = step + 1, held_out.value(state.w)
             result.losses.append(result.loss_end)
             if taken is None:
                 result.status = NewtonStatus.NON_FINITE

@@ -112,10 +112,10 @@ class PruneConfig(_Settings):
             of their targets).
         sweeps: passes of the cascade over the layers; from the second on, what follows a layer is pruned already.
         layer_steps: most Newton steps for one layer in one sweep; 0 means as many as the passes give.
-        gradual_steps: Newton steps on all layers together during which masks that keep twice as many weights, with
-            which the sweeps were made, thin out to the pattern (gradual.py). 0, and wherever the pattern keeps half of
-            the weights or more, or the masks come from a file: masks do not change.
-        joint_steps: Newton steps, after these, that move the weights of all layers together.
+        joint_steps: Newton steps, after the sweeps, that move the weights of all layers together.
+        gradual: share of the joint steps, the first of them, during which masks that keep twice as many weights, with
+            which the sweeps were made, thin out to the pattern (gradual.py). Masks stay as they are at 0, and wherever
+            the pattern keeps half of the weights or more, or the masks come from a file.
         emphasis: of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power.
         augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
         seed: decides which images are drawn, and their order.
@@ -137,8 +137,8 @@ class PruneConfig(_Settings):
     weighting: str = "mean"
     sweeps: int = 1
     layer_steps: int = 0
-    gradual_steps: int = 0
     joint_steps: int = 0
+    gradual: float = 0.0
     emphasis: float = 0.0
     augment: bool = False
     seed: int = 0
@@ -158,17 +158,22 @@ class PruneConfig(_Settings):
         _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
         _check(self.sweeps >= 1, "sweeps", self.sweeps, "an integer ≥ 1")
         _check(self.layer_steps >= 0, "layer_steps", self.layer_steps, "an integer ≥ 0")
-        _check(self.gradual_steps >= 0, "gradual_steps", self.gradual_steps, "an integer ≥ 0")
+        _check(self.joint_steps >= 0, "joint_steps", self.joint_steps, "an integer ≥ 0")
+        _check(0 <= self.gradual <= 1, "gradual", self.gradual, "a number from 0 to 1")
         if self.gradual_steps:
             preconditioner = self.solver.preconditioner
-            _check(preconditioner == "gram", "preconditioner", preconditioner, "'gram', or gradual_steps = 0")
-        _check(self.joint_steps >= 0, "joint_steps", self.joint_steps, "an integer ≥ 0")
+            _check(preconditioner == "gram", "preconditioner", preconditioner, "'gram', or gradual = 0")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
         _check(isinstance(self.augment, bool), "augment", self.augment, "true or false")
         _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
         _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
+
+    @property
+    def gradual_steps(self) -> int:
+        """Joint steps with masks that thin out, where the pattern has them."""
+        return round(self.gradual * self.joint_steps)
 
     def updated(self, **changes: Any) -> Self:
         """A copy with some settings changed; names of :class:`SolverConfig` reach into ``solver``.
@@ -305,8 +310,8 @@ _CNN = {
     "weighting": "relative",
     "cg_max_iter": 5,
     "layer_steps": 4,
-    "gradual_steps": 20,
-    "joint_steps": 40,
+    "joint_steps": 60,
+    "gradual": 1 / 3,
     "emphasis": 3.0,
     "augment": True,
     "average": 10,

@@ -152,7 +152,7 @@ def masked_operations(chain: Chain, masks: Masks) -> list[int]:
     return [i for i, group in chain.groups() if any(name in masks for name in group.parameters)]
 
 
-def whole_network(chain: Chain, masks: Masks) -> Segment:
+def whole_network(chain: Chain, masks: Masks, name: str = "all layers") -> Segment:
     """The network from its images on, with all pruned weights as one group."""
     names = tuple(name for _, group in chain.groups() for name in group.parameters if name in masks)
-    return Segment(chain, Group("all layers", names, "joint"), 0, len(chain.operations))
+    return Segment(chain, Group(name, names, "joint"), 0, len(chain.operations))
