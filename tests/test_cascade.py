@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from snows_hf.adapters import build_chain, frozen
-from snows_hf.cascade import Progress, prune_chain
+from snows_hf.cascade import prune_chain
+from snows_hf.progress import Progress
 from snows_hf.streams import split_images
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snows_hf.adapters import build_chain, frozen
-from snows_hf.cascade import Progress, prune_chain
+from snows_hf.cascade import prune_chain
 from snows_hf.config import PruneConfig
 from snows_hf.errors import ConfigError
 from snows_hf.gradual import surplus, thinned, thinning_step
@@ -18,6 +18,7 @@ from snows_hf.journal import Journal
 from snows_hf.masks import NM, PerLayer, Unstructured, choose_masks
 from snows_hf.objective import ActiveWeights, KStepObjective
 from snows_hf.preconditioner import RowBlocks
+from snows_hf.progress import Progress
 from snows_hf.streams import whole_network
 
 

@@ -11,7 +11,7 @@ import snows_hf
 ROOT = Path(snows_hf.__file__).parent
 ALGORITHM = (
     "adapters allocation augment cascade collapse config distributed errors gradual journal masks memory models "
-    "objective preconditioner solver streams"
+    "objective preconditioner progress solver streams"
 )
 STEPS = "calibration checks choices describe fitting training"
 JOBS = "attention bench finetune inspect probe prune report sensitivity train"
@@ -31,8 +31,9 @@ MAY_IMPORT = {
     "memory": "errors",
     "augment": "distributed",
     "streams": "adapters augment config distributed masks memory objective",
-    "gradual": "config masks objective preconditioner solver",
-    "cascade": "adapters config distributed errors gradual journal masks memory objective solver streams",
+    "gradual": "config masks objective preconditioner solver streams",
+    "progress": "objective solver streams",
+    "cascade": "adapters config distributed errors gradual journal masks memory objective progress solver streams",
     "allocation": "adapters config errors masks objective solver streams",
     "collapse": "adapters masks",
     "remote": "errors",
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "training": "config errors",
     "checks": "adapters data errors evaluate masks",
     "calibration": "adapters checks config data distributed flops hub journal masks memory",
-    "describe": "adapters cascade config data hub journal masks version",
+    "describe": "adapters config data hub journal masks progress version",
     "fitting": (
         "adapters allocation config describe distributed errors journal masks memory objective preconditioner solver "
         "streams"

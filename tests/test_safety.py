@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from snows_hf.adapters import Chain, State, build_chain
-from snows_hf.cascade import LayerReport, Progress, prune_chain
+from snows_hf.cascade import prune_chain
 from snows_hf.distributed import share, whole
 from snows_hf.errors import MemoryLimitError
 from snows_hf.journal import Journal
 from snows_hf.memory import Shelf, halves, in_parts, out_of_memory
+from snows_hf.progress import LayerReport, Progress
 from snows_hf.prune import restore_untouched
 from snows_hf.streams import Streams
 

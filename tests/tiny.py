@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from snows_hf.adapters import State, build_chain, frozen
-from snows_hf.cascade import LayerReport, prune_chain
+from snows_hf.cascade import prune_chain
 from snows_hf.config import PruneConfig, SolverConfig
 from snows_hf.masks import NM, Masks, choose_masks
 from snows_hf.models.cifar_resnet import CifarResNet
 from snows_hf.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.progress import LayerReport
 from snows_hf.streams import split_images
 
 

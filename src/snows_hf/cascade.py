@@ -1,10 +1,9 @@
 """Algorithm 3: layer after layer, each solved on the inputs that the pruned layers before it produce (streams.py)."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -14,84 +13,14 @@ from .adapters import Chain, frozen
 from .config import PruneConfig
 from .distributed import processes
 from .errors import MemoryLimitError
-from .gradual import surplus, thinning_step
+from .gradual import thin_out
 from .journal import Journal
 from .masks import Masks, Pattern
 from .memory import Images, Shelf, out_of_memory
 from .objective import ActiveWeights, Segment
-from .solver import NewtonResult, NewtonState, NewtonStatus, newton
+from .progress import LayerReport, Progress
+from .solver import NewtonState, newton
 from .streams import Batches, Streams, holding, masked_operations, split_images, whole_network
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one group in one sweep. Losses are K-step losses on the held-out calibration images: at the
-    start (in the first sweep, of the mask alone, or of the criterion's own weights where these are better) and at the
-    end, in ``losses`` the lowest so far after each step. ``cg_statuses`` counts why conjugate gradients stopped.
-    ``batch_size``: images of its largest batch, fewer than asked for where memory ran out."""
-
-    name: str
-    sweep: int
-    parameters: tuple[str, ...]
-    shape: tuple[int, ...]
-    k: int
-    sparsity: float
-    loss_masked: float
-    loss_pruned: float
-    cg_iterations: int
-    steps: int
-    rejected_steps: int
-    seconds: float
-    status: str
-    remedy: str
-    batch_size: int
-    losses: tuple[float, ...] = ()
-    cg_statuses: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        segment: Segment,
-        sweep: int,
-        result: NewtonResult,
-        streams: Streams,
-        active: ActiveWeights,
-        seconds: float,
-    ) -> "LayerReport":
-        """What Algorithm 2 did to a segment's group; ``active`` are the weights that it has in ``result.w``."""
-        weights = [segment.chain.weight(name) for name in segment.group.parameters]
-        size = sum(weight.numel() for weight in weights)
-        joint = segment.group.kind == "joint"
-        masked = sum(mask.numel() for mask in active.masks.values()) - int(torch.count_nonzero(result.w))
-        return cls(
-            name=segment.group.name,
-            sweep=sweep,
-            parameters=segment.group.parameters,
-            shape=(size,) if joint else (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
-            k=segment.stop - segment.start - 1,
-            sparsity=masked / size,
-            loss_masked=result.loss_start,
-            loss_pruned=result.loss_end,
-            cg_iterations=result.cg_iterations,
-            steps=result.steps,
-            rejected_steps=result.rejected,
-            seconds=seconds,
-            status=result.status.value,
-            remedy=result.status.remedy,
-            losses=tuple(result.losses),
-            cg_statuses=dict(Counter(status.value for status in result.cg_statuses)),
-            batch_size=streams.largest,
-        )
-
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> "LayerReport":
-        """:meth:`to_dict` undone, after JSON."""
-        lists = {"parameters": tuple(facts["parameters"]), "shape": tuple(facts["shape"])}
-        lists["losses"] = tuple(facts.get("losses", ()))
-        return cls(**{**facts, **lists})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 Solution = tuple[LayerReport, dict[str, Tensor]]
@@ -99,21 +28,6 @@ Solution = tuple[LayerReport, dict[str, Tensor]]
 
 Solve = Callable[[Segment, int, Streams, int], Solution]
 """From a segment, the sweep, both streams, and the group's place among all."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a cascade is: layer ``index`` (from 0) of ``total`` in all sweeps, its products so far, its losses;
-    ``note`` says what people should know."""
-
-    index: int
-    total: int
-    name: str
-    cg_iterations: int = 0
-    loss_masked: float | None = None
-    loss: float | None = None
-    report: LayerReport | None = None
-    note: str = ""
 
 
 def prune_chain(
@@ -232,7 +146,7 @@ class Cascade:
     def gradual(self, streams: Streams) -> tuple[LayerReport, "Cascade"]:
         """All layers at once while their masks thin out (gradual.py), and the cascade with the masks of the end."""
         segment, sweep = whole_network(self.chain, self.masks, "all layers, thinning out"), self.config.sweeps + 1
-        report, weights = self.finish(segment, sweep, streams, self.layers, self.thin_out)
+        report, weights = self.finish(segment, sweep, streams, self.layers, partial(self.solve, pattern=self.pattern))
         self.chain.put(weights)
         return report, replace(self, masks={name: weight != 0 for name, weight in weights.items()})
 
@@ -291,19 +205,26 @@ class Cascade:
         self.on_progress(Progress(place, self.total, report.name, report=report))
         return report, weights
 
-    def solve(self, segment: Segment, sweep: int, streams: Streams, place: int) -> Solution:
-        """Algorithm 2 for a segment's group."""
+    def solve(
+        self, segment: Segment, sweep: int, streams: Streams, place: int, pattern: Pattern | None = None
+    ) -> Solution:
+        """Algorithm 2 for a segment's group; with a ``pattern``, its masks thin out to that meanwhile."""
         started = time.perf_counter()
-        group = segment.group
+        record, group = f"layer-{place:04d}", segment.group
         joint = group.kind == "joint"
         self.on_progress(Progress(place, self.total, group.name))
         active = ActiveWeights.of(group, self.masks, self.device)
         judge = len(streams.pruned) - 1
-        steps, before = (self.joint_steps, self.gradual_steps) if joint else (self.layer_steps(judge), 0)
-        state = self.journal.get_state(f"layer-{place:04d}", self.device) if joint else None
-        solver = replace(self.config.solver, passes=1)  # the order has them all
+        state = self.journal.get_state(record, self.device) if joint else None
+        done = state.result.steps if state else 0
+        if pattern is not None:
+            first, steps = 0, self.gradual_steps
+        elif joint:
+            first, steps = self.gradual_steps, self.joint_steps
+        else:
+            first, steps = 0, self.layer_steps(judge)
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
-        order = [(before + i, (place * steps + i) % judge) for i in range(state.result.steps if state else 0, steps)]
+        order = [(first + i, (place * steps + i) % judge) for i in range(done, steps)]
         batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
         held_out = batches.objective(judge)
         own = {name: self.chain.weight(name).detach() for name in active.masks}
@@ -317,46 +238,12 @@ class Cascade:
             counts = result.cg_iterations, result.loss_start, result.loss_end
             self.on_progress(Progress(place, self.total, group.name, *counts))
             if joint:
-                self.journal.put_state(f"layer-{place:04d}", state)
+                self.journal.put_state(record, state)
 
-        result = newton(batches, held_out, w, solver, report_step, state)
+        solver = replace(self.config.solver, passes=1)  # the order has them all
+        if pattern is None:
+            result = newton(batches, held_out, w, solver, report_step, state)
+        else:
+            result = thin_out(batches, held_out, w, solver, pattern, report_step, state)
         report = LayerReport.of(segment, sweep, result, streams, active, time.perf_counter() - started)
         return report, active.scatter(result.w)
-
-    def thin_out(self, segment: Segment, sweep: int, streams: Streams, place: int) -> Solution:
-        """A Newton step on all layers, then some weights go, ``gradual_steps`` times (gradual.py)."""
-        started = time.perf_counter()
-        assert self.pattern is not None
-        record, name = f"layer-{place:04d}", segment.group.name
-        # What is gone is zero in w, which has the weights of the first masks throughout.
-        start = ActiveWeights.of(segment.group, self.masks, self.device)
-        batches = Batches(segment, self.dense, start, streams, self.config, self.device)
-        judge = len(streams.pruned) - 1
-        held_out = batches.objective(judge)
-        state = self.journal.get_state(record, self.device)
-        if state is None:
-            w = start.within(self.chain)
-            loss = held_out.value(w)
-            state = NewtonState(w, w, NewtonResult(w, NewtonStatus.THINNED_OUT, loss, loss), milestone=loss)
-        result = state.result
-        self.on_progress(Progress(place, self.total, name))
-        for step in range(result.steps, self.gradual_steps):
-            weights = start.scatter(state.w)
-            active = ActiveWeights({key: weight != 0 for key, weight in weights.items()})
-            batch = replace(batches, active=active).objective(step % judge, step)
-            share = surplus(step + 1, self.gradual_steps)
-            taken, weights = thinning_step(batch, weights, self.config.solver, self.pattern, share)
-            state.w = state.mean = result.w = start.gather(weights)
-            result.steps, result.loss_end = step + 1, held_out.value(state.w)
-            result.losses.append(result.loss_end)
-            if taken is None:
-                result.status = NewtonStatus.NON_FINITE
-                break
-            result.cg_iterations += taken.direction.iterations
-            result.cg_statuses.append(taken.direction.status)
-            result.rejected += taken.alpha == 0.0
-            counts = result.cg_iterations, result.loss_start, result.loss_end
-            self.on_progress(Progress(place, self.total, name, *counts))
-            self.journal.put_state(record, state)
-        report = LayerReport.of(segment, sweep, result, streams, start, time.perf_counter() - started)
-        return report, start.scatter(result.w)

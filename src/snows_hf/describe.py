@@ -17,12 +17,12 @@ import transformers
 from torch import Tensor, nn
 
 from .adapters import Chain, Group
-from .cascade import LayerReport
 from .config import PruneConfig
 from .data import split_revision
 from .hub.load import Checkpoint, short_name
 from .journal import Digest, checksum, digest_of
 from .masks import Masks, Pattern, PerLayer, split_by_fit
+from .progress import LayerReport
 from .version import __version__
 
 

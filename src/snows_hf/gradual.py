@@ -4,16 +4,65 @@ A mask that is chosen at once is chosen for the dense network. One that loses it
 for the network that the others, moving, have become.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .config import SolverConfig
 from .masks import Masks, Pattern
-from .objective import KStepObjective
+from .objective import ActiveWeights, KStepObjective
 from .preconditioner import RowPreconditioner
-from .solver import Step, newton_step
+from .solver import NewtonResult, NewtonState, NewtonStatus, Objective, Step, newton_step
+from .streams import Batches
+
+
+def thin_out(
+    batches: Batches,
+    held_out: Objective,
+    w: Tensor,
+    config: SolverConfig,
+    pattern: Pattern,
+    progress: Callable[[NewtonState], None] | None = None,
+    state: NewtonState | None = None,
+) -> NewtonResult:
+    """One Newton step per batch from w (m,), each followed by the removal of some weights; the last one by that of all
+    which the pattern removes.
+
+    The weights returned are those of the end, zero where they have gone.
+
+    Args:
+        batches: in the order of the steps, with the weights active that there are at first.
+        held_out: objective on images that no batch holds; it measures, and decides nothing.
+        w: weights to start from, as many as are active at first.
+        config: settings of the steps.
+        pattern: what the masks come to.
+        progress: as of :func:`snows_hf.solver.newton`.
+        state: as there.
+    """
+    if state is None:
+        loss = held_out.value(w)
+        state = NewtonState(w, w, NewtonResult(w, NewtonStatus.THINNED_OUT, loss, loss), milestone=loss)
+    start, result = batches.active, state.result
+    steps = result.steps + len(batches.order)
+    for step, index in batches.order:
+        weights = start.scatter(state.w)
+        active = ActiveWeights({name: weight != 0 for name, weight in weights.items()})
+        batch = replace(batches, active=active).objective(index, step)
+        taken, weights = thinning_step(batch, weights, config, pattern, surplus(result.steps + 1, steps))
+        state.w = state.mean = result.w = start.gather(weights)
+        result.steps, result.loss_end = result.steps + 1, held_out.value(state.w)
+        result.losses.append(result.loss_end)
+        if taken is None:
+            result.status = NewtonStatus.NON_FINITE
+            break
+        result.cg_iterations += taken.direction.iterations
+        result.cg_statuses.append(taken.direction.status)
+        result.rejected += taken.alpha == 0.0
+        if progress is not None:
+            progress(state)
+    return result
 
 
 def surplus(step: int, steps: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .adapters import build_chain
 from .allocation import Candidate, by_sensitivity, candidates_of
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
-from .cascade import LayerReport, Progress, prune_chain
+from .cascade import prune_chain
 from .checks import check_apart, check_mask, find_device, find_dtype, select_layers
 from .choices import alone, find_allocation, find_choice, find_first_masks, one_pattern
 from .config import preset as preset_for
@@ -31,6 +31,7 @@ from .hub.save import check_output, save_checkpoint, whole_folder
 from .journal import Record, open_journal
 from .masks import NM, Evidence, Masks, load_masks, split_by_fit
 from .memory import room
+from .progress import LayerReport, Progress
 from .version import __version__
 
 

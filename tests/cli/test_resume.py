@@ -16,9 +16,9 @@ from embedded import DIGITS, NO_HUB, RESNET, VIT, copy_of, tensors_of, write_ten
 from safetensors.torch import save_file
 
 from snows_hf import prune
-from snows_hf.cascade import Progress
 from snows_hf.errors import ConfigError
 from snows_hf.masks import NM
+from snows_hf.progress import Progress
 
 
 QUICK = {"data": str(DIGITS), "samples": 32, "k": 1}
