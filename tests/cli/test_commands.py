@@ -58,6 +58,30 @@ def test_prune_as_json(run, model: Path, layers: int) -> None:
     assert [layer["name"] for layer in found["layers"]] == [layer["name"] for layer in report["layers"]]
 
 
+@pytest.mark.parametrize(("pattern", "relaxed"), [("1:4", "2:4"), ("0.8", "0.6")])
+def test_a_cnn_comes_to_its_masks_gradually(run, pattern, relaxed) -> None:
+    """Fewer than half of the weights; the report, the card, the page and the weights tell the same."""
+    Path("s.yaml").write_text("joint_steps: 6\nlayer_steps: 1\n")
+    options = ("prune", RESNET, "--data", DIGITS, "--samples", 40, "--config", "s.yaml", "--json")
+    report = json.loads(run(*options, "--pattern", pattern, "--report", "--output", "out").out)
+    sparsity = {"1:4": 0.75, "0.8": 0.8}[pattern]
+    assert report["criterion"]["thinned_out_from"] == relaxed
+    thinning, joint = report["later_sweeps"]
+    assert (thinning["status"], thinning["steps"], joint["steps"]) == ("thinned_out", 2, 4)
+    assert report["sparsity"] == pytest.approx(sparsity, abs=1e-3)
+    found = json.loads(run("inspect", "out", "--json").out)
+    assert (found["pattern"], found["pattern_ok"]) == (pattern, True)
+    shares = {layer["name"]: layer["sparsity"] for layer in found["layers"]}
+    assert shares == {layer["name"]: layer["sparsity"] for layer in report["layers"]}
+    assert f"for {relaxed}, thinned out to {pattern} while the weights moved" in Path("out/README.md").read_text()
+    assert "all layers, thinning out" in Path(report["page"]).read_text()
+
+    Path("s.yaml").write_text("joint_steps: 6\nlayer_steps: 1\ngradual: 0\n")
+    fixed = json.loads(run(*options, "--pattern", pattern, "--output", "fixed").out)
+    assert fixed["criterion"]["thinned_out_from"] is None
+    assert [solved["name"] for solved in fixed["later_sweeps"]] == ["all layers"]
+
+
 def test_prune_for_people(run) -> None:
     result = run("prune", VIT, "--pattern", "2:4", *MEASURED, "--output", "out")
     assert result.code == 0

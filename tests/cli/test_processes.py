@@ -28,10 +28,11 @@ def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[st
     )
 
 
-def test_two_processes_come_to_the_weights_of_one(run, elsewhere: Path) -> None:
-    """Joint steps and a Gram preconditioner included; the held-out batch has one image, for two processes."""
-    Path("s.yaml").write_text(SETTINGS)
-    options = ("prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 20, "--k", 3, "--dtype", "float64")
+@pytest.mark.parametrize(("pattern", "gradual"), [("2:4", 0), ("1:4", 0.7)])
+def test_two_processes_come_to_the_weights_of_one(run, elsewhere: Path, pattern: str, gradual: float) -> None:
+    """Joint steps, gradual ones and a Gram preconditioner included; the held-out batch has one image, for two."""
+    Path("s.yaml").write_text(SETTINGS + f"gradual: {gradual}\n")
+    options = ("prune", VIT, "--pattern", pattern, "--data", DIGITS, "--samples", 20, "--k", 3, "--dtype", "float64")
     options += ("--config", "s.yaml", "--mask", "wanda", "--json", "--eval-data", DIGITS, "--output")
     two = launch(2, *options, "two")
     assert two.returncode == 0, two.stderr
