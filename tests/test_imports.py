@@ -13,7 +13,7 @@ ALGORITHM = (
     "adapters allocation augment cascade collapse config distributed errors gradual journal masks memory models "
     "objective preconditioner progress solver streams"
 )
-STEPS = "calibration checks choices describe fitting training"
+STEPS = "calibration checks choices describe fitting permutation training"
 JOBS = "attention bench finetune inspect probe prune report sensitivity train"
 EVERYTHING_BUT_CLI = f"{ALGORITHM} {STEPS} {JOBS} data evaluate flops hub remote speed version"
 MAY_IMPORT = {
@@ -50,7 +50,8 @@ MAY_IMPORT = {
         "adapters allocation config describe distributed errors journal masks memory objective preconditioner solver "
         "streams"
     ),
-    "choices": "allocation config fitting journal masks",
+    "permutation": "adapters masks",
+    "choices": "allocation config errors fitting journal masks",
     **dict.fromkeys((*JOBS.split(), "__init__"), EVERYTHING_BUT_CLI),
     "__main__": "cli",
     "cli": f"cli {EVERYTHING_BUT_CLI}",

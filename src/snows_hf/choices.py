@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .allocation import Candidate, allocate, layer_sensitivities
 from .config import PruneConfig
+from .errors import ConfigError
 from .fitting import fit_sensitivity
 from .journal import Journal, Record
 from .masks import NM, Choice, Evidence, Pattern, PerLayer, Unstructured, choose, parse_pattern
@@ -21,6 +22,22 @@ def one_pattern(config: PruneConfig) -> NM | Unstructured:
     pattern = parse_pattern(config.pattern)
     scope = "layer" if config.allocation == "uniform" else "global"
     return replace(pattern, scope=scope) if isinstance(pattern, Unstructured) else pattern
+
+
+def find_nm(candidates: Sequence[Candidate]) -> NM:
+    """The N:M of all layers, or the sparsest where they may have several: what channels are ordered for.
+
+    Raises:
+        ConfigError: there is none, or groups are of different sizes.
+    """
+    found = [candidate for candidate in candidates if candidate is not None]
+    patterns = [candidate for candidate in found if isinstance(candidate, NM)]
+    if len(patterns) < len(found) or len({pattern.m for pattern in patterns}) != 1:
+        names = ", ".join(map(str, found))
+        raise ConfigError(
+            f"Channels cannot be ordered for {names}: expected N:M, all of one M.", "Leave out --permute."
+        )
+    return max(patterns, key=lambda pattern: pattern.sparsity)
 
 
 def find_allocation(

@@ -16,7 +16,7 @@ from .allocation import Candidate, by_sensitivity, candidates_of
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .cascade import prune_chain
 from .checks import check_apart, check_mask, find_device, find_dtype, select_layers
-from .choices import alone, find_allocation, find_choice, find_first_masks, one_pattern
+from .choices import alone, find_allocation, find_choice, find_first_masks, find_nm, one_pattern
 from .config import preset as preset_for
 from .data import open_images
 from .describe import describe_data, describe_hardware, describe_layers, describe_run, describe_size, finite
@@ -31,6 +31,7 @@ from .hub.save import check_output, save_checkpoint, whole_folder
 from .journal import Record, open_journal
 from .masks import NM, Evidence, Masks, load_masks, split_by_fit
 from .memory import room
+from .permutation import order_channels
 from .progress import LayerReport, Progress
 from .version import __version__
 
@@ -105,6 +106,8 @@ def prune(
     by_layer = by_sensitivity(asked)
     candidates: list[Candidate] = candidates_of(asked) if by_layer else [one_pattern(asked)]
     check_mask(asked.mask)
+    if asked.permute:
+        find_nm(candidates)
     solver_dtype = find_dtype(dtype)
     if format not in FORMATS:
         raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
@@ -142,6 +145,12 @@ def prune(
         on_stage(f"{data} ({data_split}) has only {len(images)} images: all of them are used")
 
     run = describe_run(checkpoint, original, config, digest, labels)
+    permuted = {}
+    if config.permute:
+        on_stage(f"Ordering channels for {pattern}")
+        permuted = order_channels(chain, find_nm(candidates), images[:2])
+        original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        weights = {name: original[name] for name in weights}
     run |= {"dtype": dtype, "device": target.type, "update": update, "processes": processes()}
     with open_journal(folder, run, restart, on_stage) as journal:
         if folder is not None:
@@ -199,6 +208,7 @@ def prune(
         report |= describe_size(network, masks, flops) | {
             "update": update,
             "allocation": allocation,
+            "permuted": {name: {"kept_before": b, "kept_after": a} for name, (b, a) in permuted.items()},
             "criterion": {
                 "seconds": criterion_seconds,
                 "labels": labels is not None,

@@ -254,7 +254,10 @@ def attention_picture(
     with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
         models = [str(checkpoint.folder)]
         if dense is not None:
-            models = [*reference_models(Path(place), load(dense, revision), checkpoint.model), *models]
+            same_order = not described(checkpoint).get("permuted")
+            if not same_order:
+                on_stage("No attention maps of the mask alone: the dense model has its channels in another order")
+            models = [*reference_models(Path(place), load(dense, revision), checkpoint.model, same_order), *models]
         picture = Path(place) / "attention.png"
         try:
             found = attention(
@@ -270,8 +273,9 @@ def attention_picture(
 
 
 @torch.no_grad()
-def reference_models(place: Path, dense: Checkpoint, pruned: nn.Module) -> list[str]:
-    """Folders in ``place`` of the dense model, and of its weights under the pruned one's mask.
+def reference_models(place: Path, dense: Checkpoint, pruned: nn.Module, same_order: bool) -> list[str]:
+    """Folders in ``place`` of the dense model, and, where its channels are in the ``same_order``, of its weights under
+    the pruned one's mask.
 
     Raises:
         ConfigError: the dense model has other weights than the pruned one.
@@ -281,6 +285,8 @@ def reference_models(place: Path, dense: Checkpoint, pruned: nn.Module) -> list[
     for folder in folders:
         folder.mkdir()
     save_checkpoint(dense, folders[0], {}, {})
+    if not same_order:
+        return [str(folders[0])]
     for name, sparse in pruned.named_parameters():
         if name not in weights or weights[name].shape != sparse.shape:
             raise ConfigError(

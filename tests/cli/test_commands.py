@@ -82,6 +82,24 @@ def test_a_cnn_comes_to_its_masks_gradually(run, pattern, relaxed) -> None:
     assert [solved["name"] for solved in fixed["later_sweeps"]] == ["all layers"]
 
 
+def test_channels_in_another_order_are_the_same_network(run) -> None:
+    """The dense model's accuracy is measured after its channels were put in order."""
+    options = ("prune", VIT, "--pattern", "2:4", *MEASURED, "--json", "--no-update")
+    plain = json.loads(run(*options, "--output", "plain").out)
+    report = json.loads(run(*options, "--permute", "--output", "out").out)
+    assert plain["permuted"] == {} and report["dense"] == plain["dense"]
+    assert report["permuted"] and all(s["kept_after"] > s["kept_before"] for s in report["permuted"].values())
+    assert all("fc2" in name for name in report["permuted"])
+    assert "come in another order than in the base model" in Path("out/README.md").read_text()
+    assert json.loads(run("eval", "out", "--data", DIGITS, "--json").out) == report["pruned"]
+    found = run("report", "out", "--dense", VIT, "--data", DIGITS, "--json")
+    assert found.code == 0 and "the dense model has its channels in another order" in found.err
+
+    refused = run("prune", VIT, "--pattern", "0.5", *QUICK, "--permute", "--output", "refused")
+    assert refused.code == 1 and "Channels cannot be ordered for 0.5" in refused.err
+    assert not Path("refused").exists()
+
+
 def test_prune_for_people(run) -> None:
     result = run("prune", VIT, "--pattern", "2:4", *MEASURED, "--output", "out")
     assert result.code == 0

@@ -41,6 +41,9 @@ def command(
         str | None,
         typer.Option(help="Mask criterion (magnitude, wanda, sparsegpt, obc, …), or a safetensors file of booleans."),
     ] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="Order channels so that N:M costs less, where their order is free.")
+    ] = False,
     allocation: Annotated[
         str | None,
         typer.Option(help="Which layers lose how much of an unstructured sparsity: global, uniform or sensitivity."),
@@ -85,7 +88,7 @@ def command(
     settings = read_settings(config)
     settings |= given(samples=samples, k=k, mask=mask, curvature=curvature, seed=seed)
     settings |= given(allocation=allocation, sparsity=sparsity, budget=budget)
-    settings |= given(layers=tuple(layers) if layers else None)
+    settings |= given(layers=tuple(layers) if layers else None, permute=permute or None)
 
     from ..hub.push import check_push
     from ..prune import prune

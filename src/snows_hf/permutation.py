@@ -1,0 +1,179 @@
+"""Input channels of layers in an order in which N:M costs less (Pool and Yu, 2021), the network staying what it is.
+
+Groups of M are consecutive input channels. Where nothing else reads the channels between two layers, they may come in
+any order, if what makes them and what reads them are ordered alike. That is an ordinary checkpoint again.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Chain
+from .masks import NM
+
+
+ROUNDS = 300
+"""Most rounds of swaps in one layer."""
+
+STALE = 20
+"""Rounds without a gain that end the search."""
+
+TOLERANCE = 1e-9
+"""Most that logits may differ in float64, relative to the largest, for two orders to count as the same network."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels between two layers.
+
+    Attributes:
+        reader: the weight whose dimension 1 they are.
+        makers: the tensors whose dimension 0 they are: weight and bias of the layer before, and the norms between.
+    """
+
+    reader: str
+    makers: tuple[str, ...]
+
+    def order(self, model: nn.Module, permutation: Tensor) -> None:
+        """Puts them in a new order, in place: first comes channel ``permutation[0]``."""
+        tensors = model.state_dict()  # shares memory with the model
+        for name in self.makers:
+            tensors[name].copy_(tensors[name][permutation])
+        tensors[self.reader].copy_(tensors[self.reader][:, permutation])
+
+
+@torch.no_grad()
+def free_channels(chain: Chain, images: Tensor) -> list[Channels]:
+    """All channels before prunable layers that nothing else reads, in forward order.
+
+    Which layer comes before another is seen in a forward pass. Whether something else reads what is between them is
+    not known from that: each candidate is put in a random order, in float64, and counts if the logits stay the same.
+
+    Args:
+        chain: of the dense model.
+        images: two or more, (n, 3, h, w).
+    """
+    model = copy.deepcopy(chain.model).cpu().double().eval()
+    images = images.cpu().double()
+    found = candidates(model, images, {name for _, group in chain.groups() for name in group.parameters})
+    logits = _logits(model, images)
+    generator = torch.Generator().manual_seed(0)
+
+    def is_free(channels: Channels) -> bool:
+        count = model.get_parameter(channels.reader).shape[1]
+        permutation = torch.randperm(count, generator=generator)
+        channels.order(model, permutation)
+        difference = (_logits(model, images) - logits).abs().max()
+        channels.order(model, permutation.argsort())
+        return bool(difference <= TOLERANCE * logits.abs().max())
+
+    return [channels for channels in found if is_free(channels)]
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    found = model(images)
+    logits: Tensor = found if isinstance(found, Tensor) else found.logits
+    return logits
+
+
+def candidates(model: nn.Module, images: Tensor, prunable: set[str]) -> list[Channels]:
+    """Pairs of layers of which the second is called next after the first, whose widths fit."""
+    calls: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d)
+    ]
+    _logits(model, images)
+    for handle in handles:
+        handle.remove()
+    modules, found = dict(model.named_modules()), []
+    maker, norms = "", list[str]()
+    for name in calls:
+        module = modules[name]
+        if isinstance(module, nn.BatchNorm2d):
+            norms.append(name)
+            continue
+        if f"{name}.weight" in prunable and type(modules[maker]) is type(module):
+            makers = tuple(
+                f"{owner}.{tensor}"
+                for owner in (maker, *norms)
+                for tensor, value in modules[owner].state_dict().items()
+                if value.dim() > 0
+            )
+            widths = {len(model.state_dict()[tensor]) for tensor in makers}
+            grouped = max(getattr(module, "groups", 1), getattr(modules[maker], "groups", 1)) > 1
+            once = all(calls.count(called) == 1 for called in (maker, *norms, name))
+            if once and not grouped and widths == {model.get_parameter(f"{name}.weight").shape[1]}:
+                found.append(Channels(f"{name}.weight", makers))
+        maker, norms = name, []
+    return found
+
+
+@torch.no_grad()
+def order_channels(
+    chain: Chain, pattern: NM, images: Tensor, on_layer: Callable[[str], None] = lambda name: None
+) -> dict[str, tuple[float, float]]:
+    """Puts the input channels of every layer where that is free in a better order for the pattern, in place.
+
+    Returns:
+        By parameter name: the share of the weights' magnitudes that the pattern keeps, before and after.
+    """
+    gains = {}
+    for channels in free_channels(chain, images):
+        weight = chain.weight(channels.reader).detach()
+        if not pattern.fits(weight.shape):
+            continue
+        on_layer(channels.reader)
+        magnitudes = weight.float().abs().movedim(1, 0).flatten(1)
+        permutation = better_order(magnitudes, pattern)
+        total = float(magnitudes.sum())
+        gains[channels.reader] = (
+            float(kept(magnitudes.unflatten(0, (-1, pattern.m)), pattern.n).sum()) / total,
+            float(kept(magnitudes[permutation].unflatten(0, (-1, pattern.m)), pattern.n).sum()) / total,
+        )
+        channels.order(chain.model, permutation)
+    return gains
+
+
+def kept(groups: Tensor, n: int) -> Tensor:
+    """What the n largest of each row keep: (…, m, rows) → (…)."""
+    return (groups.amax(-2) if n == 1 else groups.topk(n, dim=-2).values.sum(-2)).sum(-1)
+
+
+def better_order(magnitudes: Tensor, pattern: NM) -> Tensor:
+    """An order of columns in which groups of M keep more: from the given one, swaps of two columns between two groups,
+    as long as some gain.
+
+    In each round the groups are paired at random, and of each pair's M² swaps the best is made if it gains.
+
+    Args:
+        magnitudes: (columns, rows).
+        pattern: N:M; M divides the columns.
+    """
+    n, m, device = pattern.n, pattern.m, magnitudes.device
+    groups = torch.arange(len(magnitudes), device=device).unflatten(0, (-1, m))
+    generator = torch.Generator().manual_seed(0)
+    half, stale = len(groups) // 2, 0
+    for _ in range(ROUNDS if half else 0):
+        order = torch.randperm(len(groups), generator=generator).to(device)
+        first, second = order[:half], order[half : 2 * half]
+        a, b = groups[first], groups[second]  # (pairs, m) columns
+        before = kept(magnitudes[a], n) + kept(magnitudes[b], n)
+        gains = torch.empty(half, m, m, device=device)
+        for i in range(m):
+            for j in range(m):
+                x, y = a.clone(), b.clone()
+                x[:, i], y[:, j] = b[:, j], a[:, i]
+                gains[:, i, j] = kept(magnitudes[x], n) + kept(magnitudes[y], n) - before
+        best, swap = gains.flatten(1).max(1)
+        better = (best > 1e-6 * before).nonzero()[:, 0]
+        at, to = swap[better] // m, swap[better] % m
+        groups[first[better], at], groups[second[better], to] = b[better, to], a[better, at]
+        stale = 0 if len(better) else stale + 1
+        if stale == STALE:
+            break
+    return groups.flatten()
