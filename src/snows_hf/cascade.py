@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -66,7 +65,7 @@ def prune_chain(
     """
     batches = split_images(len(images), config.batch_size, config.held_out)
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
-    again = config.sweeps > 1 or config.joint_steps > 0 or pattern is not None
+    again = config.sweeps > 1 or config.joint_steps > 0
     dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
     cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {}, journal or Journal(), pattern)
     shelf = images.shelf if isinstance(images, Images) else Shelf()
@@ -134,7 +133,7 @@ class Cascade:
             if index in todo:
                 place = (number - 1) * len(todo) + len(reports)
                 segment = Segment.cut(self.chain, index, self.config.k)
-                report, weights = self.finish(segment, number, streams, place, self.solve)
+                report, weights = self.finish(segment, number, streams, place)
                 reports.append(report)
             if self.config.targets == "dense":
                 with holding(self.chain, self.dense):
@@ -146,27 +145,22 @@ class Cascade:
     def gradual(self, streams: Streams) -> tuple[LayerReport, "Cascade"]:
         """All layers at once while their masks thin out (gradual.py), and the cascade with the masks of the end."""
         segment, sweep = whole_network(self.chain, self.masks, "all layers, thinning out"), self.config.sweeps + 1
-        report, weights = self.finish(segment, sweep, streams, self.layers, partial(self.solve, pattern=self.pattern))
+        report, weights = self.finish(segment, sweep, streams, self.layers, self.pattern)
         self.chain.put(weights)
         return report, replace(self, masks={name: weight != 0 for name, weight in weights.items()})
 
     def joint(self, streams: Streams) -> LayerReport:
         """All layers at once: Algorithm 2 on the outputs of every operation of the network, from its images on."""
         segment, sweep = whole_network(self.chain, self.masks), self.config.sweeps + 1
-        report, weights = self.finish(segment, sweep, streams, self.total - 1, self.solve)
+        report, weights = self.finish(segment, sweep, streams, self.total - 1)
         self.chain.put(weights)
         return report
 
     def finish(
-        self,
-        segment: Segment,
-        sweep: int,
-        streams: Streams,
-        place: int,
-        solve: Callable[[Segment, int, Streams, int], Solution],
+        self, segment: Segment, sweep: int, streams: Streams, place: int, pattern: Pattern | None = None
     ) -> Solution:
-        """A segment's group, number ``place`` of all, as an earlier run left it, or solved and kept. Where memory runs
-        out, it is solved again with batches of half the size."""
+        """:meth:`solve` for number ``place`` of all, or what an earlier run kept of it. Where memory runs out, the
+        group is solved again with batches of half the size."""
         name, group = f"layer-{place:04d}", segment.group
         active = ActiveWeights.of(group, self.masks, self.device)
         found = self.journal.get(name)
@@ -179,7 +173,7 @@ class Cascade:
             return report, active.scatter(found.tensors["w"].to(self.device))
         while True:
             try:
-                report, weights = solve(segment, sweep, streams, place)
+                report, weights = self.solve(segment, sweep, streams, place, pattern)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
@@ -205,9 +199,7 @@ class Cascade:
         self.on_progress(Progress(place, self.total, report.name, report=report))
         return report, weights
 
-    def solve(
-        self, segment: Segment, sweep: int, streams: Streams, place: int, pattern: Pattern | None = None
-    ) -> Solution:
+    def solve(self, segment: Segment, sweep: int, streams: Streams, place: int, pattern: Pattern | None) -> Solution:
         """Algorithm 2 for a segment's group; with a ``pattern``, its masks thin out to that meanwhile."""
         started = time.perf_counter()
         record, group = f"layer-{place:04d}", segment.group
