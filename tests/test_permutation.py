@@ -5,6 +5,7 @@ import itertools
 import pytest
 import tiny
 import torch
+from cases import CASES
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -57,6 +58,31 @@ def test_the_network_stays_what_it_is_and_the_pattern_keeps_more(network, patter
     assert any(after > before for before, after in gains.values())
 
 
+FAMILIES = {
+    "timm-mobilenet": 4,  # through the depthwise convolution
+    "timm-vit-scale-norms": 2,  # through the norm inside the MLP
+    "timm-resnet-squeeze-excitation": 5,
+    "transformers-dinov2": 2,
+    "transformers-siglip": 2,
+    "timm-swin": 4,
+    "transformers-convnext": 3,
+    "transformers-convnextv2": 0,  # its response norm looks across channels
+    "timm-resnext": 0,  # grouped convolutions
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_computes_the_same(name):
+    case = next(case for case in CASES if case.name == name)
+    model, dense = case.model(torch.float64), case.model(torch.float64)
+    gains = order_channels(build_chain(model), NM(1, 2), case.images(2, torch.float64))
+    assert len(gains) == FAMILIES[name]
+    images = case.images(3, torch.float64).flip(-1)
+    with torch.no_grad():
+        logits, expected = (build_chain(net).logits(images) for net in (model, dense))
+    torch.testing.assert_close(logits, expected, rtol=1e-8, atol=1e-8)
+
+
 def test_channels_of_grouped_convolutions_stay():
     class Grouped(nn.Module):
         def __init__(self) -> None:
@@ -66,7 +92,8 @@ def test_channels_of_grouped_convolutions_stay():
         def forward(self, x: Tensor) -> Tensor:
             return self.c(self.b(self.a(x))).mean((2, 3))
 
-    assert candidates(Grouped(), torch.zeros(2, 3, 4, 4), {"b.weight", "c.weight"}) == []
+    model = Grouped()
+    assert candidates(model, lambda: model(torch.zeros(2, 3, 4, 4)), {"b.weight", "c.weight"}) == []
 
 
 def kept_by(magnitudes: Tensor, order: list[int], pattern: NM) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapters import Chain
+from .adapters import Chain, build_chain
 from .masks import NM
 
 
@@ -31,7 +31,8 @@ class Channels:
 
     Attributes:
         reader: the weight whose dimension 1 they are.
-        makers: the tensors whose dimension 0 they are: weight and bias of the layer before, and the norms between.
+        makers: the tensors whose dimension 0 they are: weight and bias of the layer before, and of the norms and
+            depthwise convolutions between.
     """
 
     reader: str
@@ -56,67 +57,66 @@ def free_channels(chain: Chain, images: Tensor) -> list[Channels]:
         chain: of the dense model.
         images: two or more, (n, 3, h, w).
     """
-    model = copy.deepcopy(chain.model).cpu().double().eval()
-    images = images.cpu().double()
-    found = candidates(model, images, {name for _, group in chain.groups() for name in group.parameters})
-    logits = _logits(model, images)
+    twin, images = build_chain(copy.deepcopy(chain.model).cpu().double().eval()), images.cpu().double()
+    prunable = {name for _, group in chain.groups() for name in group.parameters}
+    logits = twin.logits(images)
     generator = torch.Generator().manual_seed(0)
 
     def is_free(channels: Channels) -> bool:
-        count = model.get_parameter(channels.reader).shape[1]
-        permutation = torch.randperm(count, generator=generator)
-        channels.order(model, permutation)
-        difference = (_logits(model, images) - logits).abs().max()
-        channels.order(model, permutation.argsort())
+        permutation = torch.randperm(twin.weight(channels.reader).shape[1], generator=generator)
+        channels.order(twin.model, permutation)
+        difference = (twin.logits(images) - logits).abs().max()
+        channels.order(twin.model, permutation.argsort())
         return bool(difference <= TOLERANCE * logits.abs().max())
 
+    found = candidates(twin.model, lambda: twin.logits(images), prunable)
     return [channels for channels in found if is_free(channels)]
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    found = model(images)
-    logits: Tensor = found if isinstance(found, Tensor) else found.logits
-    return logits
-
-
-def candidates(model: nn.Module, images: Tensor, prunable: set[str]) -> list[Channels]:
-    """Pairs of layers of which the second is called next after the first, whose widths fit."""
+def candidates(model: nn.Module, run: Callable[[], object], prunable: set[str]) -> list[Channels]:
+    """Pairs of layers of which the second is called next after the first when ``run`` runs the model, and whose
+    widths fit."""
     calls: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
     ]
-    _logits(model, images)
+    run()
     for handle in handles:
         handle.remove()
     modules, found = dict(model.named_modules()), []
-    maker, norms = "", list[str]()
+    maker, between = "", list[str]()
     for name in calls:
         module = modules[name]
-        if isinstance(module, nn.BatchNorm2d):
-            norms.append(name)
+        if by_channel(module):
+            between.append(name)
             continue
         if f"{name}.weight" in prunable and type(modules[maker]) is type(module):
             makers = tuple(
                 f"{owner}.{tensor}"
-                for owner in (maker, *norms)
+                for owner in (maker, *between)
                 for tensor, value in modules[owner].state_dict().items()
                 if value.dim() > 0
             )
             widths = {len(model.state_dict()[tensor]) for tensor in makers}
             grouped = max(getattr(module, "groups", 1), getattr(modules[maker], "groups", 1)) > 1
-            once = all(calls.count(called) == 1 for called in (maker, *norms, name))
+            once = all(calls.count(called) == 1 for called in (maker, *between, name))
             if once and not grouped and widths == {model.get_parameter(f"{name}.weight").shape[1]}:
                 found.append(Channels(f"{name}.weight", makers))
-        maker, norms = name, []
+        maker, between = name, []
     return found
 
 
+def by_channel(module: nn.Module) -> bool:
+    """Whether a module has nothing but a share of its own for each channel: norms, and depthwise convolutions."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == module.in_channels == module.out_channels
+    return isinstance(module, nn.BatchNorm2d | nn.LayerNorm)
+
+
 @torch.no_grad()
-def order_channels(
-    chain: Chain, pattern: NM, images: Tensor, on_layer: Callable[[str], None] = lambda name: None
-) -> dict[str, tuple[float, float]]:
+def order_channels(chain: Chain, pattern: NM, images: Tensor) -> dict[str, tuple[float, float]]:
     """Puts the input channels of every layer where that is free in a better order for the pattern, in place.
 
     Returns:
@@ -127,7 +127,6 @@ def order_channels(
         weight = chain.weight(channels.reader).detach()
         if not pattern.fits(weight.shape):
             continue
-        on_layer(channels.reader)
         magnitudes = weight.float().abs().movedim(1, 0).flatten(1)
         permutation = better_order(magnitudes, pattern)
         total = float(magnitudes.sum())
