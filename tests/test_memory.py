@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 
 from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
@@ -127,6 +128,29 @@ def test_batches_shrink_to_the_budget():
     assert fitted(10**12) == 250
     with pytest.raises(ConfigError, match="One image needs"):
         fitted(each)
+
+
+def test_factors_shrink_before_batches_do():
+    """Down to blocks that take half of what is there; a run with them still improves every layer."""
+    masks = tiny.magnitude_masks(tiny.cifar_resnet())
+    sizes = [factor_bytes(masks, entries) for entries in (2**28, 2**12, 2**10, 2**8)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0] / 10
+    for entries in (2**12, 2**8):  # a row's last block may be padded
+        assert all(
+            factor_bytes({name: mask}, entries) <= 2 * 4 * max(entries, mask.sum()) for name, mask in masks.items()
+        )
+    run = tiny.prune(tiny.cifar_resnet(), 40, preconditioner="gram", factor_entries=2**8)
+    assert {report.status for report in run.reports} == {"improved"}
+
+    model = tiny.randomised(ResNet(BasicBlock, [1, 1, 1, 1], channels=(64, 64, 64, 64), num_classes=3), 0)
+    masks, said = tiny.magnitude_masks(model), []
+    chain, images = build_chain(model), tiny.images(2)
+    settings = tiny.config(preconditioner="gram", joint_steps=2, batch_size=4)
+    needed = factor_bytes(masks)
+    found = fit_batches(chain, images, masks, settings, CPU, 2 * needed, said.append)
+    assert found.solver.factor_entries < settings.solver.factor_entries and found.batch_size == 4
+    assert factor_bytes(masks, found.solver.factor_entries) <= needed / 2
+    assert len(said) == 1 and said[0].startswith("Preconditioner in blocks of")
 
 
 def test_a_budget_that_the_libraries_exceed_is_refused():

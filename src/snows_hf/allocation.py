@@ -200,7 +200,7 @@ def repaired(
             targets = segment.outputs(state)
         relative = config.weighting == "relative"
         given = solver.curvature, solver.preconditioner, solver.damping, relative
-        return KStepObjective(segment, active, state, targets, *given)
+        return KStepObjective(segment, active, state, targets, *given, factor_entries=solver.factor_entries)
 
     batches = (objective(states[i % (len(states) - 1)]) for i in range(steps))
     return newton(batches, objective(states[-1]), w, solver).w

@@ -38,6 +38,8 @@ class SolverConfig:
     Attributes:
         curvature: ``gauss-newton`` (positive semi-definite, cheaper) or ``hessian`` (the paper's exact products).
         preconditioner: of conjugate gradients: ``gram`` (preconditioner.py) or ``none`` (the paper's).
+        factor_entries: most numbers in the preconditioner's factors of one parameter, whose rows are cut into blocks
+            to stay below; fewer where memory is short.
         damping: λ of Eq. 10. Table 7: 1e-4.
         beta: Armijo constant. A.1.3: 1e-5.
         backtrack: factor between two trial steps of the line search.
@@ -54,6 +56,7 @@ class SolverConfig:
 
     curvature: str = "gauss-newton"
     preconditioner: str = "gram"
+    factor_entries: int = 2**28
     damping: float = 1e-4
     beta: float = 1e-5
     backtrack: float = 0.5
@@ -72,6 +75,7 @@ class SolverConfig:
             self.curvature in ("gauss-newton", "hessian"), "curvature", self.curvature, "'gauss-newton' or 'hessian'"
         )
         _check(self.preconditioner in ("gram", "none"), "preconditioner", self.preconditioner, "'gram' or 'none'")
+        _check(self.factor_entries >= 1, "factor_entries", self.factor_entries, "an integer ≥ 1")
         _check(self.damping >= 0, "damping", self.damping, "a number ≥ 0")
         _check(0 < self.beta < 0.5, "beta", self.beta, "a number between 0 and 0.5")
         _check(0 < self.backtrack < 1, "backtrack", self.backtrack, "a number between 0 and 1")

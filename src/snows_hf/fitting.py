@@ -22,6 +22,10 @@ from .solver import Expansion
 from .streams import masked_operations, whole_network
 
 
+SMALLEST_FACTORS = 2**16
+"""Numbers in a parameter's factors below which smaller blocks no longer save much."""
+
+
 def find_batches(
     journal: Journal,
     chain: Chain,
@@ -37,7 +41,7 @@ def find_batches(
     hardware = describe_hardware(device)
     known = journal.get("batches")
     if known is not None:
-        config = config.updated(batch_size=known.facts["size"])
+        config = config.updated(batch_size=known.facts["size"], factor_entries=known.facts["factor_entries"])
         if known.facts["hardware"] != hardware:
             on_stage(
                 f"The earlier run had {known.facts['hardware']}, this one has {hardware}: the last bits of "
@@ -45,7 +49,8 @@ def find_batches(
             )
     if known is None or known.facts["memory"] != memory:
         config = from_main(lambda: fit_batches(chain, images, masks, config, device, left, on_stage))
-    journal.put("batches", size=config.batch_size, memory=memory, hardware=hardware)
+    entries = config.solver.factor_entries
+    journal.put("batches", size=config.batch_size, factor_entries=entries, memory=memory, hardware=hardware)
     return config
 
 
@@ -78,8 +83,9 @@ def fit_batches(
     left: int | None,
     on_stage: Callable[[str], None],
 ) -> PruneConfig:
-    """Settings whose batches fit: on the CPU into half of ``left`` bytes (None: of what is free), on
-    CUDA into what the device has free.
+    """Settings whose batches fit: on the CPU into half of ``left`` bytes (None: of what is free), on CUDA into what
+    the device has free. The preconditioner's factors may have half of that; where they would need more, their blocks
+    are made smaller first.
 
     Raises:
         ConfigError: not even one image fits.
@@ -91,7 +97,18 @@ def fit_batches(
     each = bytes_per_image(chain, images, masks, config, device)
     if config.solver.preconditioner == "gram":
         groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
-        free -= factor_bytes(masks) if config.joint_steps else max(map(factor_bytes, groups))
+        groups = [masks] if config.joint_steps else groups
+        entries = config.solver.factor_entries
+
+        def factors() -> int:
+            return max(factor_bytes(group, entries) for group in groups)
+
+        while factors() > free // 2 and entries > SMALLEST_FACTORS:
+            entries //= 2
+        if entries < config.solver.factor_entries:
+            on_stage(f"Preconditioner in blocks of {factors() / 1e9:.2g} GB in all, to fit into memory")
+            config = config.updated(factor_entries=entries)
+        free -= factors()
     # What passes through while a product is computed comes on top of what the graphs keep.
     fitting = processes() * int(free / (1.5 * max(each, 1)))
     if fitting >= config.batch_size:

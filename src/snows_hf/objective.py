@@ -13,7 +13,7 @@ from torch.autograd import grad
 
 from .adapters.base import Chain, Group, State
 from .distributed import Share, whole
-from .preconditioner import recorded, row_preconditioner
+from .preconditioner import FACTOR_ENTRIES, recorded, row_preconditioner
 from .solver.newton import Expansion
 
 
@@ -89,6 +89,7 @@ class KStepObjective:
         emphasis: e of the weights ((k + 1) / (K + 1))ᵉ that the operations have; 0 weighs all alike, as Eq. 3 does.
         share: which images of the batch ``state`` and ``targets`` hold; value and expansion are those of the whole
             batch. None: all of them.
+        factor_entries: most numbers in the preconditioner's factors of one parameter.
     """
 
     def __init__(
@@ -103,10 +104,11 @@ class KStepObjective:
         relative: bool = False,
         emphasis: float = 0.0,
         share: Share | None = None,
+        factor_entries: int = FACTOR_ENTRIES,
     ) -> None:
         self.segment, self.active, self.state, self.targets = segment, active, state, targets
         self.curvature, self.preconditioner, self.damping = curvature, preconditioner, damping
-        self.share = share or whole(len(state[0]))
+        self.share, self.factor_entries = share or whole(len(state[0])), factor_entries
         self.weights = [
             self._weight(y, relative) * (place / len(targets)) ** emphasis for place, y in enumerate(targets, start=1)
         ]
@@ -139,7 +141,8 @@ class KStepObjective:
         moving = [(2 * c, o) for c, o, _ in residuals]
         precondition = None
         if self.preconditioner == "gram":
-            precondition = row_preconditioner(self.active.masks, seen, moving, self.damping, self.share)
+            given = self.damping, self.share, self.factor_entries
+            precondition = row_preconditioner(self.active.masks, seen, moving, *given)
         if self.curvature == "hessian":
             (gradient,) = grad(loss, w, create_graph=True)
 

@@ -19,8 +19,9 @@ from .adapters.base import Chain
 from .distributed import Share
 
 
-MAX_ENTRIES = 2**28
-"""Most numbers in the factors of one parameter (1 GB in float32); rows are cut into blocks to stay below."""
+FACTOR_ENTRIES = 2**28
+"""Most numbers in the factors of one parameter (1 GB in float32), where nothing else is said; rows are cut into blocks
+to stay below."""
 
 CHUNK_ENTRIES = 2**22
 """Numbers that are gathered and factorised at a time."""
@@ -86,25 +87,26 @@ def sampled(mask: Tensor, z: Tensor, share: Share) -> tuple[slice, float]:
     return slice(-share.start % stride, None, stride), share.total / len(range(0, share.total, stride))
 
 
-def layout(mask: Tensor) -> tuple[int, int, int]:
+def layout(mask: Tensor, entries: int) -> tuple[int, int, int]:
     """Rows of a mask, blocks that each row's active weights are cut into, and the size of a block."""
     width = max(int(mask.flatten(1).sum(1).max()), 1)  # a mask may keep nothing
-    pieces = max(1, -(-len(mask) * width * width // MAX_ENTRIES))
+    pieces = max(1, -(-len(mask) * width * width // entries))
     size = -(-width // pieces)
     return len(mask), -(-width // size), size
 
 
-def factor_bytes(masks: Mapping[str, Tensor]) -> int:
-    """Memory of the float32 factors of a group."""
-    return sum(4 * rows * blocks * size**2 for rows, blocks, size in map(layout, masks.values()))
+def factor_bytes(masks: Mapping[str, Tensor], entries: int = FACTOR_ENTRIES) -> int:
+    """Memory of the float32 factors of a group, no parameter having more than about so many ``entries``."""
+    layouts = (layout(mask, entries) for mask in masks.values())
+    return sum(4 * rows * blocks * size**2 for rows, blocks, size in layouts)
 
 
 class RowBlocks:
     """Cholesky factors of bᵣ G + λI on the active weights of each row r of one parameter."""
 
-    def __init__(self, mask: Tensor, g: Tensor, b: Tensor, damping: float) -> None:
+    def __init__(self, mask: Tensor, g: Tensor, b: Tensor, damping: float, entries: int = FACTOR_ENTRIES) -> None:
         active = mask.flatten(1)
-        rows, count, size = layout(mask)
+        rows, count, size = layout(mask, entries)
         # Kept columns of each row first, in their order; what is past a row's count is padding.
         order = active.int().argsort(dim=1, descending=True, stable=True)[:, : count * size]
         order = F.pad(order, (0, count * size - order.shape[1])).unflatten(1, (count, size))
@@ -167,6 +169,7 @@ def row_preconditioner(
     outputs: Sequence[tuple[float, Tensor]],
     damping: float,
     share: Share,
+    entries: int = FACTOR_ENTRIES,
 ) -> RowPreconditioner | None:
     """The preconditioner of a group, or None where a module is neither Linear nor plain Conv2d.
 
@@ -176,6 +179,7 @@ def row_preconditioner(
         outputs: the outputs of the segment, still attached to their graph, each with the loss's curvature in it.
         damping: λ.
         share: which images of the batch these are.
+        entries: most numbers in the factors of one parameter.
     """
     grams = []
     for name, mask in masks.items():
@@ -200,5 +204,5 @@ def row_preconditioner(
         # A Linear's channels are last, on windows or feature maps (n, …, …, out) too.
         per_row = (g.movedim(1, -1) if isinstance(seen[name][0], nn.Conv2d) else g).flatten(0, -2)
         b = share.mean(per_row.to(x_gram.dtype).square().mean(0))
-        blocks.append(RowBlocks(mask, x_gram, b.clamp_min(1e-3 * float(b.mean())), damping))
+        blocks.append(RowBlocks(mask, x_gram, b.clamp_min(1e-3 * float(b.mean())), damping, entries))
     return RowPreconditioner(blocks)

@@ -141,6 +141,7 @@ class Batches:
             relative=self.config.weighting == "relative",
             emphasis=self.config.emphasis if joint else 0.0,
             share=part,
+            factor_entries=solver.factor_entries,
         )
 
     def __iter__(self) -> Iterator[KStepObjective]:
