@@ -42,7 +42,7 @@ def test_channels_are_free_where_no_residual_stream_or_head_reads_them(network):
 @pytest.mark.parametrize("network", FREE)
 def test_the_network_stays_what_it_is_and_the_pattern_keeps_more(network, pattern):
     model, dense = network(), network()
-    gains = order_channels(build_chain(model), pattern, tiny.images(2))
+    gains = order_channels(build_chain(model), pattern, tiny.images(2), FREE[network])
     assert set(gains) == FREE[network]
     images = tiny.images(5, seed=3)
     with torch.no_grad():
@@ -56,6 +56,15 @@ def test_the_network_stays_what_it_is_and_the_pattern_keeps_more(network, patter
         assert shares == pytest.approx(measured, rel=1e-5)
         assert measured[1] >= measured[0] - 1e-6
     assert any(after > before for before, after in gains.values())
+
+
+def test_layers_that_are_not_pruned_keep_their_order():
+    model, dense = tiny.cifar_resnet(), tiny.cifar_resnet()
+    name = "layer2.0.conv2.weight"
+    assert set(order_channels(build_chain(model), NM(1, 4), tiny.images(2), [name])) == {name}
+    for key, tensor in model.state_dict().items():
+        moved = key == name or (key.startswith(("layer2.0.conv1", "layer2.0.bn1")) and tensor.dim() > 0)
+        assert torch.equal(tensor, dense.state_dict()[key]) != moved, key
 
 
 FAMILIES = {
@@ -75,7 +84,8 @@ FAMILIES = {
 def test_every_family_computes_the_same(name):
     case = next(case for case in CASES if case.name == name)
     model, dense = case.model(torch.float64), case.model(torch.float64)
-    gains = order_channels(build_chain(model), NM(1, 2), case.images(2, torch.float64))
+    names = [name for _, group in build_chain(model).groups() for name in group.parameters]
+    gains = order_channels(build_chain(model), NM(1, 2), case.images(2, torch.float64), names)
     assert len(gains) == FAMILIES[name]
     images = case.images(3, torch.float64).flip(-1)
     with torch.no_grad():

@@ -5,7 +5,7 @@ any order, if what makes them and what reads them are ordered alike. That is an 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -116,8 +116,16 @@ def by_channel(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def order_channels(chain: Chain, pattern: NM, images: Tensor) -> dict[str, tuple[float, float]]:
-    """Puts the input channels of every layer where that is free in a better order for the pattern, in place.
+def order_channels(
+    chain: Chain, pattern: NM, images: Tensor, names: Collection[str]
+) -> dict[str, tuple[float, float]]:
+    """Puts the input channels of layers in a better order for the pattern, in place, where their order is free.
+
+    Args:
+        chain: of the dense model.
+        pattern: N:M.
+        images: two or more, (n, 3, h, w).
+        names: of the weights that will be pruned; the input channels of others stay.
 
     Returns:
         By parameter name: the share of the weights' magnitudes that the pattern keeps, before and after.
@@ -125,7 +133,7 @@ def order_channels(chain: Chain, pattern: NM, images: Tensor) -> dict[str, tuple
     gains = {}
     for channels in free_channels(chain, images):
         weight = chain.weight(channels.reader).detach()
-        if not pattern.fits(weight.shape):
+        if channels.reader not in names or not pattern.fits(weight.shape):
             continue
         magnitudes = weight.float().abs().movedim(1, 0).flatten(1)
         permutation = better_order(magnitudes, pattern)

@@ -108,6 +108,11 @@ def prune(
     check_mask(asked.mask)
     if asked.permute:
         find_nm(candidates)
+        if asked.mask.endswith(".safetensors"):
+            raise ConfigError(
+                f"Masks from a file ({asked.mask}) are for the channels as they are, not for another order.",
+                "Leave out --permute.",
+            )
     solver_dtype = find_dtype(dtype)
     if format not in FORMATS:
         raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
@@ -148,7 +153,7 @@ def prune(
     permuted = {}
     if config.permute:
         on_stage(f"Ordering channels for {pattern}")
-        permuted = order_channels(chain, find_nm(candidates), images[:2])
+        permuted = order_channels(chain, find_nm(candidates), images[:2], weights)
         original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
         weights = {name: original[name] for name in weights}
     run |= {"dtype": dtype, "device": target.type, "update": update, "processes": processes()}

@@ -97,6 +97,10 @@ def test_channels_in_another_order_are_the_same_network(run) -> None:
 
     refused = run("prune", VIT, "--pattern", "0.5", *QUICK, "--permute", "--output", "refused")
     assert refused.code == 1 and "Channels cannot be ordered for 0.5" in refused.err
+    save_file({"x": torch.ones(1, dtype=torch.bool)}, "masks.safetensors")
+    masks = ("--mask", "masks.safetensors", "--pattern", "2:4", "--permute", "--output", "refused")
+    refused = run("prune", VIT, *QUICK, *masks)
+    assert refused.code == 1 and "not for another order" in refused.err
     assert not Path("refused").exists()
 
 
