@@ -33,7 +33,8 @@ FREE = {
 def test_channels_are_free_where_no_residual_stream_or_head_reads_them(network):
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = free_channels(build_chain(model), tiny.images(2))
+    chain = build_chain(model)
+    found = free_channels(chain, tiny.images(2), [name for _, group in chain.groups() for name in group.parameters])
     assert {channels.reader for channels in found} == FREE[network]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -25,9 +25,6 @@ from .streams import Batches, Streams, holding, masked_operations, split_images,
 Solution = tuple[LayerReport, dict[str, Tensor]]
 """Of a group: what happened, and its full weights."""
 
-Solve = Callable[[Segment, int, Streams, int], Solution]
-"""From a segment, the sweep, both streams, and the group's place among all."""
-
 
 def prune_chain(
     chain: Chain,

@@ -47,8 +47,8 @@ class Channels:
 
 
 @torch.no_grad()
-def free_channels(chain: Chain, images: Tensor) -> list[Channels]:
-    """All channels before prunable layers that nothing else reads, in forward order.
+def free_channels(chain: Chain, images: Tensor, names: Collection[str]) -> list[Channels]:
+    """All channels before the layers of these weights that nothing else reads, in forward order.
 
     Which layer comes before another is seen in a forward pass. Whether something else reads what is between them is
     not known from that: each candidate is put in a random order, in float64, and counts if the logits stay the same.
@@ -56,9 +56,9 @@ def free_channels(chain: Chain, images: Tensor) -> list[Channels]:
     Args:
         chain: of the dense model.
         images: two or more, (n, 3, h, w).
+        names: of the weights.
     """
     twin, images = build_chain(copy.deepcopy(chain.model).cpu().double().eval()), images.cpu().double()
-    prunable = {name for _, group in chain.groups() for name in group.parameters}
     logits = twin.logits(images)
     generator = torch.Generator().manual_seed(0)
 
@@ -69,11 +69,11 @@ def free_channels(chain: Chain, images: Tensor) -> list[Channels]:
         channels.order(twin.model, permutation.argsort())
         return bool(difference <= TOLERANCE * logits.abs().max())
 
-    found = candidates(twin.model, lambda: twin.logits(images), prunable)
+    found = candidates(twin.model, lambda: twin.logits(images), names)
     return [channels for channels in found if is_free(channels)]
 
 
-def candidates(model: nn.Module, run: Callable[[], object], prunable: set[str]) -> list[Channels]:
+def candidates(model: nn.Module, run: Callable[[], object], names: Collection[str]) -> list[Channels]:
     """Pairs of layers of which the second is called next after the first when ``run`` runs the model, and whose
     widths fit."""
     calls: list[str] = []
@@ -92,7 +92,7 @@ def candidates(model: nn.Module, run: Callable[[], object], prunable: set[str]) 
         if by_channel(module):
             between.append(name)
             continue
-        if f"{name}.weight" in prunable and type(modules[maker]) is type(module):
+        if f"{name}.weight" in names and type(modules[maker]) is type(module):
             makers = tuple(
                 f"{owner}.{tensor}"
                 for owner in (maker, *between)
@@ -131,9 +131,9 @@ def order_channels(
         By parameter name: the share of the weights' magnitudes that the pattern keeps, before and after.
     """
     gains = {}
-    for channels in free_channels(chain, images):
+    for channels in free_channels(chain, images, names):
         weight = chain.weight(channels.reader).detach()
-        if channels.reader not in names or not pattern.fits(weight.shape):
+        if not pattern.fits(weight.shape):
             continue
         magnitudes = weight.float().abs().movedim(1, 0).flatten(1)
         permutation = better_order(magnitudes, pattern)

@@ -115,7 +115,7 @@ class Batches:
     streams: Streams
     config: PruneConfig
     device: torch.device
-    order: Sequence[tuple[int, int]] = ()
+    order: Sequence[tuple[int, int]]
 
     def objective(self, index: int, step: int | None = None) -> KStepObjective:
         """That of one batch; where images are augmented, as they look at a step."""
