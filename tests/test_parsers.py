@@ -4,6 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,6 +47,17 @@ def test_settings_files(content: bytes) -> None:
             PruneConfig("2:4").updated(**read_settings(path))
         except ConfigError as error:
             assert error.message
+
+
+def test_settings_of_every_type(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("k: 3\naugment: false\npermute: true\ndamping: 1e-3\nmask: wanda\nlayers: ['*.fc1']\n")
+    expected = {"k": 3, "augment": False, "permute": True, "damping": 1e-3, "mask": "wanda", "layers": ("*.fc1",)}
+    assert read_settings(path) == expected
+    for wrong in ("augment: 1", "permute: 'no'", "k: true", "k: 1.5", "damping: yes", "mask: 3"):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match="expected"):
+            read_settings(path)
 
 
 @settings(max_examples=200, deadline=None)

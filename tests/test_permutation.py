@@ -10,10 +10,11 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from snows_hf.adapters import build_chain
-from snows_hf.choices import find_nm
+from snows_hf.choices import order_for
+from snows_hf.config import PruneConfig
 from snows_hf.errors import ConfigError
 from snows_hf.masks import NM, Unstructured
-from snows_hf.permutation import better_order, candidates, free_channels, kept, order_channels
+from snows_hf.permutation import better_order, candidates, free_channels, kept, order_channels, order_like
 
 
 def bottlenecks() -> ResNet:
@@ -57,6 +58,29 @@ def test_the_network_stays_what_it_is_and_the_pattern_keeps_more(network, patter
         assert shares == pytest.approx(measured, rel=1e-5)
         assert measured[1] >= measured[0] - 1e-6
     assert any(after > before for before, after in gains.values())
+
+
+@pytest.mark.parametrize("network", FREE)
+def test_an_order_is_found_again_from_biases_and_norms(network):
+    model, dense = network(), network()
+    names = order_channels(build_chain(model), NM(1, 4), tiny.images(2), FREE[network])
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned = {name: tensor + (tensor.dim() > 1) for name, tensor in expected.items()}
+    assert order_like(build_chain(dense), pruned, tiny.images(1, seed=3), names)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in dense.state_dict().items())
+
+
+def test_an_order_that_cannot_be_told_is_not_guessed():
+    model, dense = tiny.timm_vit(), tiny.timm_vit()
+    names = order_channels(build_chain(model), NM(1, 4), tiny.images(2), FREE[tiny.timm_vit])
+    retrained = {name: tensor + 1e-3 for name, tensor in model.state_dict().items()}
+    assert not order_like(build_chain(dense), retrained, tiny.images(1), names)
+    with torch.no_grad():
+        for net in (model, dense):  # the same bias in two channels
+            net.blocks[0].mlp.fc1.bias.zero_()
+    assert not order_like(build_chain(dense), model.state_dict(), tiny.images(1), names)
+    for name in names:
+        assert torch.equal(dense.get_parameter(name), tiny.timm_vit().get_parameter(name)) == ("blocks.0" in name)
 
 
 def test_layers_that_are_not_pruned_keep_their_order():
@@ -149,7 +173,20 @@ def test_a_single_group_has_one_order():
 
 
 def test_channels_are_ordered_for_the_sparsest_of_one_size():
-    assert find_nm([NM(2, 4), NM(1, 4), None]) == NM(1, 4)
+    asked = PruneConfig("1:4", permute=True)
+    assert order_for(asked, [NM(2, 4), NM(1, 4), None]) == NM(1, 4)
     for several in ([Unstructured(0.5)], [NM(2, 4), NM(4, 8)], [NM(2, 4), Unstructured(0.5)]):
         with pytest.raises(ConfigError, match="cannot be ordered"):
-            find_nm(several)
+            order_for(asked, several)
+    with pytest.raises(ConfigError, match="from a file"):
+        order_for(asked.updated(mask="masks.safetensors"), [NM(1, 4)])
+
+
+def test_unasked_channels_are_ordered_where_less_than_half_is_kept():
+    default = PruneConfig("1:4")
+    assert order_for(default, [NM(1, 4)]) == NM(1, 4)
+    assert order_for(default, [NM(1, 4), NM(2, 4), None]) == NM(1, 4)
+    assert order_for(default.updated(permute=False), [NM(1, 4)]) is None
+    assert order_for(default.updated(mask="masks.safetensors"), [NM(1, 4)]) is None
+    for others in ([NM(2, 4)], [Unstructured(0.9)], [NM(1, 4), Unstructured(0.9)], [NM(1, 4), NM(1, 8)]):
+        assert order_for(default, others) is None

@@ -24,20 +24,33 @@ def one_pattern(config: PruneConfig) -> NM | Unstructured:
     return replace(pattern, scope=scope) if isinstance(pattern, Unstructured) else pattern
 
 
-def find_nm(candidates: Sequence[Candidate]) -> NM:
-    """The N:M of all layers, or the sparsest where they may have several: what channels are ordered for.
+def order_for(config: PruneConfig, candidates: Sequence[Candidate]) -> NM | None:
+    """The N:M that channels are put in order for, the sparsest where layers may have several; None where they keep
+    their order.
 
     Raises:
-        ConfigError: there is none, or groups are of different sizes.
+        ConfigError: an order was asked for where there is no N:M, or groups are of different sizes, or the masks come
+            from a file.
     """
-    found = [candidate for candidate in candidates if candidate is not None]
-    patterns = [candidate for candidate in found if isinstance(candidate, NM)]
-    if len(patterns) < len(found) or len({pattern.m for pattern in patterns}) != 1:
-        names = ", ".join(map(str, found))
+    patterns = [candidate for candidate in candidates if candidate is not None]
+    several = [pattern for pattern in patterns if isinstance(pattern, NM)]
+    sparsest = max(several, key=lambda pattern: pattern.sparsity, default=None)
+    fits = sparsest is not None and len(several) == len(patterns) and len({pattern.m for pattern in several}) == 1
+    from_file = config.mask.endswith(".safetensors")
+    if not config.permute:
+        wanted = config.permute is None and sparsest is not None and sparsest.relaxed() is not None
+        return sparsest if wanted and fits and not from_file else None
+    if not fits:
+        names = ", ".join(map(str, patterns))
         raise ConfigError(
             f"Channels cannot be ordered for {names}: expected N:M, all of one M.", "Leave out --permute."
         )
-    return max(patterns, key=lambda pattern: pattern.sparsity)
+    if from_file:
+        raise ConfigError(
+            f"Masks from a file ({config.mask}) are for the channels as they are, not for another order.",
+            "Leave out --permute.",
+        )
+    return sparsest
 
 
 def find_allocation(

@@ -99,7 +99,8 @@ class PruneConfig(_Settings):
         k: K of Eq. 3, the operations after the layer whose outputs are kept. Values past the last operation mean
             K_max.
         mask: name of a criterion, or a safetensors file of booleans.
-        permute: put input channels in an order that N:M suits better, where they are free (permutation.py).
+        permute: put input channels in an order that N:M suits better, where they are free (permutation.py). None: if
+            N:M keeps less than half of the weights, and the masks do not come from a file.
         allocation: which layers lose how much of an unstructured sparsity: ``global`` (the lowest scores of all layers
             together), ``uniform`` (every layer the same share) or ``sensitivity`` (allocation.py). A set of patterns
             always goes by sensitivity.
@@ -130,7 +131,7 @@ class PruneConfig(_Settings):
     pattern: str
     k: int = 5
     mask: str = "magnitude"
-    permute: bool = False
+    permute: bool | None = None
     allocation: str = "global"
     sparsity: float = 0.0
     budget: str = "weights"
@@ -171,7 +172,7 @@ class PruneConfig(_Settings):
             _check(preconditioner == "gram", "preconditioner", preconditioner, "'gram', or gradual = 0")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
-        _check(isinstance(self.permute, bool), "permute", self.permute, "true or false")
+        _check(self.permute is None or isinstance(self.permute, bool), "permute", self.permute, "true or false")
         _check(isinstance(self.augment, bool), "augment", self.augment, "true or false")
         _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
@@ -303,6 +304,7 @@ class TrainConfig(_Settings):
 _PAPER = {
     "curvature": "hessian",
     "preconditioner": "none",
+    "permute": False,
     "targets": "cascaded",
     "damping": 1e-4,
     "cg_rtol": 0.0,

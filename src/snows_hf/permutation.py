@@ -5,7 +5,7 @@ any order, if what makes them and what reads them are ordered alike. That is an 
 """
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +144,32 @@ def order_channels(
         )
         channels.order(chain.model, permutation)
     return gains
+
+
+@torch.no_grad()
+def order_like(chain: Chain, other: Mapping[str, Tensor], images: Tensor, names: Collection[str]) -> bool:
+    """Puts the input channels of layers in the order that they have in another state of the model, in place.
+
+    Args:
+        chain: of the dense model.
+        other: its tensors by name after :func:`order_channels`, whatever has become of the weights of two or more
+            dimensions since.
+        images: one or more, (n, 3, h, w).
+        names: of the weights whose input channels have moved.
+
+    Returns:
+        Whether that order could be told: all vectors along the channels are there again, and no two channels have
+        the same in them.
+    """
+    tensors, told = chain.model.state_dict(), set()
+    for channels in candidates(chain.model, lambda: chain.logits(images), names):
+        vectors = [name for name in channels.makers if tensors[name].dim() == 1 and name in other]
+        before, after = (list(zip(*(t[name].tolist() for name in vectors), strict=True)) for t in (tensors, other))
+        place = {values: channel for channel, values in enumerate(before)}
+        if len(place) == len(tensors[channels.makers[0]]) and sorted(before) == sorted(after):
+            channels.order(chain.model, torch.tensor([place[values] for values in after]))
+            told.add(channels.reader)
+    return told == set(names)
 
 
 def kept(groups: Tensor, n: int) -> Tensor:

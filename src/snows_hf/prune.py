@@ -16,7 +16,7 @@ from .allocation import Candidate, by_sensitivity, candidates_of
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .cascade import prune_chain
 from .checks import check_apart, check_mask, find_device, find_dtype, select_layers
-from .choices import alone, find_allocation, find_choice, find_first_masks, find_nm, one_pattern
+from .choices import alone, find_allocation, find_choice, find_first_masks, one_pattern, order_for
 from .config import preset as preset_for
 from .data import open_images
 from .describe import describe_data, describe_hardware, describe_layers, describe_run, describe_size, finite
@@ -106,13 +106,7 @@ def prune(
     by_layer = by_sensitivity(asked)
     candidates: list[Candidate] = candidates_of(asked) if by_layer else [one_pattern(asked)]
     check_mask(asked.mask)
-    if asked.permute:
-        find_nm(candidates)
-        if asked.mask.endswith(".safetensors"):
-            raise ConfigError(
-                f"Masks from a file ({asked.mask}) are for the channels as they are, not for another order.",
-                "Leave out --permute.",
-            )
+    order_for(asked, candidates)
     solver_dtype = find_dtype(dtype)
     if format not in FORMATS:
         raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
@@ -150,10 +144,10 @@ def prune(
         on_stage(f"{data} ({data_split}) has only {len(images)} images: all of them are used")
 
     run = describe_run(checkpoint, original, config, digest, labels)
-    permuted = {}
-    if config.permute:
-        on_stage(f"Ordering channels for {pattern}")
-        permuted = order_channels(chain, find_nm(candidates), images[:2], weights)
+    permuted, order = {}, order_for(config, candidates)
+    if order is not None:
+        on_stage(f"Ordering channels for {order}")
+        permuted = order_channels(chain, order, images[:2], weights)
         original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
         weights = {name: original[name] for name in weights}
     run |= {"dtype": dtype, "device": target.type, "update": update, "processes": processes()}

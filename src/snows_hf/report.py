@@ -14,7 +14,9 @@ import jinja2
 import torch
 from torch import Tensor, nn
 
+from .adapters import build_chain
 from .attention import attention
+from .data import calibration_images, open_images
 from .errors import AdapterError, ConfigError, LoadError, SaveError, one_line
 from .hub.load import Checkpoint, load, local_folder, short_name
 from .hub.packed import pack_tensor
@@ -27,6 +29,7 @@ from .hub.save import (
     write_json,
     write_whole,
 )
+from .permutation import order_like
 
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
@@ -254,10 +257,15 @@ def attention_picture(
     with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
         models = [str(checkpoint.folder)]
         if dense is not None:
-            same_order = not described(checkpoint).get("permuted")
-            if not same_order:
-                on_stage("No attention maps of the mask alone: the dense model has its channels in another order")
-            models = [*reference_models(Path(place), load(dense, revision), checkpoint.model, same_order), *models]
+            original = load(dense, revision)
+            check_same_shapes(original, checkpoint.model)
+            known = True
+            if permuted := described(checkpoint).get("permuted"):
+                image = calibration_images(open_images(data, split), 1, 0, original.preprocess)
+                known = order_like(build_chain(original.model), checkpoint.model.state_dict(), image, permuted)
+                if not known:
+                    on_stage("No attention maps of the mask alone: the order of the channels cannot be told any more")
+            models = [*reference_models(Path(place), original, checkpoint.model if known else None), *models]
         picture = Path(place) / "attention.png"
         try:
             found = attention(
@@ -272,30 +280,33 @@ def attention_picture(
         return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}", found
 
 
-@torch.no_grad()
-def reference_models(place: Path, dense: Checkpoint, pruned: nn.Module, same_order: bool) -> list[str]:
-    """Folders in ``place`` of the dense model, and, where its channels are in the ``same_order``, of its weights under
-    the pruned one's mask.
-
+def check_same_shapes(dense: Checkpoint, pruned: nn.Module) -> None:
+    """
     Raises:
         ConfigError: the dense model has other weights than the pruned one.
     """
-    folders = [place / "dense", place / "mask alone"]
     weights = dict(dense.model.named_parameters())
-    for folder in folders:
-        folder.mkdir()
-    save_checkpoint(dense, folders[0], {}, {})
-    if not same_order:
-        return [str(folders[0])]
     for name, sparse in pruned.named_parameters():
         if name not in weights or weights[name].shape != sparse.shape:
             raise ConfigError(
                 f"The dense model {dense.source} has no weight {name} of shape {tuple(sparse.shape)}.",
                 "Give the model that was pruned as --dense.",
             )
-        if sparse.ndim > 1:
-            weights[name].masked_fill_(sparse == 0, 0)
-    save_checkpoint(dense, folders[1], {}, {})
+
+
+@torch.no_grad()
+def reference_models(place: Path, dense: Checkpoint, pruned: nn.Module | None) -> list[str]:
+    """Folders in ``place`` of the dense model, and of its weights under the mask of ``pruned`` where it is given."""
+    folders = [place / "dense", *([place / "mask alone"] if pruned is not None else [])]
+    for folder in folders:
+        folder.mkdir()
+    save_checkpoint(dense, folders[0], {}, {})
+    if pruned is not None:
+        weights = dict(dense.model.named_parameters())
+        for name, sparse in pruned.named_parameters():
+            if sparse.ndim > 1:
+                weights[name].masked_fill_(sparse == 0, 0)
+        save_checkpoint(dense, folders[1], {}, {})
     return [str(folder) for folder in folders]
 
 

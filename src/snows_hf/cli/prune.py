@@ -4,7 +4,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
@@ -42,8 +42,11 @@ def command(
         typer.Option(help="Mask criterion (magnitude, wanda, sparsegpt, obc, …), or a safetensors file of booleans."),
     ] = None,
     permute: Annotated[
-        bool, typer.Option("--permute", help="Order channels so that N:M costs less, where their order is free.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Order channels, where their order is free, so that N:M costs less. Default: if under half is kept."
+        ),
+    ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(help="Which layers lose how much of an unstructured sparsity: global, uniform or sensitivity."),
@@ -88,7 +91,7 @@ def command(
     settings = read_settings(config)
     settings |= given(samples=samples, k=k, mask=mask, curvature=curvature, seed=seed)
     settings |= given(allocation=allocation, sparsity=sparsity, budget=budget)
-    settings |= given(layers=tuple(layers) if layers else None, permute=permute or None)
+    settings |= given(layers=tuple(layers) if layers else None, permute=permute)
 
     from ..hub.push import check_push
     from ..prune import prune
@@ -200,14 +203,15 @@ def read_settings(path: Path | None) -> dict[str, Any]:
 def _typed(path: Path, name: str, value: Any, kind: Any) -> Any:
     if name == "layers" and isinstance(value, str | list):
         return (value,) if isinstance(value, str) else tuple(map(str, value))
+    kind = next(iter(get_args(kind)), kind)  # of bool | None: the file says which
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as text
         except ValueError:
             pass
-    if not isinstance(value, kind if isinstance(kind, type) else ()) or isinstance(value, bool):
-        wanted = {int: "a whole number", float: "a number", str: "text"}.get(kind, "a list of names")
-        raise ConfigError(f"Settings file {path}: {name} = {value!r}: expected {wanted}.")
+    wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if type(value) is not kind:
+        raise ConfigError(f"Settings file {path}: {name} = {value!r}: expected {wanted.get(kind, 'a list of names')}.")
     return value
 
 
