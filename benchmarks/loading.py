@@ -1,9 +1,10 @@
 """Times loading a packed 2:4 checkpoint against the dense file of the same weights, at the size of ViT-B/16.
 
-    python benchmarks/loading.py [--dtype float16] [--repeats 7] [--cold]
+    python benchmarks/loading.py [--dtype float16] [--repeats 7] [--cold] [--predict]
 
 The two are loaded in turn, so that a busy machine slows both. The files are in the page cache; with ``--cold`` they
-are evicted before each load, and come from the disk.
+are evicted before each load, and come from the disk. With ``--predict`` the time is up to the first prediction: a
+dense file may only be mapped by its loader, and is read by the first who uses its weights.
 """
 
 import argparse
@@ -44,6 +45,11 @@ def evict(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+@torch.no_grad()
+def predicted(model: torch.nn.Module) -> None:
+    model(torch.zeros(1, 3, 224, 224, dtype=next(model.parameters()).dtype))
+
+
 def in_turn(read: Callable[[Path], object], folders: list[Path], repeats: int, cold: bool) -> list[list[float]]:
     """Seconds of each load of each folder."""
     times: list[list[float]] = [[] for _ in folders]
@@ -63,11 +69,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--predict", action="store_true")
     arguments = parser.parse_args()
     calm_libraries()
     dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    results = {"dtype": arguments.dtype, "cold": arguments.cold, "threads": torch.get_num_threads()}
+    use = predicted if arguments.predict else lambda model: None
+    results = vars(arguments) | {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         sparse(ViTForImageClassification(ViTConfig(num_labels=1000)), dtype).save_pretrained(folder / "transformers")
@@ -80,9 +88,12 @@ def main() -> None:
             folder / "timm" / "model.safetensors"
         ).stat().st_size
         readers = {
-            "AutoModel.from_pretrained": ("transformers", AutoModelForImageClassification.from_pretrained),
-            "snows_hf.load, transformers": ("transformers", lambda path: load(str(path))),
-            "snows_hf.load, timm": ("timm", lambda path: load(str(path))),
+            "AutoModel.from_pretrained": (
+                "transformers",
+                lambda path: use(AutoModelForImageClassification.from_pretrained(path)),
+            ),
+            "snows_hf.load, transformers": ("transformers", lambda path: use(load(str(path)).model)),
+            "snows_hf.load, timm": ("timm", lambda path: use(load(str(path)).model)),
         }
         for reader, (name, read) in readers.items():
             folders = [folder / name, folder / f"{name}-packed"]
