@@ -9,7 +9,7 @@ from cases import CASES
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from snows_hf.adapters import build_chain
+from snows_hf.adapters import Chain, Operation, build_chain
 from snows_hf.choices import order_for
 from snows_hf.config import PruneConfig
 from snows_hf.errors import ConfigError
@@ -128,7 +128,8 @@ def test_channels_of_grouped_convolutions_stay():
             return self.c(self.b(self.a(x))).mean((2, 3))
 
     model = Grouped()
-    assert candidates(model, lambda: model(torch.zeros(2, 3, 4, 4)), {"b.weight", "c.weight"}) == []
+    chain = Chain(model, [Operation("all", lambda state: (model(*state),))], "")
+    assert candidates(chain, torch.zeros(2, 3, 4, 4), {"b.weight", "c.weight"}) == []
 
 
 def kept_by(magnitudes: Tensor, order: list[int], pattern: NM) -> float:

@@ -5,13 +5,14 @@ any order, if what makes them and what reads them are ordered alike. That is an 
 """
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Chain, build_chain
+from .adapters import Chain, State, build_chain
 from .masks import NM
 
 
@@ -22,7 +23,7 @@ STALE = 20
 """Rounds without a gain that end the search."""
 
 TOLERANCE = 1e-9
-"""Most that logits may differ in float64, relative to the largest, for two orders to count as the same network."""
+"""Most that values may differ in float64, relative to the largest, for two orders to count as the same network."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,14 @@ class Channels:
         reader: the weight whose dimension 1 they are.
         makers: the tensors whose dimension 0 they are: weight and bias of the layer before, and of the norms and
             depthwise convolutions between.
+        start: place of the operation that makes them.
+        stop: … and of the one after that which reads them.
     """
 
     reader: str
     makers: tuple[str, ...]
+    start: int
+    stop: int
 
     def order(self, model: nn.Module, permutation: Tensor) -> None:
         """Puts them in a new order, in place: first comes channel ``permutation[0]``."""
@@ -51,43 +56,56 @@ def free_channels(chain: Chain, images: Tensor, names: Collection[str]) -> list[
     """All channels before the layers of these weights that nothing else reads, in forward order.
 
     Which layer comes before another is seen in a forward pass. Whether something else reads what is between them is
-    not known from that: each candidate is put in a random order, in float64, and counts if the logits stay the same.
+    not known from that: each candidate is put in a random order, in float64, and counts if everything that comes
+    out of the operations from the first layer to the second stays the same.
 
     Args:
         chain: of the dense model.
         images: two or more, (n, 3, h, w).
         names: of the weights.
     """
-    twin, images = build_chain(copy.deepcopy(chain.model).cpu().double().eval()), images.cpu().double()
-    logits = twin.logits(images)
+    found, free = candidates(chain, images, names), []
+    twin = build_chain(copy.deepcopy(chain.model).cpu().double().eval())
+    states: dict[int, State] = {0: (images.cpu().double(),)}  # before each operation, as far as they are still needed
     generator = torch.Generator().manual_seed(0)
+    for stop, operation in enumerate(twin.operations, start=1):
+        states[stop] = operation.run(states[stop - 1])
+        for channels in [channels for channels in found if channels.stop == stop]:
+            permutation = torch.randperm(twin.weight(channels.reader).shape[1], generator=generator)
+            channels.order(twin.model, permutation)
+            state = states[channels.start]
+            for passed in twin.operations[channels.start : stop]:
+                state = passed.run(state)
+            channels.order(twin.model, permutation.argsort())
+            if all(map(same, state, states[stop])):
+                free.append(channels)
+        needed = min((channels.start for channels in found if channels.stop > stop), default=stop)
+        states = {place: state for place, state in states.items() if place >= min(needed, stop)}
+    return free
 
-    def is_free(channels: Channels) -> bool:
-        permutation = torch.randperm(twin.weight(channels.reader).shape[1], generator=generator)
-        channels.order(twin.model, permutation)
-        difference = (twin.logits(images) - logits).abs().max()
-        channels.order(twin.model, permutation.argsort())
-        return bool(difference <= TOLERANCE * logits.abs().max())
 
-    found = candidates(twin.model, lambda: twin.logits(images), names)
-    return [channels for channels in found if is_free(channels)]
+def same(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
 
 
-def candidates(model: nn.Module, run: Callable[[], object], names: Collection[str]) -> list[Channels]:
-    """Pairs of layers of which the second is called next after the first when ``run`` runs the model, and whose
-    widths fit."""
-    calls: list[str] = []
+def candidates(chain: Chain, images: Tensor, names: Collection[str]) -> list[Channels]:
+    """Pairs of layers of which the second, one of these weights, is called next after the first, and whose widths
+    fit."""
+    model, calls, place = chain.model, list[tuple[str, int]](), 0
     handles = [
-        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        module.register_forward_hook(lambda *_, name=name: calls.append((name, place)))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
     ]
-    run()
+    state: State = (images,)
+    for place, operation in enumerate(chain.operations):  # noqa: B007  the hooks read it
+        state = operation.run(state)
     for handle in handles:
         handle.remove()
-    modules, found = dict(model.named_modules()), []
-    maker, between = "", list[str]()
-    for name in calls:
+    tensors, modules, found = model.state_dict(), dict(model.named_modules()), []
+    times = Counter(name for name, _ in calls)
+    maker, start, between = "", 0, list[str]()
+    for name, place in calls:
         module = modules[name]
         if by_channel(module):
             between.append(name)
@@ -99,12 +117,12 @@ def candidates(model: nn.Module, run: Callable[[], object], names: Collection[st
                 for tensor, value in modules[owner].state_dict().items()
                 if value.dim() > 0
             )
-            widths = {len(model.state_dict()[tensor]) for tensor in makers}
+            widths = {len(tensors[tensor]) for tensor in makers}
             grouped = max(getattr(module, "groups", 1), getattr(modules[maker], "groups", 1)) > 1
-            once = all(calls.count(called) == 1 for called in (maker, *between, name))
-            if once and not grouped and widths == {model.get_parameter(f"{name}.weight").shape[1]}:
-                found.append(Channels(f"{name}.weight", makers))
-        maker, between = name, []
+            once = all(times[called] == 1 for called in (maker, *between, name))
+            if once and not grouped and widths == {tensors[f"{name}.weight"].shape[1]}:
+                found.append(Channels(f"{name}.weight", makers, start, place + 1))
+        maker, start, between = name, place, []
     return found
 
 
@@ -162,7 +180,7 @@ def order_like(chain: Chain, other: Mapping[str, Tensor], images: Tensor, names:
         the same in them.
     """
     tensors, told = chain.model.state_dict(), set()
-    for channels in candidates(chain.model, lambda: chain.logits(images), names):
+    for channels in candidates(chain, images, names):
         vectors = [name for name in channels.makers if tensors[name].dim() == 1 and name in other]
         before, after = (list(zip(*(t[name].tolist() for name in vectors), strict=True)) for t in (tensors, other))
         place = {values: channel for channel, values in enumerate(before)}

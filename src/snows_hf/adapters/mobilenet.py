@@ -23,12 +23,15 @@ def _separable(block: Any, name: str) -> Iterator[Operation]:
             "Other networks of timm's EfficientNet family have no adapter yet.",
         )
     depthwise, pointwise = f"{name}.conv_dw", f"{name}.conv_pw"
+    shortcut = slice(1 if block.has_skip else 0)  # the block's input goes on only where it is read again
     yield Operation(
-        depthwise, lambda s: (block.conv_dw(s[0]), s[0]), Group(depthwise, (f"{depthwise}.weight",), "depthwise")
+        depthwise,
+        lambda s: (block.conv_dw(s[0]), *s[shortcut]),
+        Group(depthwise, (f"{depthwise}.weight",), "depthwise"),
     )
-    yield Operation(f"{depthwise} > activation", lambda s: (block.se(block.aa(block.bn1(s[0]))), s[1]))
+    yield Operation(f"{depthwise} > activation", lambda s: (block.se(block.aa(block.bn1(s[0]))), *s[1:]))
     yield Operation(
-        pointwise, lambda s: (block.conv_pw(s[0]), s[1]), Group(pointwise, (f"{pointwise}.weight",), "pointwise")
+        pointwise, lambda s: (block.conv_pw(s[0]), *s[1:]), Group(pointwise, (f"{pointwise}.weight",), "pointwise")
     )
     yield Operation(
         f"{pointwise} > activation", lambda s: (block.bn2(s[0]) + s[1] if block.has_skip else block.bn2(s[0]),)
