@@ -135,7 +135,7 @@ def by_channel(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def order_channels(
-    chain: Chain, pattern: NM, images: Tensor, names: Collection[str]
+    chain: Chain, pattern: NM, images: Tensor, names: Collection[str], device: torch.device | str = "cpu"
 ) -> dict[str, tuple[float, float]]:
     """Puts the input channels of layers in a better order for the pattern, in place, where their order is free.
 
@@ -144,6 +144,7 @@ def order_channels(
         pattern: N:M.
         images: two or more, (n, 3, h, w).
         names: of the weights that will be pruned; the input channels of others stay.
+        device: where orders are searched for; the network stays where it is.
 
     Returns:
         By parameter name: the share of the weights' magnitudes that the pattern keeps, before and after.
@@ -153,14 +154,14 @@ def order_channels(
         weight = chain.weight(channels.reader).detach()
         if not pattern.fits(weight.shape):
             continue
-        magnitudes = weight.float().abs().movedim(1, 0).flatten(1)
+        magnitudes = weight.to(device).float().abs().movedim(1, 0).flatten(1)
         permutation = better_order(magnitudes, pattern)
         total = float(magnitudes.sum())
         gains[channels.reader] = (
             float(kept(magnitudes.unflatten(0, (-1, pattern.m)), pattern.n).sum()) / total,
             float(kept(magnitudes[permutation].unflatten(0, (-1, pattern.m)), pattern.n).sum()) / total,
         )
-        channels.order(chain.model, permutation)
+        channels.order(chain.model, permutation.to(weight.device))
     return gains
 
 

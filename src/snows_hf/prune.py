@@ -147,7 +147,7 @@ def prune(
     permuted, order = {}, order_for(config, candidates)
     if order is not None:
         on_stage(f"Ordering channels for {order}")
-        permuted = order_channels(chain, order, images[:2], weights)
+        permuted = order_channels(chain, order, images[:2], weights, target)
         original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
         weights = {name: original[name] for name in weights}
     run |= {"dtype": dtype, "device": target.type, "update": update, "processes": processes()}
