@@ -4,6 +4,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, get_args
 
 import typer
@@ -203,7 +204,8 @@ def read_settings(path: Path | None) -> dict[str, Any]:
 def _typed(path: Path, name: str, value: Any, kind: Any) -> Any:
     if name == "layers" and isinstance(value, str | list):
         return (value,) if isinstance(value, str) else tuple(map(str, value))
-    kind = next(iter(get_args(kind)), kind)  # of bool | None: the file says which
+    if isinstance(kind, UnionType):  # bool | None: what is in a file is no None
+        kind = get_args(kind)[0]
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as text
