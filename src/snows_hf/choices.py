@@ -38,8 +38,8 @@ def order_for(config: PruneConfig, candidates: Sequence[Candidate]) -> NM | None
     fits = sparsest is not None and len(several) == len(patterns) and len({pattern.m for pattern in several}) == 1
     from_file = config.mask.endswith(".safetensors")
     if not config.permute:
-        wanted = config.permute is None and sparsest is not None and sparsest.relaxed() is not None
-        return sparsest if wanted and fits and not from_file else None
+        alone = config.permute is None and fits and len(candidates) == 1 and not from_file
+        return sparsest if alone and sparsest is not None and sparsest.relaxed() is not None else None
     if not fits:
         names = ", ".join(map(str, patterns))
         raise ConfigError(

@@ -100,7 +100,7 @@ class PruneConfig(_Settings):
             K_max.
         mask: name of a criterion, or a safetensors file of booleans.
         permute: put input channels in an order that N:M suits better, where they are free (permutation.py). None: if
-            N:M keeps less than half of the weights, and the masks do not come from a file.
+            one N:M for all layers keeps less than half of the weights, and the masks do not come from a file.
         allocation: which layers lose how much of an unstructured sparsity: ``global`` (the lowest scores of all layers
             together), ``uniform`` (every layer the same share) or ``sensitivity`` (allocation.py). A set of patterns
             always goes by sensitivity.
