@@ -80,7 +80,8 @@ def pruned(given: argparse.Namespace, name: str, pattern: str, output: Path | No
         output: folder to save to, which then is the log: what is there already is not made again.
         settings: of ``snows_hf.prune``, beyond images, seed and layers.
     """
-    settings = {"samples": given.images, "seed": given.seed, "layers": tuple(given.layers), **settings}
+    settings = {"samples": given.images, "seed": given.seed, "layers": tuple(given.layers)} | settings
+    settings = {"mask": "magnitude", "permute": False} | settings  # as in the paper, whatever the presets hold
     data = str(given.data / "cifar10")
     key = json.loads(json.dumps({"model": MODELS[name], "pattern": pattern, "settings": settings}))
 

@@ -331,7 +331,15 @@ _CNN = {
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # What measured best here (docs/results.md).
     "default": {
-        "vit": {"k": 5, "weighting": "relative", "batch_size": 128, "cg_max_iter": 5, "passes": 2, "layer_steps": 8},
+        "vit": {
+            "k": 5,
+            "mask": "sparsegpt",
+            "weighting": "relative",
+            "batch_size": 128,
+            "cg_max_iter": 5,
+            "passes": 2,
+            "layer_steps": 8,
+        },
         "cifar_resnet": {"k": 40, **_CNN},
         "resnet": {"k": 30, **_CNN},
         "mobilenet": {"k": 60, **_CNN},

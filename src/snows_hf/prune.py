@@ -124,9 +124,10 @@ def prune(
     chain = build_chain(network)
     config = preset_for(preset, chain.family, pattern).updated(**settings)
     if folder is not None:
-        # The result, and what is kept on the way: masks, weights of layers, two states of the joint solve.
+        # The result, and what is kept on the way: the criterion's choice, weights of layers, two states of the joint
+        # solve.
         size = sum(tensor.numel() * tensor.element_size() for tensor in original.values())
-        check_output(folder, size * (3 if config.joint_steps else 2))
+        check_output(folder, size * (4 if config.joint_steps else 3))
     layers = select_layers(chain, config.layers)
     weights = {name: original[name] for group in layers for name in group.parameters}
     for candidate in candidates:

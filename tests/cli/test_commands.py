@@ -84,7 +84,7 @@ def test_a_cnn_comes_to_its_masks_gradually(run, pattern, relaxed) -> None:
 
 def test_channels_in_another_order_are_the_same_network(run) -> None:
     """The dense model's accuracy is measured after its channels were put in order."""
-    options = ("prune", VIT, "--pattern", "2:4", *MEASURED, "--json", "--no-update")
+    options = ("prune", VIT, "--pattern", "2:4", "--mask", "magnitude", *MEASURED, "--json", "--no-update")
     plain = json.loads(run(*options, "--output", "plain").out)
     report = json.loads(run(*options, "--permute", "--output", "out").out)
     assert plain["permuted"] == {} and report["dense"] == plain["dense"]
@@ -108,7 +108,7 @@ def test_channels_in_another_order_are_the_same_network(run) -> None:
 def test_prune_for_people(run) -> None:
     result = run("prune", VIT, "--pattern", "2:4", *MEASURED, "--output", "out")
     assert result.code == 0
-    for text in ("2:4 on 597 images", "dense", "mask alone", "SNOWS", "50.0 % zeros", "Saved to out"):
+    for text in ("2:4 on 597 images", "dense", "sparsegpt alone", "SNOWS", "50.0 % zeros", "Saved to out"):
         assert text in result.out
     assert "Loading" in result.err
     assert "\n\n" not in result.err

@@ -37,14 +37,14 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
 def test_a_disk_without_room_is_refused_before_the_work(run, small_disk: Path) -> None:
     result = run(*ARGUMENTS, small_disk / "out")
     assert (result.code, result.out) == (1, "")
-    assert "needs 0.6 MB, and its disk has 0.2 MB left" in result.err
+    assert "needs 1.0 MB, and its disk has 0.2 MB left" in result.err
     assert "Pruning" not in result.err
     assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["out", "."])
 @pytest.mark.parametrize("when", ["Pruning", "Saving"])
-@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
+@pytest.mark.parametrize("small_disk", ["2400k"], indirect=True)
 def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name: str, tmp_path: Path) -> None:
     """What was finished is kept, and when there is room again the same call gives the result."""
     settings = {"data": str(DIGITS), "samples": 8, "k": 0}

@@ -40,7 +40,7 @@ class Page(HTMLParser):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned ViT with accuracies, in a folder of its own."""
     folder = tmp_path_factory.mktemp("made") / "vit"
-    pruned(VIT, folder, eval_data=str(DIGITS))
+    pruned(VIT, folder, eval_data=str(DIGITS), mask="magnitude")
     return folder
 
 

@@ -36,7 +36,7 @@ def inputs_of(model: nn.Module, images: Tensor) -> dict[str, tuple[nn.Module, Te
 def test_grams_measure_the_output_of_every_layer(make):
     """Σ z_r² = w_rᵀ H w_r for any weights, with z as the module itself computes it, less its bias."""
     model = make()
-    grams = evidence(model, "0.5", "wanda").grams()
+    grams = dict(evidence(model, "0.5", "wanda").grams())
     for name, (module, x) in inputs_of(make(), images_for(model)).items():
         w = randn(*module.weight.shape, seed=3)
         with torch.no_grad():
@@ -44,6 +44,16 @@ def test_grams_measure_the_output_of_every_layer(make):
         norms = z.movedim(1, -1).flatten(0, -2).square().sum(0)
         H = grams[name].repeat_interleave(len(w) // len(grams[name]), 0)
         torch.testing.assert_close(torch.einsum("rd,rde,re->r", matrix(w), H, matrix(w)), norms)
+
+
+@pytest.mark.parametrize("make", [linears, convolutions])
+def test_grams_are_the_same_a_few_layers_at_a_time(make, monkeypatch):
+    given = evidence(make(), "0.5", "wanda")
+    whole = dict(given.grams())
+    monkeypatch.setattr("snows_hf.masks.evidence.GRAM_ENTRIES", 1)
+    one_by_one = dict(given.grams())
+    assert list(whole) == list(one_by_one) == list(given.weights)
+    assert all(torch.equal(whole[name], one_by_one[name]) for name in whole)
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (3, 8, 1, 1), (3, 8, 2, 3)])
@@ -177,7 +187,7 @@ def test_updates_keep_the_output(make, pattern):
     """OBC's weights are the best for its mask, so better than the mask alone; SparseGPT's cannot be better than the
     best for its own."""
     given = evidence(make(), pattern, "obc")
-    grams = {name: damped(H) for name, H in given.grams().items()}
+    grams = {name: damped(H) for name, H in given.grams()}
     chosen = {mask: choose(evidence(make(), pattern, mask)) for mask in ("obc", "sparsegpt")}
     for name, dense in given.weights.items():
         H = grams[name].repeat_interleave(len(dense) // len(grams[name]), 0)

@@ -1,6 +1,6 @@
 """What a mask criterion may look at: weights, and, where they were given, the network, images and labels."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from ..preconditioner import gram
 from ..solver.newton import Expansion
 from .pattern import Pattern
 
+
+GRAM_ENTRIES = 2**26
+"""Most numbers in the Gram matrices that are there at a time (256 MB in float32), but for one layer that has more."""
 
 REMEDY = "Use --dtype float32 or float64, or a criterion that reads weights alone, such as magnitude."
 
@@ -154,15 +157,27 @@ class Evidence:
             moving = [(2 * c, o) for c, o in zip(objective.weights, outputs, strict=True) if o.requires_grad]
             yield Linearisation(len(state[0]) / images, w, moving)
 
-    @torch.no_grad()
-    def grams(self) -> dict[str, Tensor]:
-        """H = X Xᵀ by parameter name, (groups, d, d), over all images and positions: X (d, …) is what the dense layer
-        reads, so that ‖WX − ŴX‖² = Σ_r (w_r − ŵ_r)ᵀ H (w_r − ŵ_r) for the rows of :func:`matrix`.
+    def grams(self) -> Iterator[tuple[str, Tensor]]:
+        """H = X Xᵀ of each of the weights, (groups, d, d), over all images and positions: X (d, …) is what the dense
+        layer reads, so that ‖WX − ŴX‖² = Σ_r (w_r − ŵ_r)ᵀ H (w_r − ŵ_r) for the rows of :func:`matrix`.
+
+        The images pass through the network as often as it takes for no more than ``GRAM_ENTRIES`` numbers at a time.
 
         Raises:
             MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.
             NumericsError: an input is not finite.
         """
+        portion, entries = list[str](), 0
+        for name, weight in self.weights.items():
+            size = weight[0].numel() ** 2
+            if portion and entries + size > GRAM_ENTRIES:
+                yield from self._grams(portion).items()
+                portion, entries = [], 0
+            portion, entries = [*portion, name], entries + size
+        yield from self._grams(portion).items()
+
+    @torch.no_grad()
+    def _grams(self, names: Sequence[str]) -> dict[str, Tensor]:
         chain = self.network
         totals: dict[str, Tensor] = {}
 
@@ -179,19 +194,20 @@ class Evidence:
 
             return hook
 
-        owners = {name: chain.model.get_submodule(name.rpartition(".")[0]) for name in self.weights}
+        owners = {name: chain.model.get_submodule(name.rpartition(".")[0]) for name in names}
         handles = [owner.register_forward_hook(add(name)) for name, owner in owners.items()]
+        last = max((place for place, group in chain.groups() if set(group.parameters) & set(names)), default=-1)
         try:
             with frozen(chain.model):
                 for batch in self.batches():
-                    chain((batch,))
+                    chain((batch,), 0, last + 1)
         finally:
             for handle in handles:
                 handle.remove()
         for name, total in totals.items():
             if not total.isfinite().all():
                 raise NumericsError(f"The inputs of {name} are not all finite numbers.", REMEDY)
-        return {name: _channels_last(totals[name], self.weights[name]) for name in self.weights}
+        return {name: _channels_last(totals[name], self.weights[name]) for name in names}
 
 
 def matrix(weight: Tensor) -> Tensor:

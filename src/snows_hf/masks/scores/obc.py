@@ -35,7 +35,7 @@ def damped(H: Tensor) -> Tensor:
 def obc(evidence: Evidence) -> Choice:
     masks, weights = {}, {}
     zeros = evidence.pattern.zeros(evidence.weights)
-    for name, H in evidence.grams().items():
+    for name, H in evidence.grams():
         weight = evidence.weights[name]
         W, H = matrix(weight).to(H.device, torch.float64), damped(H)
         pattern = evidence.pattern.of(name)

@@ -23,7 +23,7 @@ BLOCK = 128
 def sparsegpt(evidence: Evidence) -> Choice:
     masks, weights = {}, {}
     zeros = evidence.pattern.zeros(evidence.weights)
-    for name, H in evidence.grams().items():
+    for name, H in evidence.grams():
         weight = evidence.weights[name]
         W = matrix(weight).to(H.device, torch.float64).unflatten(0, (len(H), -1))
         pattern = evidence.pattern.of(name)

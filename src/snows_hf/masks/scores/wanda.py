@@ -15,7 +15,7 @@ from .base import register_criterion
 @register_criterion("wanda")
 def wanda(evidence: Evidence) -> dict[str, Tensor]:
     scores = {}
-    for name, H in evidence.grams().items():
+    for name, H in evidence.grams():
         weight = evidence.weights[name]
         norms = H.diagonal(dim1=-2, dim2=-1).sqrt().to(weight.device)  # (groups, d)
         rows = matrix(weight).abs() * norms.repeat_interleave(len(weight) // len(norms), 0)
