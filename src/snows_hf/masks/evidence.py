@@ -200,7 +200,9 @@ class Evidence:
         try:
             with frozen(chain.model):
                 for batch in self.batches():
-                    chain((batch,), 0, last + 1)
+                    state: State = (batch,)
+                    for operation in chain.operations[: last + 1]:
+                        state = operation.run(state)  # no output is kept, as the chain's own forward would
         finally:
             for handle in handles:
                 handle.remove()
