@@ -83,6 +83,14 @@ def test_an_order_that_cannot_be_told_is_not_guessed():
         assert torch.equal(dense.get_parameter(name), tiny.timm_vit().get_parameter(name)) == ("blocks.0" in name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_images_and_weights_may_differ_in_precision(dtype):
+    for weights, images in ((torch.float64, dtype), (dtype, torch.float64)):
+        model = tiny.timm_vit().to(weights)
+        given = tiny.images(2).to(images)
+        assert set(order_channels(build_chain(model), NM(1, 4), given, FREE[tiny.timm_vit])) == FREE[tiny.timm_vit]
+
+
 def test_layers_that_are_not_pruned_keep_their_order():
     model, dense = tiny.cifar_resnet(), tiny.cifar_resnet()
     name = "layer2.0.conv2.weight"

@@ -97,7 +97,7 @@ def candidates(chain: Chain, images: Tensor, names: Collection[str]) -> list[Cha
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
     ]
-    state: State = (images,)
+    state: State = (images.to(next(chain.parameters())),)
     for place, operation in enumerate(chain.operations):  # noqa: B007  the hooks read it
         state = operation.run(state)
     for handle in handles:
