@@ -60,6 +60,7 @@ def thin_out(
         result.cg_iterations += taken.direction.iterations
         result.cg_statuses.append(taken.direction.status)
         result.rejected += taken.alpha == 0.0
+        del taken  # its preconditioner, before the next one is made
         if progress is not None:
             progress(state)
     return result

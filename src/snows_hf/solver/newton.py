@@ -190,6 +190,7 @@ def newton(
         else:
             state.stale += 1
         state.w = w
+        del step  # its preconditioner, before the next one is made
         if progress is not None:
             progress(state)
         if state.stale >= config.patience:
