@@ -13,7 +13,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
 from snows_hf.errors import ConfigError
-from snows_hf.fitting import bytes_per_image, fit_batches
+from snows_hf.fitting import OVERHEAD, bytes_per_image, fit_batches
 from snows_hf.memory import Images, Shelf, room, saved_bytes
 from snows_hf.preconditioner import factor_bytes
 
@@ -120,7 +120,7 @@ def test_batches_shrink_to_the_budget():
         settings = run.config.updated(batch_size=250, **changes)
         return fit_batches(chain, images, run.masks, settings, CPU, left, said.append).batch_size
 
-    left = 2 * int(1.5 * each * 10) + 2
+    left = 2 * int(OVERHEAD * each * 10) + 2
     assert fitted(left) == 10
     assert said == ["Batches of 10 images in place of 250, to fit into memory"]
     assert fitted(left, joint_steps=3) < 10

@@ -22,6 +22,9 @@ from .solver import Expansion
 from .streams import masked_operations, whole_network
 
 
+OVERHEAD = 1.25
+"""What a product needs in memory, over what is kept for it: some passes through while it is computed."""
+
 SMALLEST_FACTORS = 2**16
 """Numbers in a parameter's factors below which smaller blocks no longer save much."""
 
@@ -109,13 +112,13 @@ def fit_batches(
             on_stage(f"Preconditioner in blocks of {factors() / 1e9:.2g} GB in all, to fit into memory")
             config = config.updated(factor_entries=entries)
         free -= factors()
-    # What passes through while a product is computed comes on top of what the graphs keep.
-    fitting = processes() * int(free / (1.5 * max(each, 1)))
+    fitting = processes() * int(free / (OVERHEAD * max(each, 1)))
     if fitting >= config.batch_size:
         return config
     if fitting < 1:
         raise ConfigError(
-            f"One image needs {1.5 * each / 1e9:.2f} GB at K = {config.k}, and {free / 1e9:.2f} GB are there for it.",
+            f"One image needs {OVERHEAD * each / 1e9:.2f} GB at K = {config.k}, and {free / 1e9:.2f} GB are there for "
+            "it.",
             "Give more --memory, or a smaller --k.",
         )
     on_stage(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
@@ -123,7 +126,8 @@ def fit_batches(
 
 
 def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig, device: torch.device) -> int:
-    """Most that the graphs of any layer's objective keep in memory per image of a batch; ``images`` holds two."""
+    """Most that a product of any layer's objective needs in memory per image of a batch: what its graphs keep, and of
+    every output the target, residual, tangent and cotangent. ``images`` holds two."""
     start: State = (images.to(device),)
     state, segments = start, []
     todo = masked_operations(chain, masks)
@@ -138,13 +142,18 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
         return max(
             saved_bytes(partial(_expand, segment, state, masks, config))
             - saved_bytes(partial(_expand, segment, tuple(tensor[:1] for tensor in state), masks, config))
+            + 4 * sum(output[0].nbytes for output in _outputs(segment, state))
             for segment, state in segments
         )
 
 
+@torch.no_grad()
+def _outputs(segment: Segment, state: State) -> list[Tensor]:
+    return segment.outputs(state)
+
+
 def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -> Expansion:
-    with torch.no_grad():
-        targets = segment.outputs(state)
+    targets = _outputs(segment, state)
     active = ActiveWeights.of(segment.group, masks, targets[0].device)
     w = active.within(segment.chain)
     return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)

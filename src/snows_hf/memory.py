@@ -1,11 +1,13 @@
 """Where activations rest, and how many images fit: what keeps the peak of memory below a budget."""
 
+import ctypes
 import math
 import shutil
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,6 +20,9 @@ from .errors import ConfigError, SaveError, one_line
 
 
 Tensors = tuple[Tensor, ...]
+
+M_MMAP_THRESHOLD = -3
+"""A parameter of ``mallopt`` in glibc's malloc.h."""
 
 PREFIX = "snows-hf-"
 """Of temporary folders."""
@@ -120,6 +125,14 @@ def remove_abandoned() -> None:
             pass  # in use, or somebody else's
 
 
+def give_back_at_once() -> None:
+    """From here on, blocks of more than 1 MB that are freed go back to the system at once. GNU's C library otherwise
+    takes what has been freed for a sign that it is needed again, and holes in what it keeps add up; others may not
+    know the call."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
 def room(memory: float | None) -> int | None:
     """Bytes of main memory that are left of a budget of ``memory`` GB for this process; None without a budget.
 
@@ -128,6 +141,7 @@ def room(memory: float | None) -> int | None:
     """
     if memory is None:
         return None
+    give_back_at_once()
     used = psutil.Process().memory_info().rss
     left = int(memory * 1e9) - used
     if left <= 0:
