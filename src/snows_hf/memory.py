@@ -129,7 +129,7 @@ def give_back_at_once() -> None:
     """From here on, blocks of more than 1 MB that are freed go back to the system at once. GNU's C library otherwise
     takes what has been freed for a sign that it is needed again, and holes in what it keeps add up; others may not
     know the call."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
