@@ -22,7 +22,7 @@ from snows_hf.objective import KStepObjective, Segment
 from snows_hf.preconditioner import RowPreconditioner
 from snows_hf.solver import Expansion
 from snows_hf.solver.cg import cg
-from snows_hf.solver.newton import Step, armijo, newton_step
+from snows_hf.solver.newton import Step, newton_step, step_along
 from snows_hf.streams import masked_operations
 
 
@@ -45,8 +45,8 @@ def stepper(change: Callable[[Expansion], Expansion]) -> Stepper:
 def by_diagonal(local: Expansion) -> Expansion:
     """The diagonal of the Gram blocks in place of the blocks: that of L Lᵀ."""
     assert isinstance(local.preconditioner, RowPreconditioner)
-    diagonals = [block.factor.square().sum(-1).flatten(1)[block.valid] for block in local.preconditioner.blocks]
-    diagonal = torch.cat(diagonals)
+    blocks = local.preconditioner.blocks
+    diagonal = torch.cat([block.factor.square().sum(-1).flatten(1)[block.valid] for block in blocks])
     return replace(local, preconditioner=lambda r: r / diagonal)
 
 
@@ -78,9 +78,7 @@ class WarmStart:
         given = {"damping": config.damping, "rtol": config.cg_rtol, "max_iter": config.cg_max_iter - 1}
         found = cg(local.product, g, preconditioner=local.preconditioner, **given)
         self.last = start + found.delta
-        slope = float(self.last @ local.gradient)
-        alpha = armijo(batch.value, w, self.last, local.value, slope, config) if slope < 0 else 0.0
-        return Step(w + alpha * self.last, alpha, found, None)
+        return step_along(replace(found, delta=self.last), batch, w, local, config)
 
 
 class AdaptiveDamping:
@@ -95,12 +93,10 @@ class AdaptiveDamping:
         local = batch.expand(w)
         given = {"damping": λ, "rtol": config.cg_rtol, "max_iter": config.cg_max_iter}
         found = cg(local.product, local.gradient, preconditioner=local.preconditioner, **given)
-        slope = float(found.delta @ local.gradient)
-        promised = -(slope + 0.5 * float(found.delta @ local.product(found.delta)))
+        promised = -float(found.delta @ (local.gradient + 0.5 * local.product(found.delta)))
         ratio = (local.value - batch.value(w + found.delta)) / promised
         self.damping = λ * (2 / 3 if ratio > 0.75 else 3 / 2 if ratio < 0.25 else 1)
-        alpha = armijo(batch.value, w, found.delta, local.value, slope, config) if slope < 0 else 0.0
-        return Step(w + alpha * found.delta, alpha, found, None)
+        return step_along(found, batch, w, local, config)
 
 
 def trace(
@@ -109,7 +105,7 @@ def trace(
     limit: float,
     step: Stepper = newton_step,
     batch_size: int = BATCH_SIZE,
-    begin_at_k: int | None = None,
+    least_squares: bool = False,
     curvature: str = "gauss-newton",
     preconditioner: str = "gram",
     **changes: float,
@@ -123,10 +119,10 @@ def trace(
     config = replace(preset("default", setting.chain.family, "2:4").solver, **(OURS | changes))
     start, found = judge.value(w), [(0.0, 1.0)]
     began = time.process_time()
-    if begin_at_k is not None:
+    if least_squares:
+        short = Segment.cut(setting.chain, index, 0)
         for batch in batches:
-            short = Segment.cut(setting.chain, index, begin_at_k)
-            targets = batch.targets[: short.stop - short.start]
+            targets = batch.targets[:1]
             shorter = KStepObjective(short, batch.active, batch.state, targets, "gauss-newton", "gram", batch.damping)
             taken = newton_step(shorter, w, config)
             w = taken.w if taken is not None else w
@@ -146,7 +142,7 @@ VARIANTS: dict[str, Callable[[Setting, int, float], list[tuple[float, float]]]] 
     "the Gram blocks' diagonal": lambda *given: trace(*given, stepper(by_diagonal)),
     "Hutchinson's diagonal, 5 probes": lambda *given: trace(*given, stepper(by_hutchinson(5)), preconditioner="none"),
     "the Hessian in place of Gauss-Newton": lambda *given: trace(*given, curvature="hessian"),
-    "from masked least squares (K = 0)": lambda *given: trace(*given, begin_at_k=0),
+    "from masked least squares (K = 0)": lambda *given: trace(*given, least_squares=True),
     "warm start": lambda *given: trace(*given, WarmStart()),
     "adaptive damping": lambda *given: trace(*given, AdaptiveDamping()),
     "5 products a step": lambda *given: trace(*given, cg_max_iter=5),

@@ -116,6 +116,13 @@ class Step:
     preconditioner: Callable[[Tensor], Tensor] | None
 
 
+def step_along(direction: CGResult, batch: Objective, w: Tensor, local: Expansion, config: SolverConfig) -> Step:
+    """The step from w (m,) as far along a direction as the Armijo rule allows; rejected where the loss would rise."""
+    slope = float(direction.delta @ local.gradient)
+    alpha = armijo(batch.value, w, direction.delta, local.value, slope, config) if slope < 0 else 0.0
+    return Step(w + alpha * direction.delta if alpha else w, alpha, direction, local.preconditioner)
+
+
 def newton_step(batch: Objective, w: Tensor, config: SolverConfig) -> Step | None:
     """One step of Algorithm 2 from w (m,) on one batch; None where loss or gradient are not finite."""
     local = batch.expand(w)
@@ -131,9 +138,7 @@ def newton_step(batch: Objective, w: Tensor, config: SolverConfig) -> Step | Non
         stall=config.cg_stall,
         preconditioner=local.preconditioner,
     )
-    slope = float(direction.delta @ local.gradient)
-    alpha = armijo(batch.value, w, direction.delta, local.value, slope, config) if slope < 0 else 0.0
-    return Step(w + alpha * direction.delta if alpha else w, alpha, direction, local.preconditioner)
+    return step_along(direction, batch, w, local, config)
 
 
 def newton(
