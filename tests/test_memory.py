@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,19 @@ def test_saved_bytes_of_a_known_graph():
     x, a = torch.ones(1000, requires_grad=True), torch.ones(1000)
     assert saved_bytes(lambda: x * a) == 4000  # a alone: x's own gradient needs nothing else
     assert saved_bytes(lambda: (x * a) * a) == 4000  # the same storage twice
+
+
+def test_saved_bytes_leaves_nothing_behind():
+    made = []
+
+    def build():  # softmax keeps its own output, and the gradient's graph keeps the forward's
+        x = torch.ones(8, requires_grad=True)
+        made.append(weakref.ref(x))
+        return torch.autograd.grad(x.softmax(0).square().sum(), x, create_graph=True)
+
+    assert saved_bytes(build) > 0
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_bytes_per_image_do_not_depend_on_the_images_and_grow_with_k():

@@ -183,8 +183,9 @@ def saved_bytes(build: Callable[[], object]) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
         held.append(tensor)  # freed storages would lend their address to others
-        return tensor
+        return tensor.detach()  # a node that keeps its own output would otherwise hold itself
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         build()
+    held.clear()  # graph, hook and list hold each other, and no collector sees a graph's part in it
     return sum(storages.values())
