@@ -117,13 +117,34 @@ def removals(W: Tensor, H: Tensor, steps: int, pattern: NM | None) -> Iterator[t
         yield some, order, costs
 
 
+def support(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns that each row keeps, in their order, (rows, most of them), and which of these are not padding."""
+    counts = kept.sum(1)
+    columns = kept.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+    return columns, torch.arange(columns.shape[1], device=kept.device) < counts[:, None]
+
+
+def system(H: Tensor, owner: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
+    """Each row's ``owner`` of H (groups, d, d) on its columns, those of the identity for padding: (rows, n, n)."""
+    part = H[owner[:, None, None], columns[:, :, None], columns[:, None]]
+    return torch.where(valid[:, :, None] & valid[:, None], part, torch.diag_embed((~valid).to(H)))
+
+
+def chunk_of(kept: Tensor) -> int:
+    """Rows whose systems are treated together."""
+    return max(1, CHUNK.get(kept.device.type, CHUNK["cpu"]) // max(1, int(kept.sum(1).max())) ** 2)
+
+
 def refit(W: Tensor, H: Tensor, kept: Tensor) -> Tensor:
     """The kept weights (rows, d) that minimise ½ ΔᵀHΔ: where the updates of ExactOBS lead, in one solve a row."""
-    result = torch.zeros_like(W)
-    for some, h in chunks(W, H):
-        k = kept[some]
-        right = (h @ W[some][..., None])[..., 0] * k
-        # Rows and columns of what is gone: those of the identity.
-        system = torch.where(k[:, :, None] & k[:, None, :], h, torch.diag_embed((~k).to(h)))
-        result[some] = torch.cholesky_solve(right[..., None], torch.linalg.cholesky(system))[..., 0] * k
-    return result
+    columns, valid = support(kept)
+    rows = torch.arange(len(W), device=W.device)
+    owner = rows // (len(W) // len(H))
+    right = (W.unflatten(0, (len(H), -1)) @ H).flatten(0, 1).gather(1, columns) * valid
+    solved = [
+        torch.cholesky_solve(
+            right[some, :, None], torch.linalg.cholesky(system(H, owner[some], columns[some], valid[some]))
+        )
+        for some in rows.split(chunk_of(kept))
+    ]
+    return torch.zeros_like(W).scatter_(1, columns, torch.cat(solved)[..., 0])
