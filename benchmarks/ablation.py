@@ -108,13 +108,14 @@ def trace(
     least_squares: bool = False,
     curvature: str = "gauss-newton",
     preconditioner: str = "gram",
+    autocast: bool = False,
     **changes: float,
 ) -> list[tuple[float, float]]:
     """Processor seconds and the lowest held-out loss by then over that of the mask, after every step."""
     torch.manual_seed(0)
     *batches, judge = setting.objectives(index, batch_size)
     for batch in batches:
-        batch.curvature, batch.preconditioner = curvature, preconditioner
+        batch.curvature, batch.preconditioner, batch.autocast = curvature, preconditioner, autocast
     w = judge.active.within(setting.chain)
     config = replace(preset("default", setting.chain.family, "2:4").solver, **(OURS | changes))
     start, found = judge.value(w), [(0.0, 1.0)]
@@ -146,6 +147,7 @@ VARIANTS: dict[str, Callable[[Setting, int, float], list[tuple[float, float]]]] 
     "warm start": lambda *given: trace(*given, WarmStart()),
     "adaptive damping": lambda *given: trace(*given, AdaptiveDamping()),
     "5 products a step": lambda *given: trace(*given, cg_max_iter=5),
+    "bfloat16 by autocast": lambda *given: trace(*given, autocast=True),
     "batches of 128": lambda *given: trace(*given, batch_size=128),
 }
 

@@ -14,7 +14,7 @@ from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from snows_hf.adapters import Chain, Group, Operation, build_chain
+from snows_hf.adapters import Chain, Group, Operation, build_chain, frozen
 from snows_hf.config import SolverConfig
 from snows_hf.masks import Masks
 from snows_hf.objective import ActiveWeights, KStepObjective, Segment
@@ -415,3 +415,29 @@ def test_k_0_on_a_linear_layer_is_masked_least_squares(bias, curvature):
         expected = torch.linalg.lstsq(X[:, kept], X @ dense).solution
         torch.testing.assert_close(row[kept], expected, rtol=1e-9, atol=1e-9)
         assert not row[~kept].any()
+
+
+@pytest.mark.parametrize("network", [tiny.transformers_vit, tiny.timm_vit, tiny.cifar_resnet, tiny.timm_resnet])
+def test_under_autocast_the_expansion_is_that_of_float32_but_for_bfloat16s_rounding(network):
+    """Half precision has 8 bits: the errors of a vector's entries average out over the whole of it."""
+    model = network().float()
+    chain, masks = build_chain(model), tiny.magnitude_masks(model)
+    state, index = (
+        (tiny.images(4).float(),),
+        next(i for i, group in chain.groups() if set(group.parameters) & set(masks)),
+    )
+    with frozen(model):
+        for operation in chain.operations[:index]:
+            state = operation.run(state)
+        segment = Segment.cut(chain, index, 3)
+        active = ActiveWeights.of(segment.group, masks, torch.device("cpu"))
+        w, targets = active.within(chain), segment.outputs(state)
+        p = torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+        exact, rounded = (
+            KStepObjective(segment, active, state, targets, "gauss-newton", "gram", 1e-4, autocast=on).expand(w)
+            for on in (False, True)
+        )
+        assert rounded.gradient.dtype == torch.float32
+        assert rounded.value == pytest.approx(exact.value, rel=0.03)
+        for a, b in [(rounded.gradient, exact.gradient), (rounded.product(p), exact.product(p))]:
+            assert 0 < float((a - b).norm() / b.norm()) < 0.05

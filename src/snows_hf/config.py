@@ -124,6 +124,7 @@ class PruneConfig(_Settings):
             the pattern keeps half of the weights or more, or the masks come from a file.
         emphasis: of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power.
         augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
+        autocast: steps compute in bfloat16 where that does (torch.autocast); the loss that judges them does not.
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
     """
@@ -148,6 +149,7 @@ class PruneConfig(_Settings):
     gradual: float = 0.0
     emphasis: float = 0.0
     augment: bool = False
+    autocast: bool = False
     seed: int = 0
     solver: SolverConfig = field(default_factory=SolverConfig)
 
@@ -174,6 +176,7 @@ class PruneConfig(_Settings):
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
         _check(self.permute is None or isinstance(self.permute, bool), "permute", self.permute, "true or false")
         _check(isinstance(self.augment, bool), "augment", self.augment, "true or false")
+        _check(isinstance(self.autocast, bool), "autocast", self.autocast, "true or false")
         _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
         _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")

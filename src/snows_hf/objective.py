@@ -90,6 +90,7 @@ class KStepObjective:
         share: which images of the batch ``state`` and ``targets`` hold; value and expansion are those of the whole
             batch. None: all of them.
         factor_entries: most numbers in the preconditioner's factors of one parameter.
+        autocast: matrix products and convolutions of the segment, and of its derivatives, are in bfloat16.
     """
 
     def __init__(
@@ -105,10 +106,12 @@ class KStepObjective:
         emphasis: float = 0.0,
         share: Share | None = None,
         factor_entries: int = FACTOR_ENTRIES,
+        autocast: bool = False,
     ) -> None:
         self.segment, self.active, self.state, self.targets = segment, active, state, targets
         self.curvature, self.preconditioner, self.damping = curvature, preconditioner, damping
         self.share, self.factor_entries = share or whole(len(state[0])), factor_entries
+        self.autocast = autocast
         self.weights = [
             self._weight(y, relative) * (place / len(targets)) ** emphasis for place, y in enumerate(targets, start=1)
         ]
@@ -119,7 +122,8 @@ class KStepObjective:
         return self.share.weight / (y[0].numel() * self.share.total * variance)
 
     def _outputs(self, w: Tensor) -> list[Tensor]:
-        return self.segment.outputs(self.state, self.active.scatter(w))
+        with torch.autocast(w.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.segment.outputs(self.state, self.active.scatter(w))
 
     @torch.no_grad()
     def value(self, w: Tensor) -> float:

@@ -118,7 +118,7 @@ class Batches:
     order: Sequence[tuple[int, int]]
 
     def objective(self, index: int, step: int | None = None) -> KStepObjective:
-        """That of one batch; where images are augmented, as they look at a step."""
+        """That of one batch at a step: there images may be augmented, and half precision may do. None: as it is."""
         joint = self.segment.group.kind == "joint"
         part = share(self.streams.size(index))
         pruned: State = send_to_device(self.streams.pruned[index].get(), self.device)
@@ -142,6 +142,7 @@ class Batches:
             emphasis=self.config.emphasis if joint else 0.0,
             share=part,
             factor_entries=solver.factor_entries,
+            autocast=self.config.autocast and step is not None,
         )
 
     def __iter__(self) -> Iterator[KStepObjective]:

@@ -113,7 +113,11 @@ class WeightGradient(Function):
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    z: Tensor = Convolution.apply(x, conv.weight, conv)
+    weight: Tensor = conv.weight
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # its own casts would end at this function's border
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    z: Tensor = Convolution.apply(x, weight, conv)
     return z if conv.bias is None else z + conv.bias[:, None, None]
 
 
