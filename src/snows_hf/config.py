@@ -336,7 +336,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {
         "vit": {
             "k": 5,
-            "mask": "sparsegpt",
+            "mask": "swap",
             "weighting": "relative",
             "batch_size": 128,
             "cg_max_iter": 5,

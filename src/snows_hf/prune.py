@@ -91,7 +91,7 @@ def prune(
             beyond a quarter of it rest on disk. None: half of what is free for each of the two.
         preset: ``default``, or ``paper`` for the paper's own settings.
         update: whether SNOWS re-optimises the kept weights; without it they are the dense ones, or what a criterion
-            with an update of its own (sparsegpt, obc) makes of them.
+            with an update of its own (sparsegpt, obc, swap) makes of them.
         restart: begin anew where an earlier call was broken off.
         format: of the result: ``safetensors``, or ``packed``, which leaves out the zeros (see :func:`snows_hf.pack`).
         on_progress: called as the cascade goes on.

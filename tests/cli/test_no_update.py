@@ -22,7 +22,7 @@ def test_every_criterion_alone(run, mask: str) -> None:
     report = json.loads(result.out)
     assert (report["update"], report["settings"]["mask"], report["later_sweeps"]) == (False, mask, [])
     assert report["criterion"]["labels"] == needs_labels(mask)
-    assert report["criterion"]["own_update"] == (mask in ("obc", "sparsegpt"))
+    assert report["criterion"]["own_update"] == (mask in ("obc", "sparsegpt", "swap"))
     assert ("variance" in report["criterion"]) == mask.startswith(("hd", "hp", "hts"))
     assert len(report["layers"]) == 8
     before, after = tensors_of(RESNET), tensors_of(Path("out"))

@@ -40,7 +40,7 @@ def command(
     k: Annotated[int | None, typer.Option("--k", help="K: later operations whose outputs are kept (Eq. 3).")] = None,
     mask: Annotated[
         str | None,
-        typer.Option(help="Mask criterion (magnitude, wanda, sparsegpt, obc, …), or a safetensors file of booleans."),
+        typer.Option(help="Mask criterion (magnitude, wanda, sparsegpt, swap, …), or a safetensors file of booleans."),
     ] = None,
     permute: Annotated[
         bool | None,
