@@ -119,7 +119,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("mask", ["wanda", "sparsegpt", "obc"])
+@pytest.mark.parametrize("mask", ["wanda", "sparsegpt", "obc", "swap"])
 def test_layers_of_another_kind_are_refused(mask: str):
     model = Small(nn.Linear(4, 8), Doubled(8, 3)).double().eval()
     with pytest.raises(MaskError, match=r"layers\.1\.weight belongs to a Doubled.*--layers"):

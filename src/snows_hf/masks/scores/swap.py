@@ -92,12 +92,12 @@ def swaps(q: Tensor, H: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tenso
         others = x - P_a * (x[:, a] / P_a[:, a])[:, None]
         group = (i // width * width)[:, None] + torch.arange(width, device=q.device)
         j = group.clamp_max(d - 1)
-        H_j = H[columns[:, :, None], j[:, None]] * valid[:, :, None]
-        H_j[:, a] = 0
-        v = P @ H_j
-        v -= P_a[:, :, None] * (v[:, a, None] / P_a[:, a, None, None])
-        c = H.diagonal()[j] - (H_j * v).sum(1)
-        r = q.gather(1, j) - (H_j * others[:, :, None]).sum(1)
+        H_j = H[j[:, :, None], columns[:, None]] * valid[:, None]
+        H_j[:, :, a] = 0
+        v = H_j @ P
+        v -= v[:, :, a, None] * (P_a / P_a[:, a, None])[:, None]
+        c = H.diagonal()[j] - (H_j * v).sum(2)
+        r = q.gather(1, j) - (H_j * others[:, None]).sum(2)
         own = group == i[:, None]
         gain = r.square() / c * torch.where(own, 1 + MARGIN, 1.0)
         gain[(kept.gather(1, j) & ~own) | (group >= d)] = -1
@@ -106,9 +106,10 @@ def swaps(q: Tensor, H: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tenso
         if not len(at):
             continue
         new, pivot = j[at, best[at]], c[at, best[at]][:, None]
-        u, P_a = v[at, :, best[at]], P_a[at]
+        u, P_a = v[at, best[at]], P_a[at]
         u[:, a] = -1  # the slot's own row and column of the inverse, up to the sign
-        P[at] += u[:, :, None] * (u / pivot)[:, None] - P_a[:, :, None] * (P_a / P_a[:, a, None])[:, None]
+        left, right = torch.stack([u, P_a], 2), torch.stack([u / pivot, -P_a / P_a[:, a, None]], 1)
+        P[at] = torch.baddbmm(P[at], left, right)
         x[at] = others[at] - u * (r[at, best[at]][:, None] / pivot)
         kept[at, i[at]], kept[at, new] = False, True
         columns[at, a] = new
