@@ -114,7 +114,8 @@ class WeightGradient(Function):
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     weight: Tensor = conv.weight
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # its own casts would end at this function's border
+    # Autocast's own casts would end at this function's border.
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     z: Tensor = Convolution.apply(x, weight, conv)
