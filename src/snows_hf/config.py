@@ -336,7 +336,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {
         "vit": {
             "k": 5,
-            "mask": "swap",
             "weighting": "relative",
             "batch_size": 128,
             "cg_max_iter": 5,
@@ -358,12 +357,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Settings by preset and family of architectures."""
 
 
+_N_M = {"mask": "swap", "gradual": 0.0}
+"""By default, wherever a pattern has groups within which weights can be swapped."""
+
+
 def preset(name: str, family: str, pattern: str) -> PruneConfig:
-    """The settings of a preset for a family.
+    """The settings of a preset for a family and a pattern.
 
     Raises:
         ConfigError: there is no such preset.
     """
     if name not in PRESETS:
         raise ConfigError(f"Preset {name!r}: expected one of {', '.join(PRESETS)}.")
-    return PruneConfig(pattern).updated(**PRESETS[name].get(family, {}))
+    settings = PRESETS[name].get(family, {})
+    if name == "default" and ":" in pattern:
+        settings = settings | _N_M
+    return PruneConfig(pattern).updated(**settings)

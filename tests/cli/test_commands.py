@@ -61,7 +61,7 @@ def test_prune_as_json(run, model: Path, layers: int) -> None:
 @pytest.mark.parametrize(("pattern", "relaxed"), [("1:4", "2:4"), ("0.8", "0.6")])
 def test_a_cnn_comes_to_its_masks_gradually(run, pattern, relaxed) -> None:
     """Fewer than half of the weights; the report, the card, the page and the weights tell the same."""
-    Path("s.yaml").write_text("joint_steps: 6\nlayer_steps: 1\n")
+    Path("s.yaml").write_text("joint_steps: 6\nlayer_steps: 1\ngradual: 0.34\n")
     options = ("prune", RESNET, "--data", DIGITS, "--samples", 40, "--config", "s.yaml", "--json")
     report = json.loads(run(*options, "--pattern", pattern, "--report", "--output", "out").out)
     sparsity = {"1:4": 0.75, "0.8": 0.8}[pattern]
