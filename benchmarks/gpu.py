@@ -4,7 +4,9 @@ Random weights and random images: times and memory do not depend on either, accu
 rate is that of one Gauss-Newton product of the first layer's objective, its operations as torch counts them, over the
 rate of a large matrix product on the same device in the same precision.
 
-    python benchmarks/gpu.py [--models B/16 L/16] [--images 1024 5000] [--pattern 2:4] [--device cuda] [--tf32]
+    python benchmarks/gpu.py [--models B/16 L/16] [--images 1024 5000] [--pattern 2:4] [--tf32] [--autocast]
+
+Whether it runs at all a processor shows, too: --device cpu --models Ti/16 --images 8 --batch-size 4
 """
 
 import argparse
@@ -23,11 +25,13 @@ from snows_hf.checks import find_device
 from snows_hf.config import PruneConfig, preset
 from snows_hf.describe import describe_hardware
 from snows_hf.fitting import fit_batches
-from snows_hf.masks import Masks, choose_masks, parse_pattern
+from snows_hf.masks import Evidence, Masks, choose, parse_pattern
 from snows_hf.objective import ActiveWeights, KStepObjective, Segment
 
 
-MODELS = {"B/16": {}, "L/16": VIT_L}
+VIT_TI = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+
+MODELS = {"Ti/16": VIT_TI, "B/16": {}, "L/16": VIT_L}
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -42,9 +46,9 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -
     return median(times[1:])
 
 
-def matrix_rate(device: torch.device, size: int) -> float:
-    """Operations a second of a square float32 matrix product."""
-    a = torch.randn(size, size, device=device)
+def matrix_rate(device: torch.device, size: int, autocast: bool) -> float:
+    """Operations a second of a square matrix product."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if autocast else torch.float32)
     return 2 * size**3 / seconds(lambda: a @ a, device)
 
 
@@ -59,32 +63,35 @@ def product_rate(chain: Chain, masks: Masks, config: PruneConfig, device: torch.
             images = operation.run(images)
         targets = segment.outputs(images)
     w = active.within(chain)
-    expansion = KStepObjective(segment, active, images, targets, config.solver.curvature).expand(w)
+    curvature, autocast = config.solver.curvature, config.autocast
+    expansion = KStepObjective(segment, active, images, targets, curvature, autocast=autocast).expand(w)
     p = torch.randn_like(w)
     with FlopCounterMode(display=False) as counter:
         expansion.product(p)
     return counter.get_total_flops() / seconds(lambda: expansion.product(p), device)
 
 
-def run(name: str, n: int, pattern: str, device: torch.device, **settings: int) -> list[str]:
+def run(name: str, n: int, pattern: str, device: torch.device, **settings: float) -> list[str]:
     """One row of the table: a model of that size pruned on ``n`` images."""
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(num_labels=1000, **MODELS[name])).eval().to(device)
     chain = build_chain(model)
     weights = {p: chain.weight(p).detach() for _, group in chain.groups() for p in group.parameters}
-    masks = choose_masks(weights, parse_pattern(pattern), "magnitude")
     config = preset("default", chain.family, pattern).updated(samples=n, **settings)
     images = smooth_images(n)
-    config = fit_batches(chain, images[:2], masks, config, device, None, print)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    reports = prune_chain(chain, images, masks, config, device)
-    minutes = (time.perf_counter() - started) / 60
+    choice = choose(Evidence(weights, parse_pattern(pattern), config, chain, images))
+    chosen = time.perf_counter()
+    masks = choice.masks
+    config = fit_batches(chain, images[:2], masks, config, device, None, print)
+    reports = prune_chain(chain, images, masks, config, device, start=choice.weights)
+    ended = time.perf_counter()
     memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else ""
     with frozen(model):
         share = product_rate(chain, masks, config, device) / matrix_rate(
-            device, 8192 if device.type == "cuda" else 1024
+            device, 8192 if device.type == "cuda" else 1024, config.autocast
         )
     products = sum(report.cg_iterations for report in reports)
     return [
@@ -93,7 +100,8 @@ def run(name: str, n: int, pattern: str, device: torch.device, **settings: int) 
         str(n),
         str(config.batch_size),
         str(products),
-        f"{minutes:.1f}",
+        f"{(chosen - started) / 60:.1f}",
+        f"{(ended - started) / 60:.1f}",
         memory,
         f"{100 * share:.0f}",
     ]
@@ -101,30 +109,34 @@ def run(name: str, n: int, pattern: str, device: torch.device, **settings: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["B/16", "L/16"])
     parser.add_argument("--images", type=int, nargs="+", default=[1024, 5000])
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--tf32", action="store_true", help="matrix products of float32 in TF32")
+    parser.add_argument("--autocast", action="store_true", help="steps in bfloat16")
     arguments = parser.parse_args()
+    settings = {"batch_size": arguments.batch_size, "autocast": arguments.autocast}
     device = find_device(arguments.device)
     torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
-    print(f"{describe_hardware(device)}, {'TF32' if arguments.tf32 else 'float32'}, random weights and images")
+    precision = "bfloat16" if arguments.autocast else "TF32" if arguments.tf32 else "float32"
+    print(f"{describe_hardware(device)}, {precision}, random weights and images")
     columns = [
         "ViT",
         "pattern",
         "images",
         "batch",
         "products",
-        "minutes",
+        "minutes for the masks",
+        "minutes in all",
         "peak memory (GB)",
         "matrix rate (% of peak)",
     ]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for name in arguments.models:
         for n in arguments.images:
-            row = run(name, n, arguments.pattern, device, batch_size=arguments.batch_size)
+            row = run(name, n, arguments.pattern, device, **settings)
             print(f"| {' | '.join(row)} |", flush=True)
 
 

@@ -24,9 +24,9 @@ QUICK = {"samples": 96, "epochs": 3, "batch_size": 32, "seed": 1}
 
 @pytest.fixture(scope="module")
 def mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded ResNet under a 1:4 mask."""
+    """The embedded ResNet under a 1:4 mask, with its own weights."""
     folder = tmp_path_factory.mktemp("mask") / "mask"
-    prune(str(RESNET), "1:4", data=str(DIGITS), samples=8, update=False, output=folder)
+    prune(str(RESNET), "1:4", data=str(DIGITS), samples=8, mask="magnitude", update=False, output=folder)
     return folder
 
 
