@@ -12,7 +12,7 @@ from snows_hf.masks import NM, Unstructured, choose, parse_pattern
 from snows_hf.masks.evidence import matrix, unmatrix
 from snows_hf.masks.scores.obc import damped, nm_kept, refit, unstructured_kept
 from snows_hf.masks.scores.sparsegpt import BLOCK, sweep
-from snows_hf.masks.scores.swap import refined
+from snows_hf.masks.scores.swap import refined, swaps
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -260,6 +260,15 @@ def test_no_swap_is_left_that_helps(start, block, monkeypatch):
         assert reached <= error(w, H, before) * (1 + 1e-9)
         if block >= d:  # all other weights make up for a swap, as here
             assert reached <= min((error(w, H, m) for m in swapped(after, width)), default=reached) * (1 + 1e-5)
+
+
+def test_a_sweep_returns_the_best_weights_of_its_masks():
+    """Of rows that keep different numbers of weights, so that some have padding."""
+    W, (H,) = problem(rows=30, d=12, seed=7)
+    first = randn(30, 12, seed=8) > torch.linspace(-1.5, 1.5, 30)[:, None]
+    x, kept = swaps(W @ H, H, first, 6)
+    assert not torch.equal(kept, first)
+    torch.testing.assert_close(x, refit(W, H[None], kept))
 
 
 def test_swaps_find_the_best_mask_of_all_more_often_than_the_greedy_criteria():

@@ -113,4 +113,5 @@ def swaps(q: Tensor, H: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tenso
         x[at] = others[at] - u * (r[at, best[at]][:, None] / pivot)
         kept[at, i[at]], kept[at, new] = False, True
         columns[at, a] = new
-    return torch.zeros_like(q).scatter_(1, columns, x * valid), kept
+    # Added, as padding may name a column that has been taken meanwhile.
+    return torch.zeros_like(q).scatter_add_(1, columns, x * valid), kept
