@@ -6,7 +6,7 @@ rate of a large matrix product on the same device in the same precision.
 
     python benchmarks/gpu.py [--models B/16 L/16] [--images 1024 5000] [--pattern 2:4] [--tf32] [--autocast]
 
-Whether it runs at all a processor shows, too: --device cpu --models Ti/16 --images 8 --batch-size 4
+Whether it runs at all a processor shows, too: --device cpu --models Ti/16 --images 2 --batch-size 1
 """
 
 import argparse
