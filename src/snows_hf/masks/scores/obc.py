@@ -5,7 +5,7 @@ The inputs are the dense network's. Unstructured, every layer loses the same sha
 rows; a score cannot be compared between layers, whose outputs matter to the network in different measure.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ CHUNK = {"cpu": 2**21, "cuda": 2**27}
 """Numbers in the inverses that are updated together: what a cache holds, and what keeps a GPU busy in 1 GB."""
 
 
+Kept = tuple[Tensor, Tensor]
+"""Which weights of a layer are kept (bool), and the values of all, zero where they are not."""
+
+
 def damped(H: Tensor) -> Tensor:
     """H (groups, d, d) in float64 with DAMPING on its diagonal, so that inputs which never fire, or always together,
     leave it invertible."""
@@ -31,18 +35,32 @@ def damped(H: Tensor) -> Tensor:
     return H + DAMPING * torch.diag_embed(scale[:, None].expand(H.shape[:2]))
 
 
-@register_criterion("obc")
-def obc(evidence: Evidence) -> Choice:
+def layer_by_layer(evidence: Evidence, decide: Callable[[Tensor, Tensor, NM | None, int], Kept]) -> Choice:
+    """What ``decide`` makes of every layer.
+
+    Args:
+        evidence: with network and images.
+        decide: W (rows, d) and H = X Xᵀ + damping (groups, d, d), both in float64, the layer's N:M or None, and how
+            many weights go → which are kept (bool), and their values, both as W.
+    """
     masks, weights = {}, {}
     zeros = evidence.pattern.zeros(evidence.weights)
     for name, H in evidence.grams():
-        weight = evidence.weights[name]
-        W, H = matrix(weight).to(H.device, torch.float64), damped(H)
-        pattern = evidence.pattern.of(name)
-        kept = nm_kept(W, H, pattern) if isinstance(pattern, NM) else unstructured_kept(W, H, zeros[name])
+        weight, pattern = evidence.weights[name], evidence.pattern.of(name)
+        W = matrix(weight).to(H.device, torch.float64)
+        kept, updated = decide(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
         masks[name] = unmatrix(kept, weight.shape).to(weight.device)
-        weights[name] = unmatrix(refit(W, H, kept), weight.shape).to(weight)
+        weights[name] = unmatrix(updated, weight.shape).to(weight)
     return Choice(masks, weights)
+
+
+@register_criterion("obc")
+def obc(evidence: Evidence) -> Choice:
+    def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
+        kept = nm_kept(W, H, pattern) if pattern else unstructured_kept(W, H, zeros)
+        return kept, refit(W, H, kept)
+
+    return layer_by_layer(evidence, decide)
 
 
 def nm_kept(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
@@ -53,7 +71,7 @@ def nm_kept(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
         H: (groups, d, d).
     """
     steps = W.shape[1] // pattern.m * (pattern.m - pattern.n)
-    order = torch.cat([o for _, o, _ in removals(W, H, steps, pattern)])
+    order = torch.cat([order for order, _ in removals(W, H, steps, pattern)])
     return torch.ones_like(W, dtype=torch.bool).scatter_(1, order, False)
 
 
@@ -63,33 +81,33 @@ def unstructured_kept(W: Tensor, H: Tensor, zeros: int) -> Tensor:
     A row's weights go in its own order, so a cheap one may wait behind a dearer one: the running maximum along a row
     is when its turn comes.
     """
-    traces = list(removals(W, H, W.shape[1], None))
-    order, cost = torch.cat([o for _, o, _ in traces]), torch.cat([c for _, _, c in traces])
+    order, cost = map(torch.cat, zip(*removals(W, H, W.shape[1], None), strict=True))
     first = cost.cummax(1).values.flatten().argsort(stable=True)[:zeros]
     taken = torch.zeros_like(cost.flatten(), dtype=torch.bool).index_fill_(0, first, True).view_as(cost)
     return torch.ones_like(taken).scatter_(1, order, ~taken)
 
 
-def chunks(W: Tensor, H: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows that are treated together, with the H of each (rows, d, d)."""
-    rows, d = W.shape
-    size = max(1, CHUNK.get(W.device.type, CHUNK["cpu"]) // d**2)
-    owner = torch.arange(rows, device=W.device) // (rows // len(H))
-    for start in range(0, rows, size):
-        some = slice(start, min(start + size, rows))
-        yield some, H[owner[some]]
+def chunks(rows: int, n: int, device: torch.device) -> Sequence[Tensor]:
+    """Numbers of the rows that are treated together, each with a matrix (n, n)."""
+    size = CHUNK.get(device.type, CHUNK["cpu"]) // max(1, n) ** 2
+    return torch.arange(rows, device=device).split(max(1, size))
 
 
-def removals(W: Tensor, H: Tensor, steps: int, pattern: NM | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def owners(W: Tensor, H: Tensor) -> Tensor:
+    """The group of each row, (rows,)."""
+    return torch.arange(len(W), device=W.device) // (len(W) // len(H))
+
+
+def removals(W: Tensor, H: Tensor, steps: int, pattern: NM | None) -> Iterator[tuple[Tensor, Tensor]]:
     """ExactOBS (Algorithm 1) for some rows at a time: the columns that go, in order, and the cost of each.
 
     Both are (rows, steps). Cost is the growth of the row's ½ ΔᵀHΔ. With a pattern, no group of M loses more than
     M − N.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    d = W.shape[1]
-    for some, Hinv in chunks(W, inverse):
-        w = W[some].clone()
+    d, owner = W.shape[1], owners(W, H)
+    for some in chunks(len(W), d, W.device):
+        w, Hinv = W[some], inverse[owner[some]]
         rows = torch.arange(len(w), device=w.device)
         columns = torch.arange(d, device=w.device).repeat(len(w), 1)  # which of the d each column left is
         available = torch.ones_like(w, dtype=torch.bool)
@@ -114,7 +132,7 @@ def removals(W: Tensor, H: Tensor, steps: int, pattern: NM | None) -> Iterator[t
                 group = order[:, step, None] // pattern.m
                 full = (order[:, : step + 1] // pattern.m == group).sum(1) == pattern.m - pattern.n
                 available &= ~(full[:, None] & (columns // pattern.m == group))
-        yield some, order, costs
+        yield order, costs
 
 
 def support(kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,21 +148,14 @@ def system(H: Tensor, owner: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid[:, :, None] & valid[:, None], part, torch.diag_embed((~valid).to(H)))
 
 
-def chunk_of(kept: Tensor) -> int:
-    """Rows whose systems are treated together."""
-    return max(1, CHUNK.get(kept.device.type, CHUNK["cpu"]) // max(1, int(kept.sum(1).max())) ** 2)
-
-
 def refit(W: Tensor, H: Tensor, kept: Tensor) -> Tensor:
     """The kept weights (rows, d) that minimise ½ ΔᵀHΔ: where the updates of ExactOBS lead, in one solve a row."""
-    columns, valid = support(kept)
-    rows = torch.arange(len(W), device=W.device)
-    owner = rows // (len(W) // len(H))
+    (columns, valid), owner = support(kept), owners(W, H)
     right = (W.unflatten(0, (len(H), -1)) @ H).flatten(0, 1).gather(1, columns) * valid
     solved = [
         torch.cholesky_solve(
             right[some, :, None], torch.linalg.cholesky(system(H, owner[some], columns[some], valid[some]))
         )
-        for some in rows.split(chunk_of(kept))
+        for some in chunks(len(columns), columns.shape[1], W.device)
     ]
     return torch.zeros_like(W).scatter_(1, columns, torch.cat(solved)[..., 0])

@@ -8,10 +8,10 @@ feed each block what the pruned ones before it give. Unstructured, every layer l
 import torch
 from torch import Tensor
 
-from ..evidence import Evidence, matrix, unmatrix
+from ..evidence import Evidence
 from ..pattern import NM
 from .base import Choice, register_criterion
-from .obc import damped
+from .obc import Kept, layer_by_layer
 
 
 BLOCK = 128
@@ -21,16 +21,11 @@ BLOCK = 128
 
 @register_criterion("sparsegpt")
 def sparsegpt(evidence: Evidence) -> Choice:
-    masks, weights = {}, {}
-    zeros = evidence.pattern.zeros(evidence.weights)
-    for name, H in evidence.grams():
-        weight = evidence.weights[name]
-        W = matrix(weight).to(H.device, torch.float64).unflatten(0, (len(H), -1))
-        pattern = evidence.pattern.of(name)
-        kept, W = sweep(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
-        masks[name] = unmatrix(kept.flatten(0, 1), weight.shape).to(weight.device)
-        weights[name] = unmatrix(W.flatten(0, 1), weight.shape).to(weight)
-    return Choice(masks, weights)
+    def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
+        kept, updated = sweep(W.unflatten(0, (len(H), -1)), H, pattern, zeros)
+        return kept.flatten(0, 1), updated.flatten(0, 1)
+
+    return layer_by_layer(evidence, decide)
 
 
 def sweep(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor, Tensor]:

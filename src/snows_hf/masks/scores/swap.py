@@ -5,13 +5,15 @@ Greedy criteria never take a decision back. Here each kept weight of a row in tu
 group the best takes it, by the formulas of OBS (Hassibi and Stork, 1993), until no swap helps or ``SWEEPS`` are over.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..evidence import Evidence, matrix, unmatrix
+from ..evidence import Evidence
 from ..pattern import NM
 from .base import Choice, register_criterion
-from .obc import chunk_of, damped, refit, support, system
+from .obc import Kept, chunks, layer_by_layer, refit, support, system
 from .sparsegpt import sweep
 
 
@@ -30,21 +32,19 @@ MARGIN = 1e-6
 
 @register_criterion("swap")
 def swap(evidence: Evidence) -> Choice:
-    masks, weights, swapped = {}, {}, 0
-    zeros = evidence.pattern.zeros(evidence.weights)
-    for name, H in evidence.grams():
-        weight = evidence.weights[name]
-        W, H = matrix(weight).to(H.device, torch.float64), damped(H)
-        pattern = evidence.pattern.of(name)
-        nm = pattern if isinstance(pattern, NM) else None
+    swapped = []
+
+    def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         rows = W.unflatten(0, (len(H), -1))
-        first = sweep(rows, H, nm, zeros[name])[0]
-        groups = zip(rows, H, first, strict=True)
-        kept = torch.cat([refined(w, h, k, nm.m if nm else WIDTH) for w, h, k in groups])
-        swapped += int((kept & ~first.flatten(0, 1)).sum())
-        masks[name] = unmatrix(kept, weight.shape).to(weight.device)
-        weights[name] = unmatrix(refit(W, H, kept), weight.shape).to(weight)
-    return Choice(masks, weights, {"swapped": swapped / max(1, sum(int(mask.sum()) for mask in masks.values()))})
+        first = sweep(rows, H, pattern, zeros)[0]
+        width = pattern.m if pattern else WIDTH
+        kept = torch.cat([refined(w, h, k, width) for w, h, k in zip(rows, H, first, strict=True)])
+        swapped.append(int((kept & ~first.flatten(0, 1)).sum()))
+        return kept, refit(W, H, kept)
+
+    choice = layer_by_layer(evidence, decide)
+    total = sum(int(mask.sum()) for mask in choice.masks.values())
+    return replace(choice, facts={"swapped": sum(swapped) / max(1, total)})
 
 
 def refined(W: Tensor, H: Tensor, kept: Tensor, width: int) -> Tensor:
@@ -65,7 +65,7 @@ def refined(W: Tensor, H: Tensor, kept: Tensor, width: int) -> Tensor:
             k, H_B = kept[moving][:, block], H[block][:, block]
             # What the block's weights should add up to, the others being what they are.
             q_B = q[moving][:, block] - x @ H[:, block] + x[:, block] @ H_B
-            for some in torch.arange(len(k), device=W.device).split(chunk_of(k)):
+            for some in chunks(len(k), int(k.sum(1).max()), W.device):
                 x[some[:, None], block], k[some] = swaps(q_B[some], H_B, k[some], width)
             kept[moving[:, None], block] = k
         moving = moving[(kept[moving] != before).any(1)]
