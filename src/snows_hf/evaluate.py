@@ -41,7 +41,7 @@ def evaluate(
     source: ImageSource,
     preprocess: Preprocess,
     class_names: tuple[str, ...] | None = None,
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> Accuracy:
     """Top-1 and top-5 accuracy of a classifier on all images of a split.
 
