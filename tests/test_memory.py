@@ -15,7 +15,7 @@ from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
 from snows_hf.errors import ConfigError
 from snows_hf.fitting import OVERHEAD, bytes_per_image, fit_batches
-from snows_hf.memory import Images, Shelf, room, saved_bytes
+from snows_hf.memory import PREFIX, Images, Shelf, room, saved_bytes
 from snows_hf.preconditioner import factor_bytes
 
 
@@ -51,17 +51,20 @@ def test_places_are_freed_with_their_last_holder():
 
 def test_folders_of_processes_that_were_killed_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    abandoned, young = tmp_path / "snows-hf-abandoned", tmp_path / "snows-hf-young"
-    (tmp_path / "other").mkdir()
+    abandoned, young, users, other = (
+        tmp_path / f"{PREFIX}{name}" for name in ("abandoned", "young", "users", "other")
+    )
     living = Shelf(limit=0)
     kept = living.keep((torch.zeros(3),))
-    for folder in (abandoned, young):
+    for folder, name in [(abandoned, "0.pt"), (young, "0.pt"), (users, "model.safetensors"), (other, "0.pt")]:
         folder.mkdir()
-        (folder / "0.pt").write_bytes(b"x")
-    for folder in (abandoned, living.folder, tmp_path / "other"):
+        (folder / name).write_bytes(b"x")
+    for folder in (abandoned, young, users):
+        (folder / "lock").touch()
+    for folder in (abandoned, living.folder, users, other):
         os.utime(folder, (0, 0))
     Shelf(limit=0).keep((torch.zeros(3),))
-    assert not abandoned.exists() and young.exists() and (tmp_path / "other").exists()
+    assert not abandoned.exists() and young.exists() and users.exists() and other.exists()
     assert torch.equal(kept.get()[0], torch.zeros(3))
 
 

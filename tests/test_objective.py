@@ -441,3 +441,19 @@ def test_under_autocast_the_expansion_is_that_of_float32_but_for_bfloat16s_round
         assert rounded.value == pytest.approx(exact.value, rel=0.03)
         for a, b in [(rounded.gradient, exact.gradient), (rounded.product(p), exact.product(p))]:
             assert 0 < float((a - b).norm() / b.norm()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_half_precision_are_made_in_single(dtype: torch.dtype):
+    """A sum of 300,000 squares near one is beyond float16, and bfloat16 would round it to three digits."""
+    layer = nn.Linear(16, 16, bias=False).to(dtype)
+    chain = Chain(
+        layer, [Operation("layer", lambda state: (layer(state[0]),), Group("layer", ("weight",), "linear"))], "test"
+    )
+    x = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        y = layer(x)
+    active = ActiveWeights({"weight": torch.ones(16, 16, dtype=torch.bool)})
+    objective = KStepObjective(Segment.cut(chain, 0, 0), active, (x,), [y + 1], "gauss-newton", relative=True)
+    value = objective.value(active.within(chain).detach())
+    assert value == pytest.approx(float((y + 1 - y).float().square().mean() / (y + 1).float().var()), rel=1e-3)

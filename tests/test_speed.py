@@ -10,6 +10,7 @@ from embedded import VIT
 from torch import nn
 
 from snows_hf import accelerate, load
+from snows_hf.adapters import build_chain
 from snows_hf.bench import bench, compare, time_ms
 from snows_hf.errors import ConfigError
 from snows_hf.flops import count_flops
@@ -112,7 +113,7 @@ def test_the_clock() -> None:
 
 def test_operations_of_a_known_network() -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=1000).eval()
-    counted = count_flops(model, torch.zeros(1, 3, 224, 224))
+    counted = count_flops(build_chain(model), torch.zeros(1, 3, 224, 224))
     tokens, width, depth = 197, 192, 12
     assert counted["blocks.3.mlp.fc1"] == 2 * tokens * width * 4 * width
     block = 2 * tokens * width * 12 * width + 4 * tokens * tokens * width  # matrices; queries x keys, x values

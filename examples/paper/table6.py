@@ -15,7 +15,7 @@ from common import number, table
 from torch import nn
 
 import snows_hf  # noqa: F401  registers the CIFAR ResNets with timm
-from snows_hf.adapters import build_chain, frozen
+from snows_hf.adapters import build_chain
 from snows_hf.flops import count_flops
 from snows_hf.masks import parse_pattern
 
@@ -32,8 +32,7 @@ ROWS = [
 def reductions(model: nn.Module, size: int, pattern: str) -> list[float]:
     """The three counts, as dense over pruned."""
     chain = build_chain(model.eval())
-    with frozen(model):
-        flops = count_flops(model, torch.zeros(1, 3, size, size))
+    flops = count_flops(chain, torch.zeros(1, 3, size, size))
     of_layers = sum(
         flops.get(name, 0) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     )

@@ -165,7 +165,7 @@ def layer_sensitivities(
                     loss = logits_error(segment, active.scatter(w), send_to_device(states[-1], device))
                     weights = sum(chain.weight(name).numel() for name in group.parameters)
                     masked = sum(mask.numel() for mask in active.masks.values())
-                    operations = sum(flops.get(name.removesuffix(".weight"), 0) for name in group.parameters)
+                    operations = sum(flops[name.removesuffix(".weight")] for name in group.parameters)
                     kept = weights - masked + active.size
                     row = Sensitivity(group.name, group.parameters, candidate, weights, kept, operations, loss)
                     rows.append(row)

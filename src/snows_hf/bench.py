@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from .checks import DTYPES, find_device
+from .checks import find_device
 from .describe import describe_hardware
 from .errors import ConfigError
 from .evaluate import logits_of
@@ -50,7 +50,7 @@ def bench(
     target = find_device(device)
     on_stage(f"Loading {source}")
     checkpoint = load(source, revision)
-    model = checkpoint.model.to(target, DTYPES[dtype]).requires_grad_(False)
+    model = checkpoint.model.to(target, getattr(torch, dtype)).requires_grad_(False)
     reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
     result: dict[str, Any] = {
         "source": source,

@@ -6,7 +6,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from .adapters import Chain, frozen
+from .adapters import Chain
 from .checks import check_chain
 from .config import PruneConfig
 from .data import ImageSource, calibration_chunks, calibration_examples, check_labels, label_map, to_classes
@@ -38,7 +38,7 @@ def read_calibration(
     if needs_labels(config.mask):
         check_labels(source, f"the mask criterion {config.mask!r}")
         examples, labels = calibration_examples(source, config.samples, config.seed, checkpoint.preprocess)
-        chunks = [examples]
+        chunks = examples.split(64)  # a slice of a chunk on disk reads all of it
     for chunk in chunks:
         # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
         images.append(chunk.to(dtype, memory_format=torch.channels_last))
@@ -73,8 +73,7 @@ def first_pass(
         DataError: the classes cannot be matched.
     """
     check_chain(chain, images[:2].to(device))
-    with frozen(chain.model):  # counting hooks every module's inputs, and fails where one needs a gradient
-        flops = count_flops(chain.model, images[:1].to(device))
+    flops = count_flops(chain, images[:1].to(device))
     if labels is None:
         return flops, None
     with torch.no_grad():

@@ -18,7 +18,8 @@ from .evaluate import logits_of
 from .masks.scores import criterion
 
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+"""To compute in. Not float16: a mean over a batch's outputs has derivatives below its smallest number."""
 
 
 def check_apart(data: str, split: str, eval_data: str | None, eval_split: str, remedy: str) -> None:

@@ -98,7 +98,7 @@ def describe_size(network: nn.Module, masks: Masks, flops: dict[str, int]) -> di
     """
     state = network.state_dict()
     zeros = {name: float((state[name] == 0).double().mean()) for name in masks}
-    superfluous = sum(share * flops.get(name.removesuffix(".weight"), 0) for name, share in zeros.items())
+    superfluous = sum(share * flops[name.removesuffix(".weight")] for name, share in zeros.items())
     parameters = list(network.parameters())
     return {
         "parameters": {

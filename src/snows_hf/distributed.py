@@ -67,7 +67,7 @@ class Share:
         if n == 1:
             variance = 0.0
         elif self.alone:
-            variance = float(y.var())
+            variance = float(y.to(torch.promote_types(y.dtype, torch.float32)).var())
         else:
             mean = self.mean(y.double().mean())
             variance = float(self.mean((y.double() - mean).square().mean())) * n / (n - 1)

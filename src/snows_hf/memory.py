@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -24,8 +25,8 @@ Tensors = tuple[Tensor, ...]
 M_MMAP_THRESHOLD = -3
 """A parameter of ``mallopt`` in glibc's malloc.h."""
 
-PREFIX = "snows-hf-"
-"""Of temporary folders."""
+PREFIX = "snows-hf-activations-"
+"""Of temporary folders, which hold a lock and files named by numbers, and nothing else."""
 
 
 class Shelf:
@@ -114,11 +115,13 @@ class Images:
 
 
 def remove_abandoned() -> None:
-    """Removes the temporary folders of processes that were killed: those whose lock is free, and that are old enough
-    to have taken it."""
+    """Removes the temporary folders of processes that were killed: those that hold no more than what a shelf puts
+    there, whose lock is free, and that are old enough to have taken it."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
-            if time.time() - folder.stat().st_mtime > 60:
+            names = {path.name for path in folder.iterdir()}
+            ours = "lock" in names and all(re.fullmatch(r"lock|\d+\.pt", name) for name in names)
+            if ours and time.time() - folder.stat().st_mtime > 60:
                 with FileLock(folder / "lock", timeout=0):
                     shutil.rmtree(folder, ignore_errors=True)
         except (Timeout, OSError):

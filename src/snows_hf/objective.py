@@ -131,8 +131,11 @@ class KStepObjective:
         return float(self.share.sum(self._loss(self._outputs(w))))
 
     def _loss(self, outputs: Sequence[Tensor]) -> Tensor:
+        # Sums are no numbers for half precision: its largest is 65,504, and bfloat16 has three digits.
+        wide = torch.promote_types(outputs[0].dtype, torch.float32)
         terms = zip(self.weights, outputs, self.targets, strict=True)
-        return sum((c * (o - y).square().sum() for c, o, y in terms), start=torch.zeros((), device=outputs[0].device))
+        squares = (c * (o - y).to(wide).square().sum() for c, o, y in terms)
+        return sum(squares, start=torch.zeros((), device=outputs[0].device))
 
     def expand(self, w: Tensor) -> Expansion:
         """Value, gradient and curvature product at w (Eq. 4, 5, 7), on graphs that are built once and kept."""

@@ -196,7 +196,7 @@ def row_preconditioner(
     u = []
     for h, o in outputs:  # drawn for the whole batch: every image has its own, whoever has the image
         signs = torch.randint(2, (share.total, *o.shape[1:]), generator=generator, device=device, dtype=o.dtype)
-        u.append(signs[share.start : share.stop].mul_(2 * h**0.5).sub_(h**0.5))
+        u.append(signs[share.start : share.stop].mul(2 * h**0.5).sub_(h**0.5))  # a copy, without the others'
     f = [o for _, o in outputs]
     sensitivities = torch.autograd.grad(f, [seen[name][2] for name in masks], u, retain_graph=True)
     blocks = []

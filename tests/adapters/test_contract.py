@@ -10,10 +10,14 @@ import pytest
 import torch
 from cases import CASES, Case
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from snows_hf.adapters import Chain, State, base, build_chain, frozen
 from snows_hf.checks import check_chain
+from snows_hf.collapse import find_collapse
 from snows_hf.evaluate import logits_of
+from snows_hf.flops import count_flops
 from snows_hf.objective import Segment
 
 
@@ -51,6 +55,10 @@ def build(case: Case) -> Built:
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def built(request: pytest.FixtureRequest) -> Built:
     return build(request.param)
+
+
+def parameters(chain: Chain) -> list[str]:
+    return [name for _, group in chain.groups() for name in group.parameters]
 
 
 @torch.no_grad()
@@ -245,3 +253,20 @@ def test_every_registered_class_has_a_case() -> None:
     # Other tests register networks of their own.
     ours = {cls for cls, (builder, _) in base._BUILDERS.items() if builder.__module__.startswith("snows_hf.")}
     assert ours <= covered
+
+
+def test_masks_that_keep_everything_cut_nothing(built: Built) -> None:
+    masks = {n: torch.ones_like(built.chain.weight(n), dtype=torch.bool) for n in parameters(built.chain)}
+    assert find_collapse(built.chain, masks, built.images[:1]) == ({}, True)
+
+
+def test_operations_of_every_layer_are_counted(built: Built) -> None:
+    """Also where the model uses a module's weight without calling it, and in all what the model itself costs."""
+    counted = count_flops(built.chain, built.images[:1])
+    for name in parameters(built.chain):
+        weight = built.chain.weight(name)
+        assert counted[name.removesuffix(".weight")] >= 2 * weight.numel()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), frozen(built.model), counter, sdpa_kernel(SDPBackend.MATH):
+        built.model(built.images[:1])
+    assert counted[""] == counter.get_total_flops()

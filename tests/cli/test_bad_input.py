@@ -76,6 +76,7 @@ SETTINGS = [
     setting("Mask file no.safetensors does not exist", mask="no.safetensors"),
     setting("'gauss-newton' or 'hessian'", curvature="newton"),
     setting("expected one of float32", dtype="int8"),
+    setting("expected one of float32", dtype="float16"),
     setting("Device 'tpu': expected auto, cpu or cuda", device="tpu"),
     setting("Preset 'fast': expected one of default, paper", preset="fast"),
     setting("same split 'train'", eval_data=DIGITS, eval_split="train"),

@@ -83,6 +83,17 @@ def test_mask_file_may_be_sparser_than_the_pattern(tmp_path):
     assert not load_masks(tmp_path / "masks.safetensors", WEIGHTS, NM(2, 4))["linear"].any()
 
 
+@pytest.mark.parametrize("asked, zeros", [(0.5, 0.5), (0.5, 0.75), (0.5, 0.25), (0.5, 0.0)])
+def test_a_mask_file_is_as_sparse_as_an_unstructured_pattern_asks(tmp_path, asked, zeros):
+    path = tmp_path / "masks.safetensors"
+    save_file({"linear": torch.arange(72).view(6, 12) >= 72 * zeros}, path)
+    if zeros < asked:
+        with pytest.raises(MaskError, match=rf"{zeros:.1%} of its entries are zeros, and --pattern asks for 50.0%"):
+            load_masks(path, WEIGHTS, Unstructured(asked))
+    else:
+        assert int((~load_masks(path, WEIGHTS, Unstructured(asked))["linear"]).sum()) == 72 * zeros
+
+
 @pytest.mark.parametrize(
     ("masks", "message"),
     [

@@ -387,3 +387,16 @@ def test_a_run_that_continues_from_a_state_is_the_run_that_never_ended(ended_aft
     rest = newton(batches[state.result.steps :], batches[0], w * float("nan"), settings_, state=state)
     assert torch.equal(rest.w, whole.w)
     assert {**rest.__dict__, "w": 0} == {**whole.__dict__, "w": 0}
+
+
+def test_products_that_are_never_finite():
+    """Loss and gradient are numbers, the curvature is not: the start stays, and the reason is said."""
+
+    class Broken(Function):
+        def expand(self, w: Tensor) -> Expansion:
+            return replace(super().expand(w), product=lambda p: p * float("nan"))
+
+    objective = Broken(lambda w: w.square().sum())
+    result = newton([objective], objective, HARD_START, config(passes=2))
+    assert result.status is NewtonStatus.NON_FINITE and result.rejected == 2
+    assert torch.equal(result.w, HARD_START)

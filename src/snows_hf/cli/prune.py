@@ -81,7 +81,7 @@ def command(
     private: Private = False,
     restart: Restart = False,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64 or bfloat16.")] = "float32",
     seed: Annotated[int | None, typer.Option(help="Of the choice and order of calibration images.")] = None,
     memory: Annotated[float | None, typer.Option(help="Main memory to stay below, in GB.")] = None,
     revision: Revision = None,

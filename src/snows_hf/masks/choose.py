@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import PruneConfig
 from ..errors import MaskError, PatternError
 from .evidence import Evidence
-from .pattern import NM, Pattern
+from .pattern import NM, Pattern, Unstructured
 from .scores import Choice, criterion
 
 
@@ -72,7 +72,8 @@ def load_masks(path: Path, weights: Mapping[str, Tensor], pattern: Pattern) -> M
     """Masks from a safetensors file of booleans, keyed by live parameter names; weights that it omits stay dense.
 
     Raises:
-        MaskError: unreadable file, unknown name, wrong type or shape, or a mask that breaks the pattern.
+        MaskError: unreadable file, unknown name, wrong type or shape, masks that break the pattern, or that are less
+            sparse than it.
     """
     try:
         masks = load_file(path)
@@ -94,4 +95,9 @@ def load_masks(path: Path, weights: Mapping[str, Tensor], pattern: Pattern) -> M
             raise MaskError(f"Mask file {path}: {name} does not follow the pattern {own}.")
     if not masks:
         raise MaskError(f"Mask file {path} holds no mask.")
+    if isinstance(pattern, Unstructured):
+        zeros = 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+        if zeros < pattern.sparsity - 0.001:
+            asked = f"{pattern.sparsity:.1%}"
+            raise MaskError(f"Mask file {path}: {zeros:.1%} of its entries are zeros, and --pattern asks for {asked}.")
     return {name: masks[name].to(weights[name].device) for name in weights if name in masks}

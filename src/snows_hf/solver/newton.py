@@ -200,4 +200,6 @@ def newton(
             progress(state)
         if state.stale >= config.patience:
             break
+    if result.status is NewtonStatus.KEPT_MASKED and CGStatus.NON_FINITE in result.cg_statuses:
+        result.status = NewtonStatus.NON_FINITE
     return result
