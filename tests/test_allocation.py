@@ -13,6 +13,9 @@ from snows_hf.errors import ConfigError, PatternError
 from snows_hf.masks import NM, PerLayer, Unstructured, choose, parse_candidates
 
 
+FLOPS = {f"layers.{i}": 0 for i in range(4)}
+
+
 def config(pattern: str, **changes: object) -> PruneConfig:
     return PruneConfig(pattern).updated(**changes)
 
@@ -39,7 +42,7 @@ class TestMeasured:
     def test_without_repair_it_is_the_error_of_the_network_with_one_layer_masked(self) -> None:
         model = convolutions()
         given = evidence(model, "2:4", "magnitude")
-        rows = layer_sensitivities(given, [NM(1, 4), None, NM(2, 4)], {"layers.0": 7}, 0)
+        rows = layer_sensitivities(given, [NM(1, 4), None, NM(2, 4)], FLOPS | {"layers.0": 7}, 0)
         assert [(row.layer, str(row.pattern)) for row in rows] == [
             (f"layers.{i}", pattern) for i in range(4) for pattern in ("1:4", "2:4")
         ]
@@ -56,24 +59,31 @@ class TestMeasured:
                 weight.copy_(dense)
                 assert row.loss == pytest.approx(float(expected), rel=1e-9)
 
+    def test_small_batches_measure_the_same(self) -> None:
+        whole, parts = (
+            layer_sensitivities(evidence(convolutions(), "2:4", "magnitude", batch_size=size), [NM(2, 4)], FLOPS, 0)
+            for size in (12, 2)
+        )
+        assert [row.loss for row in parts] == pytest.approx([row.loss for row in whole], rel=1e-12)
+
     def test_repair_lowers_what_it_measures_and_leaves_the_network_as_it_was(self) -> None:
         model = linears()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         given = evidence(model, "2:4", "magnitude", count=60, weighting="relative")
-        masked, repaired = (layer_sensitivities(given, [NM(1, 4)], {}, steps) for steps in (0, 2))
+        masked, repaired = (layer_sensitivities(given, [NM(1, 4)], FLOPS, steps) for steps in (0, 2))
         assert sum(row.loss for row in repaired) < sum(row.loss for row in masked)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
     def test_a_criterions_own_update_counts(self) -> None:
         given = evidence(linears(), "2:4", "obc", count=60)
         magnitude = replace(given, config=given.config.updated(mask="magnitude"))
-        own, plain = (layer_sensitivities(each, [NM(1, 4)], {}, 0) for each in (given, magnitude))
+        own, plain = (layer_sensitivities(each, [NM(1, 4)], FLOPS, 0) for each in (given, magnitude))
         assert sum(row.loss for row in own) < sum(row.loss for row in plain)
 
     def test_one_image_is_too_few(self) -> None:
         given = evidence(linears(), "2:4", "magnitude", count=1)
         with pytest.raises(ConfigError, match="two images"):
-            layer_sensitivities(given, [NM(2, 4)], {}, 0)
+            layer_sensitivities(given, [NM(2, 4)], FLOPS, 0)
 
 
 class TestChosen:

@@ -4,18 +4,22 @@ import gc
 import os
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from masks.networks import evidence, linears
 from timm.models.resnet import BasicBlock, ResNet
 
 from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
 from snows_hf.errors import ConfigError
-from snows_hf.fitting import OVERHEAD, bytes_per_image, fit_batches
-from snows_hf.memory import PREFIX, Images, Shelf, room, saved_bytes
+from snows_hf.fitting import OVERHEAD, bytes_per_image, fit_batches, fit_criterion
+from snows_hf.masks import choose
+from snows_hf.masks.scores import needs_labels
+from snows_hf.memory import PREFIX, Images, Shelf, available, room, saved_bytes
 from snows_hf.preconditioner import factor_bytes
 
 
@@ -147,6 +151,22 @@ def test_batches_shrink_to_the_budget():
         fitted(each)
 
 
+@pytest.mark.parametrize("mask", ["snip", "fts", "hp", "hp-kstep", "wanda"])
+def test_criteria_fit_into_the_budget_and_choose_the_same(mask):
+    """What expands the loss of the whole network does so in smaller batches; what is kept of the images on the way
+    rests where they do."""
+    given, said = evidence(linears(), "0.5", mask, batch_size=8), []
+    images = Images(Shelf(limit=0))
+    images.append(given.images)
+    everything = dict(given.everything.masks)
+    each = bytes_per_image(given.network, given.images[:2], everything, given.config.updated(joint_steps=1), CPU)
+    fitted = fit_criterion(replace(given, images=images), 2 * int(OVERHEAD * each * 3) + 2, said.append)
+    assert (fitted.config.batch_size < 8) == needs_labels(mask) == bool(said)
+    expected, found = choose(given).masks, choose(fitted).masks
+    if mask != "hp":  # whose probes are drawn for each batch
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_factors_shrink_before_batches_do():
     """Down to blocks that take half of what is there; a run with them still improves every layer."""
     masks = tiny.magnitude_masks(tiny.cifar_resnet())
@@ -168,6 +188,22 @@ def test_factors_shrink_before_batches_do():
     assert found.solver.factor_entries < settings.solver.factor_entries and found.batch_size == 4
     assert factor_bytes(masks, found.solver.factor_entries) <= needed / 2
     assert len(said) == 1 and said[0].startswith("Preconditioner in blocks of")
+
+
+def test_a_container_has_no_more_than_its_limit(tmp_path):
+    """The limit may be that of any group above; what the system can drop from its cache is free."""
+    job = tmp_path / "groups" / "slice" / "job"
+    job.mkdir(parents=True)
+    own = tmp_path / "own"
+    own.write_text("1:name=other:/elsewhere\n0::/slice/job\n")
+    everything = available(tmp_path / "nowhere", own)
+    (job / "memory.max").write_text("max\n")
+    assert available(tmp_path / "groups", own) == pytest.approx(everything, rel=0.2)
+    for name, value in [("max", "5000000"), ("current", "3000000"), ("stat", "anon 7\ninactive_file 500000\nslab 9")]:
+        (job.parent / f"memory.{name}").write_text(value)
+    assert available(tmp_path / "groups", own) == 2_500_000
+    (job.parent / "memory.current").write_text("9000000")
+    assert available(tmp_path / "groups", own) == 0
 
 
 def test_a_budget_that_the_libraries_exceed_is_refused():

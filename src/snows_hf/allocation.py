@@ -141,7 +141,8 @@ def layer_sensitivities(
     learners = max(1, count // 4)
     size = config.batch_size
     starts: list[State] = [(images[i : min(i + size, learners)].cpu(),) for i in range(0, learners, size)]
-    starts += [(images[learners:count].cpu(),)]
+    judging = len(starts)
+    starts += [(images[i : min(i + size, count)].cpu(),) for i in range(learners, count, size)]
     groups = dict(chain.groups())
     rows: list[Sensitivity] = []
     for candidate in candidates:
@@ -161,8 +162,9 @@ def layer_sensitivities(
                     dense = {name: chain.weight(name).detach() for name in active.masks}
                     segment = Segment.cut(chain, index, config.k)
                     w = active.gather({name: choice.weights.get(name, dense[name]).to(dense[name]) for name in dense})
-                    w = repaired(segment, active, w, states, config, device, repair_steps)
-                    loss = logits_error(segment, active.scatter(w), send_to_device(states[-1], device))
+                    learned, judged = states[:judging], states[judging:]
+                    w = repaired(segment, active, w, learned, judged[0], config, device, repair_steps)
+                    loss = logits_error(segment, active.scatter(w), judged, device)
                     weights = sum(chain.weight(name).numel() for name in group.parameters)
                     masked = sum(mask.numel() for mask in active.masks.values())
                     operations = sum(flops[name.removesuffix(".weight")] for name in group.parameters)
@@ -184,11 +186,12 @@ def repaired(
     active: ActiveWeights,
     w: Tensor,
     states: Sequence[State],
+    judge: State,
     config: PruneConfig,
     device: torch.device,
     steps: int,
 ) -> Tensor:
-    """w (m,) after so many Newton steps (Algorithm 2) on the dense network's activations, batch after batch; the last
+    """w (m,) after so many Newton steps (Algorithm 2) on the dense network's activations, batch after batch; another
     batch judges, as in the cascade."""
     if not steps:
         return w
@@ -202,22 +205,24 @@ def repaired(
         given = solver.curvature, solver.preconditioner, solver.damping, relative
         return KStepObjective(segment, active, state, targets, *given, factor_entries=solver.factor_entries)
 
-    batches = (objective(states[i % (len(states) - 1)]) for i in range(steps))
-    return newton(batches, objective(states[-1]), w, solver).w
+    batches = (objective(states[i % len(states)]) for i in range(steps))
+    return newton(batches, objective(judge), w, solver).w
 
 
 @torch.no_grad()
-def logits_error(segment: Segment, weights: dict[str, Tensor], state: State) -> float:
+def logits_error(segment: Segment, weights: dict[str, Tensor], states: Sequence[State], device: torch.device) -> float:
     """Mean squared error of the logits with a layer's weights replaced, over the variance of the dense ones.
 
     Raises:
         NumericsError: the dense logits are not finite.
     """
     chain = segment.chain
-    target = chain(state, segment.start)[-1]
+    on_device = [send_to_device(state, device) for state in states]
+    target = torch.cat([chain(state, segment.start)[-1] for state in on_device])
     if not target.isfinite().all():
         raise NumericsError("The dense network's logits are not all finite numbers.", "Use --dtype float32.")
-    output = chain.outputs(state, segment.start, len(chain.operations), weights)[-1]
+    stop = len(chain.operations)
+    output = torch.cat([chain.outputs(state, segment.start, stop, weights)[-1] for state in on_device])
     loss = float((output - target).square().mean() / (target.var() + 1e-12))
     return loss if math.isfinite(loss) else math.inf
 

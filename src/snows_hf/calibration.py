@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from .flops import count_flops
 from .hub.load import Checkpoint
 from .journal import Digest
 from .masks.scores import needs_labels
-from .memory import Images, Shelf
+from .memory import Images, Shelf, available
 
 
 DEFAULT_DATA = "timm/mini-imagenet"
@@ -32,7 +31,7 @@ def read_calibration(
     Raises:
         DataError: no image, an unreadable one, or no labels where there must be.
     """
-    shelf = Shelf(psutil.virtual_memory().available / 2 / local_processes() if left is None else left / 4)
+    shelf = Shelf(available() / 2 / local_processes() if left is None else left / 4)
     images, labels, digest = Images(shelf), None, Digest()
     chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
     if needs_labels(config.mask):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .allocation import Candidate, allocate, layer_sensitivities
 from .config import PruneConfig
 from .errors import ConfigError
-from .fitting import fit_sensitivity
+from .fitting import fit_criterion, fit_sensitivity
 from .journal import Journal, Record
 from .masks import NM, Choice, Evidence, Pattern, PerLayer, Unstructured, choose, parse_pattern
 
@@ -70,7 +70,8 @@ def find_allocation(
         on_stage(f"Measuring the sensitivity of the layers under {len(candidates)} patterns")
         device = next(chain.parameters()).device
         fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, device, left, on_stage)
-        table = layer_sensitivities(replace(evidence, config=fitted), candidates, flops, config.repair_steps)
+        given = fit_criterion(replace(evidence, config=fitted), left, on_stage)
+        table = layer_sensitivities(given, candidates, flops, config.repair_steps)
         patterns = {name: str(own or "dense") for name, own in allocate(table, config).patterns.items()}
         return Record({}, {"patterns": patterns, "seconds": time.perf_counter() - started})
 
@@ -80,14 +81,18 @@ def find_allocation(
 
 
 def find_choice(
-    journal: Journal, evidence: Evidence, on_stage: Callable[[str], None], record: str = "choice"
+    journal: Journal,
+    evidence: Evidence,
+    left: int | None,
+    on_stage: Callable[[str], None],
+    record: str = "choice",
 ) -> tuple[Choice, float]:
     """Masks (and weights) by the criterion, and the seconds that it took: an earlier run's where there was one."""
 
     def decide() -> Record:
         started = time.perf_counter()
         on_stage(f"Choosing masks by {Path(evidence.config.mask).name} for {evidence.pattern}")
-        choice = choose(evidence)
+        choice = choose(fit_criterion(evidence, left, on_stage))
         tensors = {f"mask {name}": mask.cpu() for name, mask in choice.masks.items()}
         tensors |= {f"weight {name}": weight.cpu() for name, weight in choice.weights.items()}
         return Record(tensors, {"facts": dict(choice.facts), "seconds": time.perf_counter() - started})
@@ -102,14 +107,14 @@ def find_choice(
 
 
 def find_first_masks(
-    journal: Journal, evidence: Evidence, choice: Choice, on_stage: Callable[[str], None]
+    journal: Journal, evidence: Evidence, choice: Choice, left: int | None, on_stage: Callable[[str], None]
 ) -> tuple[Choice, Pattern | None]:
     """What a prune begins with, and the pattern that its masks thin out to: with gradual steps, the criterion's choice
     for twice as many weights; else ``choice`` as it is, and None."""
     config, relaxed = evidence.config, evidence.pattern.relaxed()
     if not config.gradual_steps or relaxed is None or config.mask.endswith(".safetensors"):
         return choice, None
-    first, _ = find_choice(journal, replace(evidence, pattern=relaxed), on_stage, "choice-relaxed")
+    first, _ = find_choice(journal, replace(evidence, pattern=relaxed), left, on_stage, "choice-relaxed")
     masks = {name: first.masks.get(name, torch.ones_like(mask)) for name, mask in choice.masks.items()}
     return Choice(masks, first.weights), evidence.pattern
 

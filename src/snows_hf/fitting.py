@@ -1,9 +1,9 @@
 """Batches that fit into memory."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -14,8 +14,9 @@ from .describe import describe_hardware
 from .distributed import from_main, local_processes, processes
 from .errors import ConfigError
 from .journal import Journal
-from .masks import Masks, choose_masks
-from .memory import Images, saved_bytes
+from .masks import Evidence, Masks, choose_masks
+from .masks.scores import needs_labels
+from .memory import Images, available, saved_bytes
 from .objective import ActiveWeights, KStepObjective, Segment
 from .preconditioner import factor_bytes
 from .solver import Expansion
@@ -77,6 +78,22 @@ def fit_sensitivity(
     return fit_batches(chain, images[:2], masks, config.updated(joint_steps=0), device, left, on_stage)
 
 
+def fit_criterion(evidence: Evidence, left: int | None, on_stage: Callable[[str], None]) -> Evidence:
+    """Evidence whose batches fit where a criterion needs labels: it expands the loss of the whole network.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    images = evidence.images
+    if images is None or not needs_labels(evidence.config.mask):
+        return evidence
+    chain, config = evidence.network, evidence.config
+    whole = config.updated(joint_steps=1, gradual=0.0, curvature="hessian", preconditioner="none")
+    device = next(chain.parameters()).device
+    fitted = fit_batches(chain, images[:2], dict(evidence.everything.masks), whole, device, left, on_stage)
+    return replace(evidence, config=config.updated(batch_size=fitted.batch_size))
+
+
 def fit_batches(
     chain: Chain,
     images: Tensor,
@@ -96,7 +113,7 @@ def fit_batches(
     if device.type == "cuda":
         free = int(0.8 * torch.cuda.mem_get_info(device)[0])
     else:
-        free = (psutil.virtual_memory().available // local_processes() if left is None else left) // 2
+        free = (available() // local_processes() if left is None else left) // 2
     each = bytes_per_image(chain, images, masks, config, device)
     if config.solver.preconditioner == "gram":
         groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
@@ -132,13 +149,13 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
     state, segments = start, []
     todo = masked_operations(chain, masks)
     with frozen(chain.model):
-        for index, operation in enumerate(chain.operations):
+        if config.joint_steps:  # its graph holds all others
+            segments, todo = [(whole_network(chain, masks), start)], []
+        for index, operation in enumerate(chain.operations[: max(todo, default=-1) + 1]):
             if index in todo:
                 segments.append((Segment.cut(chain, index, config.k), state))
             with torch.no_grad():
                 state = operation.run(state)
-        if config.joint_steps:
-            segments.append((whole_network(chain, masks), start))
         return max(
             saved_bytes(partial(_expand, segment, state, masks, config))
             - saved_bytes(partial(_expand, segment, tuple(tensor[:1] for tensor in state), masks, config))

@@ -136,6 +136,23 @@ def give_back_at_once() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
+def available(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of main memory that are free: on this machine, or, where that is less, to the container or batch job that
+    this process belongs to (control groups of Linux, version 2), beyond which it would be killed."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, StopIteration):
+        path = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+        place = groups / path.strip("/")
+        for group in (place, *place.parents):
+            with suppress(OSError, ValueError, StopIteration):
+                limit = int((group / "memory.max").read_text())  # ValueError: "max"
+                used = int((group / "memory.current").read_text())
+                statistics = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+                cached = next(int(value) for name, value in statistics if name == "inactive_file")
+                free = min(free, limit - used + cached)
+    return max(free, 0)
+
+
 def room(memory: float | None) -> int | None:
     """Bytes of main memory that are left of a budget of ``memory`` GB for this process; None without a budget.
 

@@ -28,7 +28,7 @@ from .hub.card import write_card
 from .hub.load import Checkpoint, load
 from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
-from .journal import Record, open_journal
+from .journal import Record, digest_of, open_journal
 from .masks import NM, Evidence, Masks, load_masks, split_by_fit
 from .memory import room
 from .permutation import order_channels
@@ -151,6 +151,7 @@ def prune(
         permuted = order_channels(chain, order, images[:2], weights, target)
         original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
         weights = {name: original[name] for name in weights}
+        run |= {"order of channels": digest_of(weights)}  # records of layers belong to it
     run |= {"dtype": dtype, "device": target.type, "update": update, "processes": processes()}
     with open_journal(folder, run, restart, on_stage) as journal:
         if folder is not None:
@@ -180,7 +181,7 @@ def prune(
         allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
         if by_layer:
             evidence, allocation = find_allocation(journal, evidence, candidates, flops, left, on_stage)
-        choice, criterion_seconds = find_choice(journal, evidence, on_stage)
+        choice, criterion_seconds = find_choice(journal, evidence, left, on_stage)
         masks = choice.masks
         masked = pruned = None
         if evaluation is not None or not update:
@@ -193,7 +194,7 @@ def prune(
         if update:
             chain.put({name: original[name] for name in masks})
             network.to(solver_dtype)
-            begin, final = find_first_masks(journal, evidence, choice, on_stage)
+            begin, final = find_first_masks(journal, evidence, choice, left, on_stage)
             config = find_batches(journal, chain, images[:2], begin.masks, config, target, memory, left, on_stage)
             on_stage(f"Pruning {len(layers)} layers to {pattern}")
             reports = prune_chain(

@@ -15,7 +15,7 @@ from .config import preset as preset_for
 from .data import open_images
 from .describe import describe_data, finite
 from .errors import ConfigError, SaveError
-from .fitting import fit_sensitivity
+from .fitting import fit_criterion, fit_sensitivity
 from .hub.load import load, short_name
 from .masks import Evidence, Unstructured, parse_candidates, split_by_fit
 
@@ -89,7 +89,7 @@ def sensitivity(
     on_stage(f"Measuring {len(layers)} layers under {len(candidates)} patterns")
     on_device = {name: chain.weight(name).detach() for name in weights}
     fitted = fit_sensitivity(chain, images, on_device, candidates, config, target_device, None, on_stage)
-    evidence = Evidence(on_device, candidates[0], fitted, chain, images, labels)
+    evidence = fit_criterion(Evidence(on_device, candidates[0], fitted, chain, images, labels), None, on_stage)
     table = layer_sensitivities(evidence, candidates, flops, config.repair_steps, on_layer)
     return finite(
         {

@@ -30,6 +30,7 @@ from .data import ImageSource, calibration_examples, check_labels, open_images
 from .describe import describe_data, describe_hardware, versions
 from .errors import ConfigError
 from .evaluate import evaluate, logits_of
+from .fitting import fit_criterion
 from .hub.card import write_training_card
 from .hub.create import create
 from .hub.load import Checkpoint, short_name
@@ -108,7 +109,7 @@ def train(
         some = slice(0, config.criterion_samples)
         settings_of_masks = PruneConfig(str(chosen_pattern), mask=config.mask, seed=config.seed)
         evidence = Evidence(weights, chosen_pattern, settings_of_masks, chain, images[some], labels[some])
-        choice = choose(evidence)
+        choice = choose(fit_criterion(evidence, None, on_stage))
         masks, facts = choice.masks, dict(choice.facts)
         cut, connected = find_collapse(chain, masks, images[:1].to(target))
         for name, reason in cut.items():

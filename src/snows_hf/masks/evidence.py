@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.autograd import grad
 
@@ -12,7 +13,7 @@ from ..adapters.base import Chain, State
 from ..adapters.frozen import frozen
 from ..config import PruneConfig
 from ..errors import MaskError, NumericsError
-from ..memory import Images
+from ..memory import Images, Kept, Shelf
 from ..objective import ActiveWeights, KStepObjective, Segment
 from ..preconditioner import gram
 from ..solver.newton import Expansion
@@ -134,8 +135,9 @@ class Evidence:
         """
         chain, config = self.network, self.config
         device = next(chain.parameters()).device
-        # They rest on the CPU, as the cascade's streams do.
-        states: list[State] = [(batch.cpu(),) for batch in self.batches()]
+        # They rest where the images do, as the cascade's streams.
+        shelf = self.images.shelf if isinstance(self.images, Images) else Shelf()
+        states = [shelf.keep((batch.cpu(),)) for batch in self.batches()]
         with frozen(chain.model):
             for index, operation in enumerate(chain.operations):
                 names = [n for n in (operation.group.parameters if operation.group else ()) if n in self.weights]
@@ -143,19 +145,21 @@ class Evidence:
                     active = ActiveWeights({n: torch.ones_like(chain.weight(n), dtype=torch.bool) for n in names})
                     yield active, self._linearised(Segment.cut(chain, index, config.k), active, states)
                 with torch.no_grad():
-                    states = [_moved(operation.run(_moved(state, device)), torch.device("cpu")) for state in states]
+                    for i, kept in enumerate(states):
+                        state = operation.run(send_to_device(kept.get(), device))
+                        states[i] = shelf.keep(send_to_device(state, torch.device("cpu")))
 
-    def _linearised(self, segment: Segment, active: ActiveWeights, states: list[State]) -> Iterator[Linearisation]:
-        images = sum(len(state[0]) for state in states)
+    def _linearised(self, segment: Segment, active: ActiveWeights, states: list[Kept]) -> Iterator[Linearisation]:
+        assert self.images is not None
         dense = active.within(segment.chain)
         relative = self.config.weighting == "relative"
-        for state in states:
-            w, state = dense.clone().requires_grad_(), _moved(state, dense.device)
+        for kept in states:
+            w, state = dense.clone().requires_grad_(), send_to_device(kept.get(), dense.device)
             outputs = segment.outputs(state, active.scatter(w))
             targets = [o.detach() for o in outputs]
             objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
             moving = [(2 * c, o) for c, o in zip(objective.weights, outputs, strict=True) if o.requires_grad]
-            yield Linearisation(len(state[0]) / images, w, moving)
+            yield Linearisation(len(state[0]) / len(self.images), w, moving)
 
     def grams(self) -> Iterator[tuple[str, Tensor]]:
         """H = X Xᵀ of each of the weights, (groups, d, d), over all images and positions: X (d, …) is what the dense
@@ -221,10 +225,6 @@ def matrix(weight: Tensor) -> Tensor:
 def unmatrix(rows: Tensor, shape: torch.Size) -> Tensor:
     """:func:`matrix` undone, for a weight of ``shape``."""
     return rows.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1).contiguous()
-
-
-def _moved(state: State, device: torch.device) -> State:
-    return tuple(tensor.to(device) for tensor in state)
 
 
 def _channels_last(g: Tensor, weight: Tensor) -> Tensor:
