@@ -254,3 +254,14 @@ def test_drawn_images_are_read_by_number_and_keep_their_labels(streamed: bool) -
     assert torch.equal(torch.cat([y for _, y in chunks]), labels)
     if not streamed:
         assert len(drawn_labelled(source, None, 0)[1]) == 597
+
+
+def test_a_stream_in_the_order_of_its_classes_gives_most_of_them(tmp_path: Path) -> None:
+    """50 classes one after the other, as image folders are: a buffer of neighbours would hold a few of them."""
+    png = (grey(tmp_path / "0.png", 7)).read_bytes()
+    rows = {"image": [{"bytes": png, "path": None}] * 5000, "label": [i // 100 for i in range(5000)]}
+    features = Features({"image": ImageFeature(), "label": ClassLabel(50)})
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet", batch_size=50)
+    stream = datasets.load_dataset("parquet", data_files=str(tmp_path / "train.parquet"), streaming=True)["train"]
+    _, labels = drawn_labelled(describe_rows("sorted", "train", stream), 200, seed=0)
+    assert len(labels) == 200 and len(labels.unique()) >= 40

@@ -30,8 +30,9 @@ Rows = list[tuple[int, dict[str, Any]]]
 
 T = TypeVar("T")
 
-SHUFFLE_BUFFER = 10_000
-"""Images among which a streamed dataset is shuffled; local data are shuffled whole."""
+STREAMS = 128
+"""Places in a streamed dataset (row groups of its files) that images are drawn from at a time, for it may be in the
+order of its classes; local data are shuffled whole."""
 
 CHUNK = 64
 """Calibration images that are decoded and preprocessed together."""
@@ -211,7 +212,7 @@ def _drawn(source: ImageSource, samples: int, seed: int) -> Iterator[tuple[list[
     """Decoded images and their numbered rows, some at a time."""
     rows: Iterable[tuple[int, dict[str, Any]]]
     if source.size is None:
-        rows = enumerate(_stream(source, source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples)))
+        rows = enumerate(_stream(source, _shuffled(source, seed).take(samples)))
     else:
         order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
         rows = ((i, source.rows[i]) for i in order)
@@ -240,7 +241,7 @@ def drawn_labelled(source: ImageSource, samples: int | None, seed: int) -> tuple
             "Give --samples, the images to take of it.",
         )
     else:
-        taken = _stream(source, source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples))
+        taken = _stream(source, _shuffled(source, seed).take(samples))
         rows = datasets.Dataset.from_list(list(taken), features=source.rows.features)
     if len(rows) == 0:
         raise DataError(f"Data {source.name} ({source.split}) is empty.")
@@ -265,6 +266,10 @@ def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: in
     for chunk in _chunks(enumerate(_stream(source, source.rows)), batch_size):
         labels = [_label(row, source, i) for i, row in chunk]
         yield preprocess([_decode(row, source, i) for i, row in chunk]), torch.tensor(labels)
+
+
+def _shuffled(source: ImageSource, seed: int) -> Any:
+    return source.rows.reshard().shuffle(seed=seed, buffer_size=1000, max_buffer_input_shards=STREAMS)
 
 
 def _stream(source: ImageSource, rows: Iterable[T]) -> Iterator[T]:
