@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "data": "config errors remote",
     "evaluate": "data errors masks",
     "hub": "hub config data errors journal models remote version",
-    "flops": "",
+    "flops": "adapters",
     "speed": "masks",
     "training": "config errors",
     "checks": "adapters data errors evaluate masks",
