@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import BeitForImageClassification
 
 from ..errors import AdapterError
-from .base import Group, Operation, State, module_names, register
-from .vit import TransformerBlock, attention, split_heads, transformers_block
+from .base import Operation, State, module_names, register
+from .vit import TransformerBlock, attention, split_heads, timm_block, transformers_block
 
 
 def _sum(*biases: Tensor | None) -> Tensor | None:
@@ -32,7 +32,6 @@ def _transformers_block(layer: Any, base: Any, names: dict[nn.Module, str]) -> T
         return attention(*split_heads(attn, layer.layernorm_before(x)), attn.scaling, bias)
 
     return transformers_block(
-        names[layer],
         names,
         attn,
         layer.mlp,
@@ -78,17 +77,12 @@ def _timm_block(block: Any, model: Any, name: str) -> TransformerBlock:
         shared = None if model.rel_pos_bias is None else model.rel_pos_bias()
         return attention(q, k, v, attn.scale, _sum(own, shared))
 
-    return TransformerBlock(
-        name=name,
-        attend=attend,
-        qkv=Group(f"{name}.attn.qkv", (f"{name}.attn.qkv.weight",), "qkv"),
-        project=lambda a: scaled(attn.proj(a), block.gamma_1),
-        projection=f"{name}.attn.proj",
-        mlp0=lambda x: mlp.fc1(block.norm2(x)),
-        mlp0_name=f"{name}.mlp.fc1",
-        activation=mlp.act,
-        mlp3=lambda h: scaled(mlp.fc2(mlp.norm(h)), block.gamma_2),
-        mlp3_name=f"{name}.mlp.fc2",
+    return timm_block(
+        name,
+        block,
+        attend,
+        lambda a: scaled(attn.proj(a), block.gamma_1),
+        lambda x: scaled(x, block.gamma_2),
     )
 
 

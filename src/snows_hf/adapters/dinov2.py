@@ -28,7 +28,7 @@ def _block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
     def project(a: Tensor) -> Tensor:
         return layer.layer_scale1(attn.o_proj(a))
 
-    return transformers_block(names[layer], names, attn, mlp, attend, project, layer.norm2, layer.layer_scale2)
+    return transformers_block(names, attn, mlp, attend, project, layer.norm2, layer.layer_scale2)
 
 
 @register(Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification, family="vit")

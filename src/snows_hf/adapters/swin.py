@@ -16,7 +16,7 @@ from transformers.models.swin import modeling_swin
 
 from ..errors import AdapterError
 from .base import Group, Operation, State, module_names, register
-from .vit import TransformerBlock, attention, split_heads, transformers_block
+from .vit import TransformerBlock, attention, split_heads, timm_block, transformers_block
 
 
 def _merging(downsample: Any, names: dict[nn.Module, str], grid: tuple[int, int] | None = None) -> Operation:
@@ -48,7 +48,7 @@ def _transformers_block(layer: Any, names: dict[nn.Module, str], grid: tuple[int
         x = layer.cyclic_shift(modeling_swin.window_reverse(windows, size, *padded), reverse=True)
         return x[:, :height, :width].flatten(1, 2)
 
-    return transformers_block(names[layer], names, attn, layer.mlp, attend, project, layer.layernorm_after)
+    return transformers_block(names, attn, layer.mlp, attend, project, layer.layernorm_after)
 
 
 @register(SwinForImageClassification, family="vit")
@@ -97,19 +97,7 @@ def _timm_block(block: Any, names: dict[nn.Module, str]) -> TransformerBlock:
         x = timm_swin.window_reverse(windows, window, height + bottom, width + right)
         return torch.roll(x[:, :height, :width], shift, (1, 2))
 
-    name = names[block]
-    return TransformerBlock(
-        name=name,
-        attend=attend,
-        qkv=Group(f"{name}.attn.qkv", (f"{name}.attn.qkv.weight",), "qkv"),
-        project=project,
-        projection=f"{name}.attn.proj",
-        mlp0=lambda x: mlp.fc1(block.norm2(x)),
-        mlp0_name=f"{name}.mlp.fc1",
-        activation=mlp.act,
-        mlp3=lambda h: mlp.fc2(mlp.norm(h)),
-        mlp3_name=f"{name}.mlp.fc2",
-    )
+    return timm_block(names[block], block, attend, project)
 
 
 @register(timm_swin.SwinTransformer, family="vit")

@@ -27,7 +27,6 @@ class TransformerBlock:
     """What a pre-norm block computes, x → x + out(attend(norm(x))) → x + mlp3(act(mlp0(norm(x)))), as callables on
     tokens x (n, …, width), with the live names of the prunable layers."""
 
-    name: str
     attend: Callable[[Tensor], Tensor]
     qkv: Group
     project: Callable[[Tensor], Tensor]
@@ -95,7 +94,6 @@ def split_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def transformers_block(
-    name: str,
     names: dict[nn.Module, str],
     attn: Any,
     mlp: Any,
@@ -107,8 +105,7 @@ def transformers_block(
     """A block with transformers' ``q_proj``, ``k_proj``, ``v_proj``, ``fc1``, ``activation_fn`` and ``fc2``.
 
     Args:
-        name: live name of the block.
-        names: live names of its modules.
+        names: live names of the model's modules.
         attn: what owns the projections; the one for the output is ``o_proj`` or ``out_proj``.
         mlp: what owns fc1 and fc2.
         attend: tokens to the attention's output, norm included.
@@ -118,7 +115,6 @@ def transformers_block(
     """
     output = attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj
     return TransformerBlock(
-        name=name,
         attend=attend,
         qkv=Group(f"{names[attn]}.qkv", tuple(f"{names[attn]}.{part}_proj.weight" for part in "qkv"), "qkv"),
         project=project,
@@ -131,13 +127,36 @@ def transformers_block(
     )
 
 
+def timm_block(
+    name: str,
+    block: Any,
+    attend: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor],
+    scale2: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008  has no state
+) -> TransformerBlock:
+    """A block with timm's ``attn.qkv``, ``attn.proj``, ``norm2`` and ``mlp``; ``name`` is its live one, and the
+    callables are those of :func:`transformers_block`."""
+    mlp = block.mlp
+    return TransformerBlock(
+        attend=attend,
+        qkv=Group(f"{name}.attn.qkv", (f"{name}.attn.qkv.weight",), "qkv"),
+        project=project,
+        projection=f"{name}.attn.proj",
+        mlp0=lambda x: mlp.fc1(block.norm2(x)),
+        mlp0_name=f"{name}.mlp.fc1",
+        activation=mlp.act,
+        mlp3=lambda h: scale2(mlp.fc2(mlp.norm(h))),
+        mlp3_name=f"{name}.mlp.fc2",
+    )
+
+
 def _vit_block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
     attn = layer.attention
 
     def attend(x: Tensor) -> Tensor:
         return attention(*split_heads(attn, layer.layernorm_before(x)), attn.scaling)
 
-    return transformers_block(names[layer], names, attn, layer.mlp, attend, attn.o_proj, layer.layernorm_after)
+    return transformers_block(names, attn, layer.mlp, attend, attn.o_proj, layer.layernorm_after)
 
 
 @register(ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, family="vit")
@@ -166,7 +185,7 @@ def _timm_block(block: Any, name: str) -> TransformerBlock:
                 f"{name}{part} is a {found.__name__}; expected timm's {expected.__name__}.",
                 "This variant of timm's VisionTransformer has no adapter yet.",
             )
-    attn, mlp = block.attn, block.mlp
+    attn = block.attn
 
     def attend(x: Tensor) -> Tensor:
         x = block.norm1(x)
@@ -174,18 +193,7 @@ def _timm_block(block: Any, name: str) -> TransformerBlock:
         a = attn.norm(attention(attn.q_norm(q), attn.k_norm(k), v, attn.scale))
         return a if attn.gate is None else a * attn.gate(x).sigmoid()
 
-    return TransformerBlock(
-        name=name,
-        attend=attend,
-        qkv=Group(f"{name}.attn.qkv", (f"{name}.attn.qkv.weight",), "qkv"),
-        project=lambda a: block.ls1(attn.proj(a)),
-        projection=f"{name}.attn.proj",
-        mlp0=lambda x: mlp.fc1(block.norm2(x)),
-        mlp0_name=f"{name}.mlp.fc1",
-        activation=mlp.act,
-        mlp3=lambda h: block.ls2(mlp.fc2(mlp.norm(h))),
-        mlp3_name=f"{name}.mlp.fc2",
-    )
+    return timm_block(name, block, attend, lambda a: block.ls1(attn.proj(a)), block.ls2)
 
 
 @register(VisionTransformer, family="vit")
