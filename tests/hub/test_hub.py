@@ -255,14 +255,34 @@ def interrupted_upload(hub: Hub, machine: Machine, model: Path) -> None:
 @scenario
 def a_new_push_replaces_the_weights_of_the_last(hub: Hub, machine: Machine, model: Path) -> None:
     repository = hub.add("models", "me/sharded", model)
-    repository.commit({"model-00001-of-00002.safetensors": b"old", "notes.txt": b"kept", "README.md": b"old"})
+    own = {"notes.txt": b"kept", "optimizer.safetensors": b"kept", "teacher/model.safetensors": b"kept"}
+    old = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "pytorch_model.bin": b""}
+    repository.commit(own | old | {"README.md": b"old"})
     done = machine("push", model, "me/sharded", "--private", "--json")
     done.fails_with("me/sharded exists and is public")
     result = json.loads(machine("push", model, "me/sharded", "--json").succeeds().out)
     assert (result["repository"], result["revision"]) == ("me/sharded", repository.commits[-1][0])
-    assert repository.files["notes.txt"] == b"kept"
-    assert "model-00001-of-00002.safetensors" not in repository.files
-    assert repository.files["README.md"].decode() == LICENCE
+    assert (result["deleted"], result["left_out"]) == (sorted(old), [])
+    assert repository.files == own | {path.name: path.read_bytes() for path in model.iterdir()}
+    repository.commit({"pytorch_model.bin": b"old"})
+    done = machine("push", model, "me/sharded").succeeds()
+    assert "Deleted there, since it would be read in place of the new weights: pytorch_model.bin" in done.out
+
+
+@scenario
+def only_files_of_a_checkpoint_are_pushed(hub: Hub, machine: Machine, model: Path) -> None:
+    stray = ["holiday.png", "masks.safetensors", "notes.txt", "report.html", "secrets.json", "todo.md"]
+    folder = copy_of(model, machine.place / "folder")
+    for name in stray:
+        (folder / name).write_bytes(
+            (model / "model.safetensors").read_bytes() if "safetensors" in name else b"private"
+        )
+    (folder / "report.json").write_text("{}")
+    (folder / "logs").mkdir()
+    result = json.loads(machine("push", folder, "me/new", "--json").succeeds().out)
+    assert (result["left_out"], result["deleted"]) == (sorted([*stray, "logs"]), [])
+    published = {".gitattributes", "report.json", *(path.name for path in model.iterdir())}
+    assert hub.repositories["models", "me/new"].files.keys() == published
 
 
 @scenario
@@ -410,6 +430,12 @@ def test_scenario(scenarios: dict[str, Future[None]], name: str) -> None:
     scenarios[name].result()
 
 
-def test_push_of_no_checkpoint() -> None:
+def test_push_of_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"has no config\.json"):
         push(DIGITS, "me/new")
+    folder = copy_of(VIT, tmp_path / "shards")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(LoadError, match="names shards that are not beside it"):
+        push(folder, "me/new")

@@ -86,23 +86,35 @@ def unpack(source: Path, output: Path) -> None:
             (folder / "README.md").write_text(card, encoding="utf-8", newline="")
 
 
+def weight_files(folder: Path) -> set[str]:
+    """Names of the files that a loader reads a folder's weights from: packed, one file, or the shards of an index.
+
+    Raises:
+        LoadError: there are none, or the index names other things than files beside it.
+    """
+    for name in (PACKED_FILE, DENSE_FILE):
+        if (folder / name).is_file():
+            return {name}
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise LoadError(f"{folder} has no {DENSE_FILE}.", "Expected a safetensors checkpoint of transformers or timm.")
+    shards = _json(index, _read_text(index)).get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    if not names or any(Path(name).name != name or not (folder / name).is_file() for name in names):
+        raise LoadError(f"{index} names shards that are not beside it.", "Download or copy it again.")
+    return names | {INDEX_FILE}
+
+
 def _read_dense(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | None, set[str]]:
-    """Tensors and metadata of model.safetensors or of the shards of its index, and the names of these files."""
-    names = {DENSE_FILE}
-    if not (folder / DENSE_FILE).is_file():
-        if not (folder / INDEX_FILE).is_file():
-            raise LoadError(f"{folder} has no {DENSE_FILE}.", "Only safetensors checkpoints can be packed.")
-        index = _json(folder / INDEX_FILE, _read_text(folder / INDEX_FILE)).get("weight_map")
-        names = set(map(str, index.values())) if isinstance(index, dict) else set()
-        if not names or any(Path(name).name != name for name in names):
-            raise LoadError(f"{folder / INDEX_FILE} names no shards beside it.", "Download or copy it again.")
+    """Tensors and metadata of the files of an ordinary checkpoint's weights, and the names of these files."""
+    files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     metadata = None
-    for name in sorted(names):
+    for name in sorted(files - {INDEX_FILE}):
         with opened(folder / name) as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
             metadata = file.metadata()
-    return tensors, metadata, names | {INDEX_FILE}
+    return tensors, metadata, files | {INDEX_FILE}
 
 
 def _copy(source: Path, folder: Path, without: set[str]) -> None:
