@@ -383,7 +383,14 @@ def packed_repositories_are_read_by_id(hub: Hub, machine: Machine, model: Path) 
     only = ("--layers", "*.0.mlp.fc1", "--output", "out")
     machine("prune", "me/vit", *QUICK, *only, "--format", "packed", "--push-to", "me/small").succeeds()
     assert "model.safetensors" not in hub.repositories["models", "me/small"].files
-    machine("unpack", "out", "dense").succeeds()
+    machine("unpack", "me/small", "dense").succeeds()
+    machine("unpack", "out", "here").succeeds()
+    for path in (machine.place / "work/here").iterdir():
+        expected = path.read_bytes().replace(b"THIS_FOLDER", b"me/small")  # in the card
+        assert (machine.place / "work/dense" / path.name).read_bytes() == expected
+    assert b'snows_hf.from_pretrained("me/small")' in hub.repositories["models", "me/small"].files["README.md"]
+    sizes = json.loads(machine("pack", "me/vit", "packed", "--revision", "main", "--json").succeeds().out)
+    assert sizes["bytes_before"] == (model / "model.safetensors").stat().st_size
     measured = [
         json.loads(machine("eval", source, "--data", "me/digits", "--json").succeeds().out)["top1"]
         for source in ("me/small", "dense")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -285,6 +286,31 @@ def test_folder_there_and_back(family: str, results, packed, tmp_path: Path) -> 
     assert after == before
     names = {path.name for path in packed[family].iterdir()}
     assert names == before.keys() - {"model.safetensors"} | {PACKED_FILE}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_card_says_how_to_load_what_is_packed(family: str, packed) -> None:
+    shown = re.sub("<!--.*?-->", "", (packed[family] / "README.md").read_text(), flags=re.DOTALL)
+    assert "ordinary checkpoint;" not in shown
+    snippets = [code for code in re.findall("```python\n(.*?)```", shown, re.DOTALL) if "accelerate" not in code]
+    assert len(snippets) == 1
+    names: dict[str, Any] = {}
+    exec(snippets[0].replace("THIS_FOLDER", str(packed[family])), names)
+    expected = load(str(packed[family])).model.state_dict()
+    assert all(same_bits(tensor, expected[name]) for name, tensor in names["model"].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "card", ["", "# M\nno end of line", "# M\r\n", "\n## How to load it\nSo", "\n## How to load it\n\n## B\n"]
+)
+def test_any_card_comes_back(card: str, results, tmp_path: Path) -> None:
+    source = copy_of(results["vit"].folder, tmp_path / "m")
+    (source / "README.md").write_bytes(card.encode())
+    before = pack(str(source), str(tmp_path / "packed"))
+    after = unpack(str(tmp_path / "packed"), str(tmp_path / "out"))
+    assert b"This copy is packed" in (tmp_path / "packed/README.md").read_bytes()
+    assert (tmp_path / "out/README.md").read_bytes() == card.encode()
+    assert before["bytes_before"] == after["bytes_after"] > before["bytes_after"] == after["bytes_before"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
