@@ -432,6 +432,33 @@ def test_shards_become_one_file(results, tmp_path: Path) -> None:
     assert all(same_bits(before[name], after[name]) for name in before)
 
 
+def test_what_another_writer_laid_out_keeps_every_tensor_and_all_metadata(tmp_path: Path) -> None:
+    """Shards, tensors in an order that safetensors would not write, several keys of metadata."""
+    folder = copy_of(VIT, tmp_path / "m", ("model.safetensors",))
+    tensors = tensors_of(VIT)
+    names = sorted(tensors, reverse=True)
+    parts = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
+    for part, own in parts.items():
+        blobs = {name: tensors[name].numpy().tobytes() for name in own}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "part": "kept", part: "kept"}}
+        end = 0
+        for name, blob in blobs.items():
+            offsets = [end, end := end + len(blob)]
+            header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        (folder / part).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs.values()))
+    index = {"weight_map": {name: part for part, own in parts.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    pack(folder, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    after = tensors_of(tmp_path / "out")
+    assert after.keys() == tensors.keys()
+    assert all(same_bits(tensor, after[name]) for name, tensor in tensors.items())
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "part": "kept", **dict.fromkeys(parts, "kept")}
+
+
 def test_other_files_and_folders_come_along(results, tmp_path: Path) -> None:
     source = copy_of(results["vit"].folder, tmp_path / "m")
     (source / "logs").mkdir()

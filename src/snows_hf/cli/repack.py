@@ -25,7 +25,7 @@ def pack_command(
 def unpack_command(
     model: Model, output: Output, revision: Revision = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Turn a packed checkpoint into an ordinary one, bit for bit."""
+    """Turn a packed checkpoint into an ordinary one: every weight bit for bit, in one file."""
     from ..hub.repack import unpack
 
     sink = open_sink(as_json, quiet)

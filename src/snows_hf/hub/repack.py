@@ -1,4 +1,9 @@
-"""A checkpoint's folder packed and unpacked again, bit for bit: the format of the file is in packed.py."""
+"""A checkpoint's folder packed and unpacked again: the format of the file is in packed.py.
+
+Every tensor comes back bit for bit, and so does every file without weights. The weights come back in one
+model.safetensors as safetensors writes it: the file that went in, byte for byte, if safetensors wrote that one with at
+most one key of metadata, as transformers, timm and ``prune`` do.
+"""
 
 import json
 import re
@@ -90,6 +95,8 @@ def pack_into(source: Path, folder: Path) -> None:
 def unpack(source: str | Path, output: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Makes an ordinary copy of a packed checkpoint, which stock transformers and timm load.
 
+    Its weights are in one model.safetensors, also where they came from shards.
+
     Args:
         source: Hub id or folder.
         output: folder for the copy, absent or empty.
@@ -160,11 +167,11 @@ def _read_dense(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | None,
     """Tensors and metadata of the files of an ordinary checkpoint's weights, and the names of these files."""
     files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
-    metadata = None
+    metadata: dict[str, str] | None = None
     for name in sorted(files - {INDEX_FILE}):
         with opened(folder / name) as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-            metadata = file.metadata()
+            metadata = {**(metadata or {}), **(file.metadata() or {})} or None
     return tensors, metadata, files | {INDEX_FILE}
 
 
