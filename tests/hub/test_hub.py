@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from embedded import DIGITS, VIT, copy_of
 from huggingface_hub import ModelCard, snapshot_download
-from server import READER, WRITER, Hub
+from server import READER, WRITER, Hub, Repository
 
 from snows_hf import push
 from snows_hf.errors import LoadError
@@ -339,6 +339,19 @@ def interrupted_download(hub: Hub, machine: Machine, model: Path) -> None:
         hub.fail("GET", "me/vit/resolve/.*safetensors", passing, times=1)
     machine("inspect", "me/vit").succeeds()
     assert len([r for r in hub.requests if r.startswith("GET") and r.endswith("safetensors")]) == 3
+
+
+@scenario
+def what_is_below_the_root_is_not_downloaded(hub: Hub, machine: Machine, model: Path) -> None:
+    repository = hub.repositories["models", "me/vit"]
+    weights = repository.files["model.safetensors"]
+    below = {"checkpoint-500/model.safetensors": weights, "onnx/config.json": b"{}", "old/LICENSE": b""}
+    repository.commit(repository.files | below)
+    machine("inspect", "me/vit").succeeds()
+    snapshot = next(machine.cache.glob("models--me--vit/snapshots/*"))
+    assert {path.name for path in snapshot.iterdir()} == {path.name for path in model.iterdir()}
+    hub.repositories["models", "me/below"] = Repository(commits=[("0" * 40, below)])
+    machine("inspect", "me/below").fails_with("Model me/below has no config.json at its root")
 
 
 @scenario
