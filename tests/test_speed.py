@@ -12,6 +12,8 @@ from torch import nn
 from snows_hf import accelerate, load
 from snows_hf.adapters import build_chain
 from snows_hf.bench import bench, compare, time_ms
+from snows_hf.cli.bench import show
+from snows_hf.cli.sink import Sink
 from snows_hf.errors import ConfigError
 from snows_hf.flops import count_flops
 from snows_hf.masks import NM
@@ -105,6 +107,37 @@ def test_timing_the_same_network_twice() -> None:
         assert row["ratio"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
         assert row["dense_images_per_s"] == pytest.approx(1000 * row["batch"] / row["dense_ms"])
     assert result["difference"] == 0
+
+
+class Greedy(nn.Module):
+    """Asks for len(x)**12 numbers: for 16 images more than a process can address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.new_empty(len(x) ** 12)
+        return self.layer(x.mean((1, 2)))
+
+
+def test_a_batch_that_does_not_fit_costs_no_other_its_times(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Greedy().eval()
+    result = compare(model, model, ["layer"], (3, 8, 8), [1, 16, 4])
+    assert result["batches"][1] == {"batch": 16, "failed": "out of memory"}
+    assert [row["batch"] for row in result["batches"] if row.get("dense_ms", 0) > 0] == [1, 4]
+    assert (result["layers_batch"], len(result["layers"]), result["difference"]) == (4, 1, 0)
+    nothing = compare(model, model, ["layer"], (3, 8, 8), [16])
+    assert (nothing["layers_batch"], nothing["layers"], nothing["difference"]) == (None, [], None)
+
+    about = {"source": "m", "dtype": "float16", "device": "a GPU", "supported": True}
+    for found in (result, nothing):
+        show(Sink(), found | about | {"sparse_layers": ["layer"], "dense_layers": {}})
+        shown = capsys.readouterr().out
+        assert re.search(r"│ 16 +│ out of memory │", shown)
+        assert "Batch 16: out of memory." in shown
+        assert ("Layers at batch 4" in shown) == ("Batch 4: sparse is" in shown) == (found is result)
+        assert ("Single layers were not measured" in shown) == (found is nothing)
 
 
 def test_the_clock() -> None:

@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from embedded import DIGITS, RESNET, VIT, copy_of
+from huggingface_hub import ModelCard
 from masks.networks import convolutions, linears
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -253,6 +254,11 @@ class TestJob:
         found = inspect(str(tmp_path / "out"))
         assert found["pattern"] == "2:4" and found["pattern_ok"]
         card = (tmp_path / "out" / "README.md").read_text()
+        measured = {m.metric_name: m for m in ModelCard.load(tmp_path / "out" / "README.md").data.eval_results}
+        assert measured.keys() == {"top-1 accuracy (%)", "top-5 accuracy (%)"}
+        top1 = measured["top-1 accuracy (%)"]
+        assert top1.metric_value == pytest.approx(result.report["accuracy"]["top1"], abs=1e-4)
+        assert (top1.dataset_name, top1.dataset_split) == (DIGITS.name, "test")
         assert "pruned at initialisation to **2:4**" in card and "warmed up on 1 batches" in card
         assert f"{result.report['accuracy']['top1']:.2f} %" in card
 

@@ -15,6 +15,7 @@ from .describe import describe_hardware
 from .errors import ConfigError
 from .evaluate import logits_of
 from .hub.load import load
+from .memory import out_of_memory
 from .speed import accelerate, device_obstacle, linear_layers, obstacle
 
 
@@ -37,8 +38,9 @@ def bench(
     Returns:
         ``supported``, and ``reason`` where it is False (nothing is timed then); ``sparse_layers`` (that qualify by
         type, shape and pattern), ``dense_layers`` with reasons; ``batches`` with milliseconds, images per second and
-        ``ratio`` (dense over sparse time: above 1 sparse is faster); ``layers`` with the same for each sparse layer
-        at the largest batch; ``difference``, the largest between dense and sparse logits over the largest logit.
+        ``ratio`` (dense over sparse time: above 1 sparse is faster), or ``failed`` where memory does not suffice;
+        ``layers`` with the same for each sparse layer at ``layers_batch``, the largest for which there is memory;
+        ``difference``, the largest between dense and sparse logits over the largest logit.
 
     Raises:
         SnowsError: bad settings, or no such checkpoint.
@@ -62,6 +64,7 @@ def bench(
         "dense_layers": {name: reason for name, reason in reasons.items() if reason is not None},
         "batches": [],
         "layers": [],
+        "layers_batch": None,
         "difference": None,
     }
     reason = device_obstacle(target)
@@ -87,7 +90,7 @@ def compare(
     batch_sizes: Sequence[int],
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """Times two versions of a model, as a whole at each batch size, and the named layers at the largest.
+    """Times two versions of a model, as a whole at each batch size, and the named layers at the largest that fits.
 
     Args:
         dense: on its device, in its type.
@@ -98,14 +101,31 @@ def compare(
         on_stage: called with a line of text when a batch size begins.
     """
     weight = next(dense.parameters())
-    batches = []
+
+    def random_images(count: int) -> Tensor:
+        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+        return images.to(weight.device, weight.dtype)
+
+    batches: list[dict[str, Any]] = []
     for count in batch_sizes:
         on_stage(f"Timing batches of {count}")
-        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        times = versus(dense, sparse, images)
+        times = if_it_fits(lambda n: versus(dense, sparse, random_images(n)), count)
+        if times is None:
+            batches.append({"batch": count, "failed": "out of memory"})
+            continue
         rate = {f"{which}_images_per_s": 1000 * count / times[f"{which}_ms"] for which in ("dense", "sparse")}
         batches.append({"batch": count, **times, **rate})
-    images = torch.randn(max(batch_sizes), *size).to(weight.device, weight.dtype)
+    on_stage("Timing single layers")
+    # They may need more memory than the whole: the inputs of all of them are kept.
+    for count in sorted((row["batch"] for row in batches if "failed" not in row), reverse=True):
+        found = if_it_fits(lambda n: compare_layers(dense, sparse, layers, random_images(n)), count)
+        if found is not None:
+            return {"batches": batches, "layers_batch": count, **found}
+    return {"batches": batches, "layers_batch": None, "layers": [], "difference": None}
+
+
+def compare_layers(dense: nn.Module, sparse: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Any]:
+    """Times of the named layers on what they get of the images, and the difference of the logits."""
     inputs: dict[str, Tensor] = {}
     pairs: dict[str, tuple[Any, Any]] = {
         name: (dense.get_submodule(name), sparse.get_submodule(name)) for name in layers
@@ -114,16 +134,27 @@ def compare(
         layer.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
         for name, (layer, _) in pairs.items()
     ]
-    expected = logits_of(dense, images).float()
-    for hook in hooks:
-        hook.remove()
+    try:
+        expected = logits_of(dense, images).float()
+    finally:
+        for hook in hooks:
+            hook.remove()
     difference = float((logits_of(sparse, images).float() - expected).abs().max() / expected.abs().max())
-    on_stage("Timing single layers")
     rows = [
         {"name": name, "shape": list(pairs[name][0].weight.shape), **versus(*pairs[name], x)}
         for name, x in inputs.items()
     ]
-    return {"batches": batches, "layers": rows, "difference": difference}
+    return {"layers": rows, "difference": difference}
+
+
+def if_it_fits(run: Callable[[int], dict[str, Any]], count: int) -> dict[str, Any] | None:
+    """What a run with this number of images returns; None where memory does not suffice."""
+    try:
+        return run(count)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
 
 
 def versus(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from embedded import DIGITS, VIT, copy_of
 from huggingface_hub import ModelCard, snapshot_download
-from server import READER, WRITER, Hub
+from server import READER, WRITER, Hub, Repository
 
 from snows_hf import push
 from snows_hf.errors import LoadError
@@ -255,14 +255,34 @@ def interrupted_upload(hub: Hub, machine: Machine, model: Path) -> None:
 @scenario
 def a_new_push_replaces_the_weights_of_the_last(hub: Hub, machine: Machine, model: Path) -> None:
     repository = hub.add("models", "me/sharded", model)
-    repository.commit({"model-00001-of-00002.safetensors": b"old", "notes.txt": b"kept", "README.md": b"old"})
+    own = {"notes.txt": b"kept", "optimizer.safetensors": b"kept", "teacher/model.safetensors": b"kept"}
+    old = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "pytorch_model.bin": b""}
+    repository.commit(own | old | {"README.md": b"old"})
     done = machine("push", model, "me/sharded", "--private", "--json")
     done.fails_with("me/sharded exists and is public")
     result = json.loads(machine("push", model, "me/sharded", "--json").succeeds().out)
     assert (result["repository"], result["revision"]) == ("me/sharded", repository.commits[-1][0])
-    assert repository.files["notes.txt"] == b"kept"
-    assert "model-00001-of-00002.safetensors" not in repository.files
-    assert repository.files["README.md"].decode() == LICENCE
+    assert (result["deleted"], result["left_out"]) == (sorted(old), [])
+    assert repository.files == own | {path.name: path.read_bytes() for path in model.iterdir()}
+    repository.commit({"pytorch_model.bin": b"old"})
+    done = machine("push", model, "me/sharded").succeeds()
+    assert "Deleted there, since it would be read in place of the new weights: pytorch_model.bin" in done.out
+
+
+@scenario
+def only_files_of_a_checkpoint_are_pushed(hub: Hub, machine: Machine, model: Path) -> None:
+    stray = ["holiday.png", "masks.safetensors", "notes.txt", "report.html", "secrets.json", "todo.md"]
+    folder = copy_of(model, machine.place / "folder")
+    for name in stray:
+        (folder / name).write_bytes(
+            (model / "model.safetensors").read_bytes() if "safetensors" in name else b"private"
+        )
+    (folder / "report.json").write_text("{}")
+    (folder / "logs").mkdir()
+    result = json.loads(machine("push", folder, "me/new", "--json").succeeds().out)
+    assert (result["left_out"], result["deleted"]) == (sorted([*stray, "logs"]), [])
+    published = {".gitattributes", "report.json", *(path.name for path in model.iterdir())}
+    assert hub.repositories["models", "me/new"].files.keys() == published
 
 
 @scenario
@@ -322,6 +342,19 @@ def interrupted_download(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+def what_is_below_the_root_is_not_downloaded(hub: Hub, machine: Machine, model: Path) -> None:
+    repository = hub.repositories["models", "me/vit"]
+    weights = repository.files["model.safetensors"]
+    below = {"checkpoint-500/model.safetensors": weights, "onnx/config.json": b"{}", "old/LICENSE": b""}
+    repository.commit(repository.files | below)
+    machine("inspect", "me/vit").succeeds()
+    snapshot = next(machine.cache.glob("models--me--vit/snapshots/*"))
+    assert {path.name for path in snapshot.iterdir()} == {path.name for path in model.iterdir()}
+    hub.repositories["models", "me/below"] = Repository(commits=[("0" * 40, below)])
+    machine("inspect", "me/below").fails_with("Model me/below has no config.json at its root")
+
+
+@scenario
 def corrupt_byte(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("GET", "me/vit/resolve/.*safetensors", "corrupt", times=1)
     machine("inspect", "me/vit").fails_with("model.safetensors of me/vit was damaged", "Repeat the command")
@@ -363,7 +396,14 @@ def packed_repositories_are_read_by_id(hub: Hub, machine: Machine, model: Path) 
     only = ("--layers", "*.0.mlp.fc1", "--output", "out")
     machine("prune", "me/vit", *QUICK, *only, "--format", "packed", "--push-to", "me/small").succeeds()
     assert "model.safetensors" not in hub.repositories["models", "me/small"].files
-    machine("unpack", "out", "dense").succeeds()
+    machine("unpack", "me/small", "dense").succeeds()
+    machine("unpack", "out", "here").succeeds()
+    for path in (machine.place / "work/here").iterdir():
+        expected = path.read_bytes().replace(b"THIS_FOLDER", b"me/small")  # in the card
+        assert (machine.place / "work/dense" / path.name).read_bytes() == expected
+    assert b'snows_hf.from_pretrained("me/small")' in hub.repositories["models", "me/small"].files["README.md"]
+    sizes = json.loads(machine("pack", "me/vit", "packed", "--revision", "main", "--json").succeeds().out)
+    assert sizes["bytes_before"] == (model / "model.safetensors").stat().st_size
     measured = [
         json.loads(machine("eval", source, "--data", "me/digits", "--json").succeeds().out)["top1"]
         for source in ("me/small", "dense")
@@ -410,6 +450,12 @@ def test_scenario(scenarios: dict[str, Future[None]], name: str) -> None:
     scenarios[name].result()
 
 
-def test_push_of_no_checkpoint() -> None:
+def test_push_of_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"has no config\.json"):
         push(DIGITS, "me/new")
+    folder = copy_of(VIT, tmp_path / "shards")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(LoadError, match="names shards that are not beside it"):
+        push(folder, "me/new")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -288,6 +289,31 @@ def test_folder_there_and_back(family: str, results, packed, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_card_says_how_to_load_what_is_packed(family: str, packed) -> None:
+    shown = re.sub("<!--.*?-->", "", (packed[family] / "README.md").read_text(), flags=re.DOTALL)
+    assert "ordinary checkpoint;" not in shown
+    snippets = [code for code in re.findall("```python\n(.*?)```", shown, re.DOTALL) if "accelerate" not in code]
+    assert len(snippets) == 1
+    names: dict[str, Any] = {}
+    exec(snippets[0].replace("THIS_FOLDER", str(packed[family])), names)
+    expected = load(str(packed[family])).model.state_dict()
+    assert all(same_bits(tensor, expected[name]) for name, tensor in names["model"].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "card", ["", "# M\nno end of line", "# M\r\n", "\n## How to load it\nSo", "\n## How to load it\n\n## B\n"]
+)
+def test_any_card_comes_back(card: str, results, tmp_path: Path) -> None:
+    source = copy_of(results["vit"].folder, tmp_path / "m")
+    (source / "README.md").write_bytes(card.encode())
+    before = pack(str(source), str(tmp_path / "packed"))
+    after = unpack(str(tmp_path / "packed"), str(tmp_path / "out"))
+    assert b"This copy is packed" in (tmp_path / "packed/README.md").read_bytes()
+    assert (tmp_path / "out/README.md").read_bytes() == card.encode()
+    assert before["bytes_before"] == after["bytes_after"] > before["bytes_after"] == after["bytes_before"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_matrices_shrink(family: str, results, packed) -> None:
     dense = tensors_of(results[family].folder)
     stored = load_file(packed[family] / PACKED_FILE)
@@ -404,6 +430,33 @@ def test_shards_become_one_file(results, tmp_path: Path) -> None:
     before, after = tensors_of(results["vit"].folder), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(same_bits(before[name], after[name]) for name in before)
+
+
+def test_what_another_writer_laid_out_keeps_every_tensor_and_all_metadata(tmp_path: Path) -> None:
+    """Shards, tensors in an order that safetensors would not write, several keys of metadata."""
+    folder = copy_of(VIT, tmp_path / "m", ("model.safetensors",))
+    tensors = tensors_of(VIT)
+    names = sorted(tensors, reverse=True)
+    parts = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
+    for part, own in parts.items():
+        blobs = {name: tensors[name].numpy().tobytes() for name in own}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "part": "kept", part: "kept"}}
+        end = 0
+        for name, blob in blobs.items():
+            offsets = [end, end := end + len(blob)]
+            header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        (folder / part).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs.values()))
+    index = {"weight_map": {name: part for part, own in parts.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    pack(folder, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    after = tensors_of(tmp_path / "out")
+    assert after.keys() == tensors.keys()
+    assert all(same_bits(tensor, after[name]) for name, tensor in tensors.items())
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "part": "kept", **dict.fromkeys(parts, "kept")}
 
 
 def test_other_files_and_folders_come_along(results, tmp_path: Path) -> None:

@@ -43,12 +43,22 @@ def show(sink: Sink, result: dict[str, Any]) -> None:
     sink.table(
         ["batch", "dense (ms)", "sparse (ms)", "dense (images/s)", "sparse (images/s)", "ratio"],
         [
+            (str(row["batch"]), row["failed"], "", "", "", "") if "failed" in row else
             (str(row["batch"]), f"{row['dense_ms']:.3f}", f"{row['sparse_ms']:.3f}",
              f"{row['dense_images_per_s']:.0f}", f"{row['sparse_images_per_s']:.0f}", f"{row['ratio']:.2f}")
             for row in result["batches"]
         ],
         title=f"{result['source']} in {result['dtype']} on {result['device']}",
     )  # fmt: skip
+    for row in result["batches"]:
+        if "failed" in row:
+            sink.text(f"Batch {row['batch']}: {row['failed']}.")
+            continue
+        verdict = f"{row['ratio']:.2f} times as fast" if row["ratio"] > 1 else f"SLOWER ({row['ratio']:.2f} times)"
+        sink.text(f"Batch {row['batch']}: sparse is {verdict}.")
+    if not result["layers_batch"]:
+        sink.text("Single layers were not measured: out of memory. Give smaller --batch-sizes.")
+        return
     sink.table(
         ["layer", "shape", "dense (ms)", "sparse (ms)", "ratio"],
         [
@@ -56,11 +66,8 @@ def show(sink: Sink, result: dict[str, Any]) -> None:
              f"{row['ratio']:.2f}")
             for row in result["layers"]
         ],
-        title=f"Layers at batch {max(row['batch'] for row in result['batches'])}",
+        title=f"Layers at batch {result['layers_batch']}",
     )  # fmt: skip
     gained = [row["name"] for row in result["layers"] if row["ratio"] > 1]
     sink.text(f"{len(gained)} of {able} sparse layers gained: {', '.join(gained) or 'none'}.")
-    for row in result["batches"]:
-        verdict = f"{row['ratio']:.2f} times as fast" if row["ratio"] > 1 else f"SLOWER ({row['ratio']:.2f} times)"
-        sink.text(f"Batch {row['batch']}: sparse is {verdict}.")
     sink.text(f"Logits differ by {result['difference']:.2g} of the largest.")

@@ -30,5 +30,7 @@ def push_and_show(sink: Sink, folder: Path, repository: str, private: bool) -> d
     pushed = push(folder, repository, private)
     for name in pushed.left_out:
         sink.text(f"Not pushed, since it is no part of a checkpoint: {name}")
+    for name in pushed.deleted:
+        sink.text(f"Deleted there, since it would be read in place of the new weights: {name}")
     sink.text(f"Pushed to {pushed.url} (commit {pushed.revision[:8]})")
     return asdict(pushed)

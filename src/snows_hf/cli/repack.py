@@ -1,37 +1,38 @@
 """``snows-hf pack`` and ``snows-hf unpack``"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import Json, Quiet
+from .options import Json, Model, Quiet, Revision
 from .sink import Sink, open_sink
 
 
-Source = Annotated[Path, typer.Argument(help="Folder of a transformers or timm checkpoint.")]
 Output = Annotated[Path, typer.Argument(help="Folder for the result, absent or empty.")]
 
 
-def pack_command(source: Source, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
+def pack_command(
+    model: Model, output: Output, revision: Revision = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
     """Store a sparse checkpoint without its zeros, losslessly; stock libraries need it unpacked again."""
     from ..hub.repack import pack
 
     sink = open_sink(as_json, quiet)
-    pack(source, output)
-    _show(sink, source, output)
+    _show(sink, model, pack(model, output, revision))
 
 
-def unpack_command(source: Source, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Turn a packed checkpoint into an ordinary one, bit for bit."""
+def unpack_command(
+    model: Model, output: Output, revision: Revision = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Turn a packed checkpoint into an ordinary one: every weight bit for bit, in one file."""
     from ..hub.repack import unpack
 
     sink = open_sink(as_json, quiet)
-    unpack(source, output)
-    _show(sink, source, output)
+    _show(sink, model, unpack(model, output, revision))
 
 
-def _show(sink: Sink, source: Path, output: Path) -> None:
-    before, after = (sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (source, output))
-    sink.text(f"Weights: {before / 1e6:.2f} MB in {source}, {after / 1e6:.2f} MB in {output} ({after / before:.3f}).")
-    sink.json({"output": str(output), "bytes_before": before, "bytes_after": after})
+def _show(sink: Sink, model: str, result: dict[str, Any]) -> None:
+    before, after = result["bytes_before"] / 1e6, result["bytes_after"] / 1e6
+    sink.text(f"Weights: {before:.2f} MB in {model}, {after:.2f} MB in {result['output']} ({after / before:.3f}).")
+    sink.json(result)

@@ -27,24 +27,9 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         folder: where README.md goes.
         report: the prune's report, as in snows_config.json.
     """
-    results = None
     retrained = report.get("finetune")
     # Figures of the weights that are in the folder, or none.
     accuracy, measured = (retrained["after"], retrained) if retrained else (report["pruned"], report)
-    if accuracy:
-        results = [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=measured["eval_data"]["name"],
-                dataset_name=measured["eval_data"]["name"],
-                dataset_split=measured["eval_data"]["split"],
-                dataset_revision=measured["eval_data"]["revision"],
-                metric_type="accuracy",
-                metric_name=metric,
-                metric_value=round(accuracy[key], 4),
-            )
-            for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5"))
-        ]
     # What is retrained is a folder, and its report names the dense model.
     is_hub_id = "/" in report["source"] if retrained else local_folder(checkpoint.source) is None
     licence = licence_of(checkpoint.folder)
@@ -60,7 +45,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         pipeline_tag="image-classification",
         tags=["snows-hf", "sparse", "pruned", *re.findall("^[0-9]+:[0-9]+$", report["pattern"])],
         datasets=sorted({name for name in datasets if "/" in name}) or None,
-        eval_results=results,
+        eval_results=results_of(accuracy, measured["eval_data"]),
         **fields,
     )
     values = {
@@ -89,9 +74,29 @@ def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, 
         pipeline_tag="image-classification",
         tags=tags,
         datasets=sorted(name for name in names if "/" in name) or None,
+        eval_results=results_of(report["accuracy"], report["eval_data"]),
     )
     architecture = checkpoint.config.get("architecture", report["source"])
     save_card("training_card_template.md", folder, data, checkpoint, report, architecture=architecture)
+
+
+def results_of(accuracy: dict[str, Any] | None, data: dict[str, Any]) -> list[EvalResult] | None:
+    """What the Hub shows of an accuracy on ``data``; None where it was not measured."""
+    if not accuracy:
+        return None
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=data["name"],
+            dataset_name=data["name"],
+            dataset_split=data["split"],
+            dataset_revision=data["revision"],
+            metric_type="accuracy",
+            metric_name=metric,
+            metric_value=round(accuracy[key], 4),
+        )
+        for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5"))
+    ]
 
 
 def save_card(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def find_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional).
 
     Raises:
-        LoadError: neither exists, or the Hub refuses.
+        LoadError: neither exists, the Hub refuses, or the repository holds no checkpoint.
     """
     local = local_folder(source)
     if local is not None:
@@ -90,10 +91,14 @@ def find_folder(source: str, revision: str | None = None) -> Path:
         return local
     name = source.removeprefix("hf-hub:")
     with hub_errors(LoadError, "model", name, revision):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        # A checkpoint is at the root: below are states of a training, other formats, other models.
+        at_root = partial(snapshot_download, name, ignore_patterns=["*/*"])
+        folder = Path(at_root(revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         # Wanted, and no reason to fail: an older snapshot in the cache may not have them.
         with suppress(LocalEntryNotFoundError):
-            snapshot_download(name, revision=folder.name, allow_patterns=["README.md", "LICENSE*"])
+            at_root(revision=folder.name, allow_patterns=["README.md", "LICENSE*"])
+    if not (folder / "config.json").is_file():
+        raise LoadError(f"Model {name} has no config.json at its root.", "Expected a transformers or timm checkpoint.")
     check_download(name, folder)
     return folder
 

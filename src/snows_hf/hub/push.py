@@ -1,5 +1,6 @@
 """From a saved folder to a repository on the Hub, in one commit: complete, or not visible."""
 
+import re
 from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
@@ -12,12 +13,21 @@ from ..errors import SaveError
 from ..remote import hub_errors
 from .card import PLACEHOLDER
 from .load import check_weights, library_of, read_config
+from .repack import weight_files
+from .save import REPORT_FILE
 
 
-PUSHED = (".json", ".safetensors", ".md", ".txt", ".svg", ".png")
-"""What a checkpoint consists of. Nothing else is published: a folder may hold anything."""
+PUSHED = {
+    "config.json", "preprocessor_config.json", "processor_config.json", "README.md", REPORT_FILE, "report.json",
+}  # fmt: skip
+"""What is published beside weights and licences, by name: a folder may hold anything. report.html is not, since it may
+show images."""
 
-WEIGHTS = (".safetensors", ".safetensors.index.json")
+OLD_WEIGHTS = re.compile(
+    r"model(\.snows|-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"
+)
+"""Names by which transformers, timm and this package look for weights, at the root of a repository."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Pushed:
         revision: the commit.
         files: what it wrote.
         left_out: what else lies in the folder.
+        deleted: weights of an earlier push that it removed.
     """
 
     repository: str
@@ -37,6 +48,7 @@ class Pushed:
     revision: str
     files: tuple[str, ...]
     left_out: tuple[str, ...]
+    deleted: tuple[str, ...]
 
 
 def check_push(repository: str, private: bool = False) -> ModelInfo | None:
@@ -74,8 +86,8 @@ def check_push(repository: str, private: bool = False) -> ModelInfo | None:
 def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
     """Publishes a saved checkpoint. The folder is only read, so that a push that failed can be repeated.
 
-    The repository is made where there is none. Weights of an earlier push that this one does not replace are deleted
-    in the same commit, since a loader would mix them with the new ones.
+    Only the checkpoint's own files go there. The repository is made where there is none. Weights at its root that this
+    push does not replace are deleted in the same commit, since a loader would read them in place of the new ones.
 
     Args:
         folder: as ``snows-hf prune`` saves it.
@@ -83,17 +95,19 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
         private: make it private; a repository that exists and is public is refused.
 
     Raises:
-        LoadError: the folder holds no checkpoint.
+        LoadError: the folder holds no checkpoint, or lacks a file of its weights.
         SaveError: the Hub cannot be reached, or refuses.
     """
     folder = Path(expanduser(folder))
     library_of(read_config(folder), folder)
     check_weights(folder)
+    wanted = PUSHED | weight_files(folder)
     info = check_push(repository, private)
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    files = [path for path in paths if path.suffix in PUSHED or path.name.startswith("LICENSE")]
-    old = {file.rfilename for file in info.siblings or ()} if info is not None else set()
-    stale = {name for name in old if name.endswith(WEIGHTS)} - {path.name for path in files}
+    paths = sorted(folder.iterdir())
+    files = [path for path in paths if path.is_file() and (path.name in wanted or path.name.startswith("LICENSE"))]
+    names = tuple(path.name for path in files)
+    old = [file.rfilename for file in info.siblings or ()] if info is not None else []
+    deleted = tuple(name for name in sorted(old) if OLD_WEIGHTS.fullmatch(name) and name not in names)
     api = HfApi()
     with hub_errors(SaveError, "model", repository, writing=True):
         if info is None:
@@ -102,12 +116,12 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
             repository,
             [
                 *(CommitOperationAdd(path.name, _content(path, repository)) for path in files),
-                *(CommitOperationDelete(name) for name in sorted(stale)),
+                *(CommitOperationDelete(name) for name in deleted),
             ],
             commit_message="Add a sparse model, pruned with snows-hf",
         )
     left_out = tuple(path.name for path in paths if path not in files)
-    return Pushed(repository, f"{constants.ENDPOINT}/{repository}", commit.oid, tuple(p.name for p in files), left_out)
+    return Pushed(repository, f"{constants.ENDPOINT}/{repository}", commit.oid, names, left_out, deleted)
 
 
 def _content(path: Path, repository: str) -> bytes | Path:

@@ -1,6 +1,12 @@
-"""A checkpoint's folder packed and unpacked again, bit for bit: the format of the file is in packed.py."""
+"""A checkpoint's folder packed and unpacked again: the format of the file is in packed.py.
+
+Every tensor comes back bit for bit, and so does every file without weights. The weights come back in one
+model.safetensors as safetensors writes it: the file that went in, byte for byte, if safetensors wrote that one with at
+most one key of metadata, as transformers, timm and ``prune`` do.
+"""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import LoadError, one_line
+from .card import PLACEHOLDER
+from .load import find_folder
 from .packed import PACKED_FILE, check_packed, opened, read_packed, write_packed
 from .save import check_output, whole_folder, write_json
 
@@ -18,25 +26,51 @@ INDEX_FILE = "model.safetensors.index.json"
 
 # Put into config.json and README.md as text, so that taking them out again restores every byte.
 _CONFIG_OPENING = '{\n  "quantization_config": {"quant_method": "snows"},'
-_CARD_NOTE = f"""
-## This copy is packed
+# What the card says of loading holds for the unpacked copy alone: until then it is a comment.
+_LOADING = re.compile("\n## How to load it\n.*?(?=\n## |\\Z)", re.DOTALL)
+_CARD_OPENING = f"""
+<!-- packed -->
+## How to load it
 
-Its weights are in `{PACKED_FILE}`, without their zeros, which stock libraries do not read. After
-`import snows_hf`, `AutoModelForImageClassification.from_pretrained` reads it, and so does `snows_hf.from_pretrained`.
-`snows-hf unpack THIS_FOLDER OUT` turns it into an ordinary checkpoint again, bit for bit.
+This copy is packed: its weights are in `{PACKED_FILE}`, without their zeros, which stock libraries do not read.
+
+```python
+import snows_hf
+
+checkpoint = snows_hf.from_pretrained("{PLACEHOLDER}")
+model, preprocess = checkpoint.model, checkpoint.preprocess
+```
+
+Once `snows_hf` is imported, transformers' `from_pretrained` reads it too. `snows-hf unpack {PLACEHOLDER} OUT` makes an
+ordinary checkpoint of it again.
+
+<!-- unpacked:
 """
+_CARD_END = "\nend of unpacked -->\n"
+_PACKED_CARD = re.compile("\n<!-- packed -->\n.*?\n<!-- unpacked:\n(.*?)\nend of unpacked -->\n", re.DOTALL)
 
 
-def pack(source: Path, output: Path) -> None:
-    """Makes a packed copy of a checkpoint's folder; everything but weights, config.json and card is copied as it is.
+def pack(source: str | Path, output: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Makes a packed copy of a checkpoint; everything but weights, config.json and card is copied as it is.
+
+    Args:
+        source: Hub id or folder.
+        output: folder for the copy, absent or empty.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        ``output``, and the bytes of weights ``bytes_before`` and ``bytes_after``.
 
     Raises:
-        LoadError: no safetensors weights, or packed or quantised already.
+        LoadError: no such checkpoint, no safetensors weights, or packed or quantised already.
         SaveError: the output cannot be written.
     """
+    output = Path(output)
     check_output(output, size=0)
+    original = find_folder(str(source), revision)
     with whole_folder(output) as folder:
-        pack_into(source, folder)
+        pack_into(original, folder)
+        return _sizes(output, original, folder)
 
 
 def pack_into(source: Path, folder: Path) -> None:
@@ -54,55 +88,91 @@ def pack_into(source: Path, folder: Path) -> None:
     write_packed(folder / PACKED_FILE, tensors, metadata)
     (folder / "config.json").write_text(packed_text, encoding="utf-8", newline="")
     if (source / "README.md").is_file():
-        card = _read_text(source / "README.md") + _CARD_NOTE
+        card = _packed_card(_read_text(source / "README.md"))
         (folder / "README.md").write_text(card, encoding="utf-8", newline="")
 
 
-def unpack(source: Path, output: Path) -> None:
-    """Makes an ordinary copy of a packed folder, which stock transformers and timm load.
+def unpack(source: str | Path, output: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Makes an ordinary copy of a packed checkpoint, which stock transformers and timm load.
+
+    Its weights are in one model.safetensors, also where they came from shards.
+
+    Args:
+        source: Hub id or folder.
+        output: folder for the copy, absent or empty.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        ``output``, and the bytes of weights ``bytes_before`` and ``bytes_after``.
 
     Raises:
-        LoadError: not packed, or damaged.
+        LoadError: no such checkpoint, not packed, or damaged.
         SaveError: the output cannot be written.
     """
-    path = source / PACKED_FILE
-    if not path.is_file():
-        raise LoadError(f"{source} has no {PACKED_FILE}.", "Give a folder that `snows-hf pack` made.")
-    check_packed(path)
+    output = Path(output)
     check_output(output, size=0)
-    text = _read_text(source / "config.json")
+    original = find_folder(str(source), revision)
+    path = original / PACKED_FILE
+    if not path.is_file():
+        raise LoadError(f"{original} has no {PACKED_FILE}.", "Give what `snows-hf pack` made.")
+    check_packed(path)
+    text = _read_text(original / "config.json")
     restored = text.replace(_CONFIG_OPENING, "{", 1)
-    config = _json(source / "config.json", restored)
+    config = _json(original / "config.json", restored)
     with whole_folder(output) as folder:
-        _copy(source, folder, {PACKED_FILE, "config.json", "README.md"})
+        _copy(original, folder, {PACKED_FILE, "config.json", "README.md"})
         tensors, metadata = read_packed(path)
         save_file(tensors, folder / DENSE_FILE, metadata)
         if config.pop("quantization_config", None) is None:
             (folder / "config.json").write_text(restored, encoding="utf-8", newline="")
         else:  # somebody wrote config.json anew
             write_json(folder / "config.json", config)
-        if (source / "README.md").is_file():
-            card = _read_text(source / "README.md").removesuffix(_CARD_NOTE)
+        if (original / "README.md").is_file():
+            card = _PACKED_CARD.sub(r"\1", _read_text(original / "README.md"), count=1)
             (folder / "README.md").write_text(card, encoding="utf-8", newline="")
+        return _sizes(output, original, folder)
+
+
+def _sizes(output: Path, *folders: Path) -> dict[str, Any]:
+    before, after = (sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders)
+    return {"output": str(output), "bytes_before": before, "bytes_after": after}
+
+
+def _packed_card(text: str) -> str:
+    found = _LOADING.search(text)
+    start, end = found.span() if found else (len(text), len(text))
+    return text[:start] + _CARD_OPENING + text[start:end] + _CARD_END + text[end:]
+
+
+def weight_files(folder: Path) -> set[str]:
+    """Names of the files that a loader reads a folder's weights from: packed, one file, or the shards of an index.
+
+    Raises:
+        LoadError: there are none, or the index names other things than files beside it.
+    """
+    for name in (PACKED_FILE, DENSE_FILE):
+        if (folder / name).is_file():
+            return {name}
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise LoadError(f"{folder} has no {DENSE_FILE}.", "Expected a safetensors checkpoint of transformers or timm.")
+    shards = _json(index, _read_text(index)).get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    if not names or any(Path(name).name != name or not (folder / name).is_file() for name in names):
+        raise LoadError(f"{index} names shards that are not beside it.", "Download or copy it again.")
+    return names | {INDEX_FILE}
 
 
 def _read_dense(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | None, set[str]]:
-    """Tensors and metadata of model.safetensors or of the shards of its index, and the names of these files."""
-    names = {DENSE_FILE}
-    if not (folder / DENSE_FILE).is_file():
-        if not (folder / INDEX_FILE).is_file():
-            raise LoadError(f"{folder} has no {DENSE_FILE}.", "Only safetensors checkpoints can be packed.")
-        index = _json(folder / INDEX_FILE, _read_text(folder / INDEX_FILE)).get("weight_map")
-        names = set(map(str, index.values())) if isinstance(index, dict) else set()
-        if not names or any(Path(name).name != name for name in names):
-            raise LoadError(f"{folder / INDEX_FILE} names no shards beside it.", "Download or copy it again.")
+    """Tensors and metadata of the files of an ordinary checkpoint's weights, and the names of these files."""
+    files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
-    metadata = None
-    for name in sorted(names):
+    metadata: dict[str, str] | None = None
+    for name in sorted(files - {INDEX_FILE}):
         with opened(folder / name) as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-            metadata = file.metadata()
-    return tensors, metadata, names | {INDEX_FILE}
+            metadata = {**(metadata or {}), **(file.metadata() or {})} or None
+    return tensors, metadata, files | {INDEX_FILE}
 
 
 def _copy(source: Path, folder: Path, without: set[str]) -> None:
