@@ -141,6 +141,8 @@ def test_inspect_of_a_dense_model(run) -> None:
     solved = [operation["group"] for operation in found["operations"] if operation["group"]]
     assert solved == [layer["name"] for layer in found["layers"]]
     people = run("inspect", RESNET, "--operations")
+    for layer in found["layers"]:
+        assert layer["name"] in people.out  # in one piece, where a terminal would fold it
     assert "no pattern, 0.0 %" in people.out
     assert found["operations"][-1]["name"] in people.out
 

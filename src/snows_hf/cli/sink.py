@@ -28,6 +28,8 @@ class Sink:
         if rank() > 0:
             self.as_json, self.quiet = False, True
         self.out = Console(highlight=False, soft_wrap=True)
+        if not self.out.is_terminal:  # a pipe or a file has no edge at which a table would have to fold
+            self.out.width = 10_000
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     @classmethod
