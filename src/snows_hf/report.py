@@ -25,6 +25,7 @@ from .hub.save import (
     check_file,
     check_output,
     read_report,
+    retrainings,
     save_checkpoint,
     write_json,
     write_whole,
@@ -151,10 +152,9 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     found = read_report(checkpoint.folder)
     with understood(checkpoint.folder):
-        retrained = found.get("finetune")
         final = found["pruned"]
-        if retrained and retrained["after"] and retrained["eval_data"] == found["eval_data"]:
-            final = retrained["after"]
+        for made in retrainings(found):  # the weights that are in the folder, on the same images, or nothing
+            final = made["after"] if made["eval_data"] == found["eval_data"] else None
         tensors = checkpoint.model.state_dict()
         return found | {
             "name": found.get("name") or short_name(checkpoint.source),
@@ -314,9 +314,9 @@ def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """One result's row of a comparison: see :func:`compare`."""
     solved = [layer for layer in found["layers"] if layer.get("loss_masked") and layer.get("loss_pruned")]
     ratios = [math.log(layer["loss_pruned"] / layer["loss_masked"]) for layer in solved]
-    retrained = found.get("finetune")
-    measured = retrained if retrained else found
-    final = retrained["after"] if retrained else found["pruned"]
+    retrained = retrainings(found)
+    measured = retrained[-1] if retrained else found
+    final = measured["after" if retrained else "pruned"]
     dense, masked = ((found[key] or {}).get("top1") for key in ("dense", "masked"))
     top1 = final["top1"] if final else None
     return {
@@ -325,7 +325,7 @@ def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
         "pattern": found["pattern"],
         "mask": found["settings"]["mask"],
         "update": found["update"],
-        "retrained": retrained is not None,
+        "retrained": bool(retrained),
         "samples": found["samples"],
         "k": found["settings"]["k"],
         "sparsity": found["sparsity"],
@@ -380,6 +380,7 @@ def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
             for rows in [found["rows"][layer["name"]]]
         ],
         "classes": shown_classes(found["class_changes"]),
+        "retrainings": retrainings(found),
     }  # fmt: skip
 
 

@@ -185,14 +185,34 @@ def test_retrained_weights_count(run, made: Path) -> None:
         assert run("report", "tuned").code == 0
         text = page(Path("tuned/report.html")).text
         assert "Retrained for 3 epochs on 9 images" in text
-        changes = json.loads(Path("tuned/report.json").read_text())["class_changes"]["confusions"]
+        changes = json.loads(Path("tuned/report.json").read_text())["class_changes"]
         row = json.loads(run("compare", "tuned", "--json").out)["models"][0]
         assert row["pruned"] == report["dense"]["top1"]
         if eval_data == report["eval_data"]:
-            assert (changes, row["drop"]) == ([], 0)
+            assert (changes["confusions"], row["drop"]) == ([], 0)
         else:  # what was measured on other images is not compared
-            assert changes
-            assert row["drop"] is None
+            assert changes is row["drop"] is None
+
+
+def test_every_retraining_is_told(run, made: Path) -> None:
+    options = ("--data", DIGITS, "--samples", 32, "--epochs", 1)
+    for before, after, more in ((made, "once", ("--eval-data", DIGITS)), ("once", "twice", ())):
+        assert run("finetune", before, *options, *more, "--output", after).code == 0
+    report = json.loads(run("report", "twice", "--json").out)
+    first, last = report["earlier_finetunes"][0], report["finetune"]
+    assert (first["model"], last["model"], last["after"]) == ("vit", "once", None)
+    assert report["class_changes"] is None  # nothing measured the weights that are in the folder
+    text = page(Path("twice/report.html")).text
+    card = Path("twice/README.md").read_text()
+    for shown in (text, card):
+        assert f"{first['after']['top1']:.2f}" in shown
+        assert shown.count("etrained for 1 epochs on 32") == 2
+        assert "ccuracy after that was not measured" in shown
+    assert "and then retrained with labels" in text
+    assert "before it was retrained" in text
+    assert json.loads(Path("twice/config.json").read_text())["snows"]["finetuned_epochs"] == 2
+    row = run("compare", "once").out
+    assert f"{first['after']['top1']:.2f} (retrained)" in " ".join(row.split())
 
 
 def test_a_failed_report_leaves_the_result(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,10 @@ def show(sink: Sink, rows: list[dict[str, Any]]) -> None:
             (
                 row["name"],
                 row["pattern"],
-                *(figure(row, key) for key in ("dense", "masked", "pruned", "drop")),
+                figure(row, "dense"),
+                figure(row, "masked"),
+                figure(row, "pruned") + (" (retrained)" if row["retrained"] else ""),
+                figure(row, "drop"),
                 "" if row["loss_left"] is None else f"{100 * row['loss_left']:.1f}",
             )
             for row in rows

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -159,6 +159,11 @@ def read_report(folder: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or REPORT_KEYS - report.keys():
         raise LoadError(f"{path} is not a report that this version of `snows-hf prune` writes.", "Prune again.")
     return report
+
+
+def retrainings(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What ``finetune`` has added to a report, the last one at the end; empty where there was none."""
+    return [*report.get("earlier_finetunes", []), report["finetune"]] if report.get("finetune") else []
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
