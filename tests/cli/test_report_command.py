@@ -1,6 +1,7 @@
 """``snows-hf report`` and ``compare``: the pages, the data, and folders that are not what they seem."""
 
 import json
+import shlex
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -215,16 +216,20 @@ def test_every_retraining_is_told(run, made: Path) -> None:
     assert f"{first['after']['top1']:.2f} (retrained)" in " ".join(row.split())
 
 
-def test_a_failed_report_leaves_the_result(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_report_leaves_the_result(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys.modules["snows_hf.report"], "HTML_FILE", "missing/report.html"
     )  # a place that cannot be written
-    options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--no-update", "--output", "kept", "--report")
-    result = run("prune", RESNET, *options)
+    options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--no-update", "--output", "a b", "--report")
+    result = run("prune", VIT, *options, "--eval-data", DIGITS)
     assert result.code == 1
-    assert "The result is safe in kept: `snows-hf report kept`" in " ".join(result.err.split())
-    assert Path("kept/model.safetensors").is_file()
-    assert not Path("kept/report.json").exists()
+    assert Path("a b/model.safetensors").is_file()
+    assert not Path("a b/report.json").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(elsewhere)
+    _, again, _ = result.err[result.err.index("The result is safe in a b: ") :].split("`")
+    assert run(*shlex.split(again)[1:]).code == 0
+    assert json.loads(Path("a b/report.json").read_text())["attention"] is not None
 
 
 def test_another_dense_model_is_refused(run, made: Path) -> None:
