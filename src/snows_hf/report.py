@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -100,8 +101,8 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"Output {folder} cannot be written: {one_line(error)}.") from error
-    write_whole(folder / HTML_FILE, lambda path: path.write_text(page, encoding="utf-8"))
     write_whole(folder / JSON_FILE, lambda path: write_json(path, found))
+    write_whole(folder / HTML_FILE, lambda path: path.write_text(page, encoding="utf-8"))
     return found | {"html": str(folder / HTML_FILE), "json": str(folder / JSON_FILE)}
 
 
@@ -119,10 +120,11 @@ def compare(
         on_stage: called with a line of text when a new stage begins.
 
     Returns:
-        ``models``: for each ``model``, ``name``, ``source``, ``pattern``, ``mask``, ``samples``, ``k``, ``sparsity``,
-        ``dense``, ``masked`` and ``pruned`` (top-1 in per cent, None where not measured; retrained weights count as
-        pruned), ``drop``, ``eval_data``, ``loss_left`` (geometric mean over the layers of the share of the mask's
-        K-step loss that is left), ``products``, ``size``, ``flops``, ``seconds``; and ``output``.
+        ``models``: for each ``model``, ``name`` (``model`` where two would have the same), ``source``, ``pattern``,
+        ``mask``, ``samples``, ``k``, ``sparsity``, ``dense``, ``masked`` and ``pruned`` (top-1 in per cent, None where
+        not measured; weights that are ``retrained`` count as pruned), ``drop``, ``eval_data``, ``loss_left``
+        (geometric mean over the layers of the share of the mask's K-step loss that is left), ``products``, ``size``,
+        ``flops``, ``seconds``; and ``output``.
 
     Raises:
         SnowsError: no such model, no report in it, or an output that cannot be written.
@@ -137,6 +139,9 @@ def compare(
         checkpoint = load(str(model))
         with understood(checkpoint.folder):
             rows.append({"model": str(model)} | summary_of(described(checkpoint)))
+    count = Counter(row["name"] for row in rows)
+    for row in rows:
+        row["name"] = row["model"] if count[row["name"]] > 1 else row["name"]
     result: dict[str, Any] = {"models": rows, "output": str(output) if output is not None else None}
     if output is not None:
         page = render("compare.html", rows=rows)
@@ -156,8 +161,9 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         for made in retrainings(found):  # the weights that are in the folder, on the same images, or nothing
             final = made["after"] if made["eval_data"] == found["eval_data"] else None
         tensors = checkpoint.model.state_dict()
+        here = local_folder(checkpoint.source) is not None
         return found | {
-            "name": found.get("name") or short_name(checkpoint.source),
+            "name": (found.get("name") if here else None) or short_name(checkpoint.source),
             "flops": found["flops"] | {"reduction": found["flops"]["dense"] / found["flops"]["pruned"]},
             "size": {
                 "dense": sum(tensor.nbytes for tensor in tensors.values()),
@@ -255,7 +261,7 @@ def attention_picture(
         on_stage("No attention maps: drawing needs matplotlib (pip install 'snows-hf[viz]')")
         return None, None
     with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
-        models = [str(checkpoint.folder)]
+        models = [checkpoint.source]
         if dense is not None:
             original = load(dense, revision)
             check_same_shapes(original, checkpoint.model)

@@ -135,6 +135,18 @@ def test_compare(run, made: Path, tmp_path: Path) -> None:
     assert run("compare", made, "--output", "both.txt").code == 1
 
 
+def test_names_are_text_and_tell_models_apart(run, made: Path) -> None:
+    for folder in ("one", "two"):
+        shutil.copytree(made, folder)
+        path = Path(folder, "snows_config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "[/x][red]", "pattern": "[/x]"}))
+    alone, both = run("compare", "one"), run("compare", "one", "two")
+    assert (alone.code, both.code) == (0, 0)
+    assert "[/x][red]" in alone.out
+    assert "digits (test)" in alone.out
+    assert "one" in both.out and "two" in both.out and "[red]" not in both.out
+
+
 def test_damaged_reports_are_one_message(run, made: Path) -> None:
     whole = json.loads((made / "snows_config.json").read_text())
     shutil.copytree(made, "bad")
@@ -147,6 +159,13 @@ def test_damaged_reports_are_one_message(run, made: Path) -> None:
         {"pruned": {"top1": "high", "top5": 1, "images": 1}},
         {"dense": {"confusion": {"a b": 1}, "top1": 1}},
         {"parameters": {"total": 1}},
+        {"name": 5},
+        {"seconds": "abc"},
+        {"samples": [1]},
+        {"sparsity": 10**400},
+        {"finetune": {"after": None}},
+        {"earlier_finetunes": [{}]},
+        {"calibration_data": {"name": "a"}},
     ]
     for damage in damages:
         Path("bad/snows_config.json").write_text(json.dumps(whole | damage))
@@ -154,6 +173,14 @@ def test_damaged_reports_are_one_message(run, made: Path) -> None:
         assert result.code == 1, damage
         assert "is not a report that this version" in result.err, damage
         assert not Path("bad/report.html").exists()
+        assert not Path("bad/report.json").exists()
+        compared = run("compare", "bad", "--output", "bad.html")
+        assert compared.code == 1 or "parameters" in damage, damage  # which only the page of one model shows
+        Path("bad.html").unlink(missing_ok=True)
+    Path("bad/snows_config.json").write_text(json.dumps(whole | {"seconds": float("nan")}))
+    for command in ("report", "compare"):
+        result = run(command, "bad")
+        assert (result.code, "is not valid JSON" in result.err) == (1, True)
     assert run("report", VIT).code == 1  # was never pruned
     assert run("report", "nowhere/at-all").code == 1
     assert run("report", made, "--output", "bad/config.json").code == 1
@@ -224,11 +251,12 @@ def test_a_failed_report_leaves_the_result(run, elsewhere: Path, monkeypatch: py
     result = run("prune", VIT, *options, "--eval-data", DIGITS)
     assert result.code == 1
     assert Path("a b/model.safetensors").is_file()
-    assert not Path("a b/report.json").exists()
+    assert not Path("a b/report.html").exists()
     monkeypatch.undo()
     monkeypatch.chdir(elsewhere)
     _, again, _ = result.err[result.err.index("The result is safe in a b: ") :].split("`")
     assert run(*shlex.split(again)[1:]).code == 0
+    assert Path("a b/report.html").is_file()
     assert json.loads(Path("a b/report.json").read_text())["attention"] is not None
 
 

@@ -251,6 +251,9 @@ def a_report_that_fails_is_no_reason_not_to_push(hub: Hub, machine: Machine, mod
     found = json.loads(done.out)
     assert (found["page"], found["pushed_to"]["repository"]) == (None, "me/pushed")
     assert "model.safetensors" in hub.repositories["models", "me/pushed"].files
+    drawn = ("--data", "me/digits", "--images", 1, "--output", "page", "--json")
+    report = json.loads(machine("report", "me/pushed", *drawn).succeeds().out)
+    assert (report["name"], report["attention"]["models"][0]["model"]) == ("me/pushed", "me/pushed")
     hub.fail("POST", "/commit/", 503)
     done = machine.python("-c", NO_REPORT, "prune", "me/vit", *QUICK, *options[:-2], "both", "--json")
     assert json.loads(done.out)["pushed_to"] is None
