@@ -165,6 +165,11 @@ def read_report(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
+    if isinstance(report, dict) and "collapse" in report:
+        raise LoadError(
+            f"{folder} is what `snows-hf train` wrote; expected what `snows-hf prune` writes.",
+            "`snows-hf eval` and `snows-hf inspect` read it.",
+        )
     if not isinstance(report, dict):
         wrong = [f"a {type(report).__name__}"]
     else:
