@@ -203,7 +203,10 @@ MATCHES = [
     ("ImageNet synsets, unnamed model", ["n15075141"], None, 1000, [999]),
     ("two cranes", ["a", "crane", "b", "crane"], ["a", "crane", "b", "crane"], 4, [0, 1, 2, 3]),
     ("as many", ["cat", "dog"], ["LABEL_0", "LABEL_1"], 2, [0, 1]),
-    ("as many, one synonym", ["plane", "car"], ["plane", "automobile"], 2, [0, 1]),
+    ("as many, class 0", ["cat", "dog"], ["class 0", "class 1"], 2, [0, 1]),
+    ("as many, one synonym", [*"abcdefghi", "car"], [*"abcdefghi", "automobile"], 10, list(range(10))),
+    ("folders by number", [str(i) for i in (0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9)], None, 11, [0, 1, 10, *range(2, 10)]),
+    ("numbers from 1", ["1", "2"], ["cat", "dog"], 2, [0, 1]),
     ("as many, unnamed model", ["cat", "dog"], None, 2, [0, 1]),
     ("unnamed data", None, ["cat", "dog"], 2, [0, 1]),
 ]
@@ -226,11 +229,20 @@ def test_labels_of_all_of_imagenet() -> None:
         (["n01440764", "n01443537"], None, 999),
         (["crane"], ["crane", "dog", "crane"], 3),
         (["dog", "cat", "fish"], ["cat", "dog", "bird"], 3),  # as many, but the order is not the model's
+        (["1", "2"], ["0", "1"], 2),
+        (["Hund", "Katze"], ["cat", "dog"], 2),  # as many, but other names
+        (["eins", "null"], ["0", "1"], 2),
+        (["plane", "car"], ["plane", "automobile"], 2),
     ],
 )
 def test_labels_that_cannot_be_matched(data: list[str], model: list[str] | None, classes: int) -> None:
     with pytest.raises(DataError, match="cannot be matched to the model's"):
         label_map(data, model, classes, "d")
+
+
+def test_what_cannot_be_matched_is_shown() -> None:
+    with pytest.raises(DataError, match=r"\(h, i, j, k, l, …\) cannot .* \(a, b, c, d, e, …\).*the model's names"):
+        label_map("hijklm", "abcdef", 6, "d")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -20,6 +20,8 @@ from snows_hf.collapse import CUT, EMPTY, find_collapse
 from snows_hf.config import TrainConfig
 from snows_hf.errors import ConfigError, DataError, LoadError, NumericsError, PatternError
 from snows_hf.hub.create import create
+from snows_hf.hub.load import load
+from snows_hf.hub.save import save_checkpoint
 from snows_hf.models.cifar_resnet import CifarResNet
 from snows_hf.train import factor, fit, warm_up
 
@@ -237,6 +239,17 @@ class TestCreate:
         assert shapes[0] == shapes[1]
         weights = [model.get_parameter("classifier.weight") for model in (made, trained)]
         assert not torch.equal(*weights)
+
+    @pytest.mark.parametrize("source", [VIT, "timm"])
+    def test_a_folder_takes_the_names_of_as_many_classes_of_the_data(self, source: object, tmp_path: Path) -> None:
+        if source == "timm":
+            train("resnet20_cifar", str(DIGITS), output=tmp_path / "timm", samples=2, epochs=1)
+            source = tmp_path / "timm"
+        names = tuple("abcdefghij")
+        made = create(str(source), names, 0)
+        save_checkpoint(made, tmp_path, {}, {})
+        assert made.class_names == load(str(tmp_path)).class_names == names
+        assert create(str(source), names[:3], 0).class_names == tuple("0123456789")
 
     @pytest.mark.parametrize("source", ["no_such_architecture", "./no/such/folder"])
     def test_neither(self, source: str) -> None:

@@ -1,5 +1,6 @@
 """Images from a Hub dataset, an image folder or a folder of parquet, through the model's own preprocessing."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -317,36 +318,47 @@ def label_map(
     """Class of the model for each label of the data, (data classes,).
 
     Names are matched exactly, then without case, then through ImageNet's synset identifiers. Labels without names are
-    the model's own; so are those with other names, where there are as many and no name stands at another place.
+    the model's own. Where there are as many as the model has, and no name stands at another place, numbers are matched
+    in their order; other names are the model's own if the model's say nothing (LABEL_0, class 0) or nine in ten are
+    the same.
 
     Raises:
         DataError: the classes cannot be matched.
     """
+    own = torch.arange(num_classes)
     if data_names is None:
-        return torch.arange(num_classes)
-    candidates: list[tuple[Sequence[str], Sequence[str]]] = []
-    if model_names is not None:
-        candidates.append((model_names, data_names))
-        candidates.append(([_folded(name) for name in model_names], [_folded(name) for name in data_names]))
+        return own
+    folded = [_folded(name) for name in model_names or ()], [_folded(name) for name in data_names]
+    candidates: list[tuple[Sequence[str], Sequence[str]]] = [(model_names or (), data_names), folded]
     if num_classes == 1000:
         candidates.append((ImageNetInfo().label_names(), data_names))
-    same_order = len(data_names) == num_classes
+    elsewhere = False
     for names, wanted in candidates:
         if list(names) == list(wanted):
-            return torch.arange(num_classes)
+            return own
         # A name that stands for two classes (ImageNet has two cranes) decides nothing.
         count = Counter(names)
         index = {name: i for i, name in enumerate(names) if count[name] == 1}
         if all(name in index for name in wanted):
             return torch.tensor([index[name] for name in wanted])
-        same_order &= all(index.get(name, i) == i for i, name in enumerate(wanted))
-    if same_order:
-        return torch.arange(num_classes)
+        elsewhere |= any(index.get(name, i) != i for i, name in enumerate(wanted))
+    if len(data_names) == num_classes and not elsewhere:
+        if all(name.isdecimal() for name in data_names):  # folders come in alphabetical order, 10 before 2
+            return torch.tensor([int(name) for name in data_names]).argsort().argsort()
+        same = sum(name == other for name, other in zip(*folded, strict=False))
+        if same >= 0.9 * num_classes or all(re.fullmatch(r"(label|class) ?\d+", name) for name in folded[0]):
+            return own
     raise DataError(
-        f"The {len(data_names)} classes of {source} ({', '.join(data_names[:3])}, …) cannot be matched to the model's "
-        f"{num_classes} classes ({', '.join((model_names or ['unnamed'])[:3])}, …).",
-        "Use data whose class names are the model's, or whose classes are the same and in the same order.",
+        f"The {len(data_names)} classes of {source} ({shortened(data_names)}) cannot be matched to the model's "
+        f"{num_classes} classes ({shortened(model_names or ['unnamed'])}).",
+        "Give the data's classes (folders, or the names of the labels) the model's names; or, if the model's are "
+        "wrong, correct them in the config.json of a copy of it.",
     )
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, for a message."""
+    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])
 
 
 def to_classes(labels: Tensor, classes: Tensor, source: ImageSource) -> Tensor:

@@ -69,6 +69,7 @@ def describe_layers(
         "layers": summaries or [summary(chain, group) for group in touched],
         "later_sweeps": [report.to_dict() for report in reports if report.sweep > 1],
         "dense_layers": dense_layers,
+        "pruned_parameters": list(masks),
         "namespace": "live parameter names of the loaded model",
         "versions": versions(torch, transformers, timm, datasets, accelerate, safetensors)
         | {"python": platform.python_version()},

@@ -23,7 +23,7 @@ from .errors import ConfigError, NumericsError
 from .evaluate import evaluate, logits_of
 from .hub.card import write_card
 from .hub.load import Checkpoint, load, short_name
-from .hub.save import check_output, read_report, save_checkpoint, whole_folder
+from .hub.save import check_output, read_report, retrainings, save_checkpoint, whole_folder
 from .journal import Journal, digest_of, open_journal
 from .prune import PruneResult
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
@@ -122,6 +122,7 @@ def finetune(
 
         report = pruning | {
             "name": output.resolve().name,
+            "earlier_finetunes": retrainings(pruning),
             "finetune": {
                 "model": short_name(model),
                 "teacher": short_name(teacher) if teacher is not None else None,
@@ -139,7 +140,8 @@ def finetune(
             },
         }
         on_stage(f"Saving to {output}")
-        summary = {**checkpoint.config.get("snows", {}), "version": __version__, "finetuned_epochs": trained["epochs"]}
+        epochs = sum(made["epochs"] for made in retrainings(report))
+        summary = {**checkpoint.config.get("snows", {}), "version": __version__, "finetuned_epochs": epochs}
         with whole_folder(output, journal.folder) as folder:
             save_checkpoint(checkpoint, folder, summary, report)
             write_card(checkpoint, folder, report)

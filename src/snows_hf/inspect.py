@@ -26,33 +26,37 @@ def inspect(source: str, operations: bool = False, revision: str | None = None) 
 
     Returns:
         ``pattern`` (claimed in config.json, else the tightest common N:M that all sparse layers follow, else None),
-        ``pattern_ok`` (all sparse layers follow it, and there are some), ``sparsity`` over all prunable weights,
-        ``architecture``, ``library``, ``layers`` with name, shape, sparsity, pattern and pattern_ok (both None where
-        dense), and ``operations`` if asked for. Where snows_config.json claims a pattern for each layer (an allocation
+        ``pattern_ok`` (all layers that were pruned follow it, and there are some), ``sparsity`` over all prunable
+        weights, ``architecture``, ``library``, ``layers`` with name, shape, sparsity, pattern and pattern_ok (both
+        None where dense), and ``operations`` if asked for. Which layers were pruned snows_config.json says where
+        config.json claims a pattern, else a tenth of zeros does. Where it has a pattern for each layer (an allocation
         by sensitivity), each is held against its own.
+
+    Raises:
+        SnowsError: no such model, or one that cannot be read.
     """
     checkpoint = load(source, revision)
     chain = build_chain(checkpoint.model)
     groups = chain.groups()
     weights = {name: chain.weight(name).detach() for _, group in groups for name in group.parameters}
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    # A trained weight is hardly ever exactly zero: a layer counts as sparse from one zero in ten on.
-    sparse = {name: weight for name, weight in weights.items() if zeros[name] >= 0.1 * weight.numel()}
-
     claimed = checkpoint.config.get("snows", {})
     title = claimed.get("pattern") if isinstance(claimed, dict) else None
-    own = claimed_by_layer(checkpoint.folder, weights) if title is not None else {}
+    pruned, own = claims(checkpoint.folder, weights) if title is not None else ([], {})
+    # A trained weight is hardly ever exactly zero: a layer counts as sparse from one zero in ten on.
+    pruned = pruned or [name for name, weight in weights.items() if zeros[name] >= 0.1 * weight.numel()]
+    sparse = {name: weights[name] for name in pruned}
     if own:
         holds = {name: obeys(weights[name], pattern) for name, pattern in own.items()}
     else:
         pattern = _parsed(title)
-        if pattern is None and sparse:
+        if title is None and sparse:
             pattern = next((p for p in COMMON_PATTERNS if all(p.holds(weight) for weight in sparse.values())), None)
-        title = str(pattern) if pattern is not None else None
+            title = str(pattern) if pattern is not None else None
         holds = {name: pattern is not None and pattern.holds(weight) for name, weight in sparse.items()}
         if isinstance(pattern, Unstructured):  # it binds all pruned weights together, to within the rounding of one
-            pruned = sum(weight.numel() for weight in sparse.values())
-            enough = sum(zeros[name] for name in sparse) >= pattern.sparsity * pruned - 1
+            total = sum(weight.numel() for weight in sparse.values())
+            enough = sum(zeros[name] for name in sparse) >= pattern.sparsity * total - 1
             holds = dict.fromkeys(sparse, enough)
 
     total_sparsity = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
@@ -89,15 +93,20 @@ def inspect(source: str, operations: bool = False, revision: str | None = None) 
     return result
 
 
-def claimed_by_layer(folder: Path, weights: dict[str, Tensor]) -> dict[str, NM | Unstructured]:
-    """Patterns by parameter name as snows_config.json has them, less those left dense; none where it has none."""
+def claims(folder: Path, weights: dict[str, Tensor]) -> tuple[list[str], dict[str, NM | Unstructured]]:
+    """What snows_config.json says: names of the weights that were pruned, and their own patterns, less those left
+    dense, where each layer has its own; nothing where there is no such file, or it says neither."""
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        claims = dict(report["allocation"]["patterns"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # another's file, or one from before there were
-        return {}
-    parsed = {name: _parsed(text) for name, text in claims.items() if name in weights}
-    return {name: pattern for name, pattern in parsed.items() if pattern is not None}
+        names = report.get("pruned_parameters") or [  # not there in what `train` writes
+            name for layer in report["layers"] for name in layer.get("parameters", [layer["name"]])
+        ]
+        patterns = dict(report.get("allocation", {}).get("patterns", {}))
+        own = {name: _parsed(text) for name, text in patterns.items() if name in weights}
+        pruned = [name for name in names if name in weights]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # another's file
+        return [], {}
+    return pruned, {name: pattern for name, pattern in own.items() if pattern is not None}
 
 
 def obeys(weight: Tensor, pattern: NM | Unstructured) -> bool:

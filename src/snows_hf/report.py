@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -25,6 +26,7 @@ from .hub.save import (
     check_file,
     check_output,
     read_report,
+    retrainings,
     save_checkpoint,
     write_json,
     write_whole,
@@ -99,8 +101,8 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"Output {folder} cannot be written: {one_line(error)}.") from error
-    write_whole(folder / HTML_FILE, lambda path: path.write_text(page, encoding="utf-8"))
     write_whole(folder / JSON_FILE, lambda path: write_json(path, found))
+    write_whole(folder / HTML_FILE, lambda path: path.write_text(page, encoding="utf-8"))
     return found | {"html": str(folder / HTML_FILE), "json": str(folder / JSON_FILE)}
 
 
@@ -118,10 +120,11 @@ def compare(
         on_stage: called with a line of text when a new stage begins.
 
     Returns:
-        ``models``: for each ``model``, ``name``, ``source``, ``pattern``, ``mask``, ``samples``, ``k``, ``sparsity``,
-        ``dense``, ``masked`` and ``pruned`` (top-1 in per cent, None where not measured; retrained weights count as
-        pruned), ``drop``, ``eval_data``, ``loss_left`` (geometric mean over the layers of the share of the mask's
-        K-step loss that is left), ``products``, ``size``, ``flops``, ``seconds``; and ``output``.
+        ``models``: for each ``model``, ``name`` (``model`` where two would have the same), ``source``, ``pattern``,
+        ``mask``, ``samples``, ``k``, ``sparsity``, ``dense``, ``masked`` and ``pruned`` (top-1 in per cent, None where
+        not measured; weights that are ``retrained`` count as pruned), ``drop``, ``eval_data``, ``loss_left``
+        (geometric mean over the layers of the share of the mask's K-step loss that is left), ``products``, ``size``,
+        ``flops``, ``seconds``; and ``output``.
 
     Raises:
         SnowsError: no such model, no report in it, or an output that cannot be written.
@@ -136,6 +139,9 @@ def compare(
         checkpoint = load(str(model))
         with understood(checkpoint.folder):
             rows.append({"model": str(model)} | summary_of(described(checkpoint)))
+    count = Counter(row["name"] for row in rows)
+    for row in rows:
+        row["name"] = row["model"] if count[row["name"]] > 1 else row["name"]
     result: dict[str, Any] = {"models": rows, "output": str(output) if output is not None else None}
     if output is not None:
         page = render("compare.html", rows=rows)
@@ -151,13 +157,13 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     found = read_report(checkpoint.folder)
     with understood(checkpoint.folder):
-        retrained = found.get("finetune")
         final = found["pruned"]
-        if retrained and retrained["after"] and retrained["eval_data"] == found["eval_data"]:
-            final = retrained["after"]
+        for made in retrainings(found):  # the weights that are in the folder, on the same images, or nothing
+            final = made["after"] if made["eval_data"] == found["eval_data"] else None
         tensors = checkpoint.model.state_dict()
+        here = local_folder(checkpoint.source) is not None
         return found | {
-            "name": found.get("name") or short_name(checkpoint.source),
+            "name": (found.get("name") if here else None) or short_name(checkpoint.source),
             "flops": found["flops"] | {"reduction": found["flops"]["dense"] / found["flops"]["pruned"]},
             "size": {
                 "dense": sum(tensor.nbytes for tensor in tensors.values()),
@@ -255,7 +261,7 @@ def attention_picture(
         on_stage("No attention maps: drawing needs matplotlib (pip install 'snows-hf[viz]')")
         return None, None
     with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
-        models = [str(checkpoint.folder)]
+        models = [checkpoint.source]
         if dense is not None:
             original = load(dense, revision)
             check_same_shapes(original, checkpoint.model)
@@ -314,9 +320,9 @@ def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """One result's row of a comparison: see :func:`compare`."""
     solved = [layer for layer in found["layers"] if layer.get("loss_masked") and layer.get("loss_pruned")]
     ratios = [math.log(layer["loss_pruned"] / layer["loss_masked"]) for layer in solved]
-    retrained = found.get("finetune")
-    measured = retrained if retrained else found
-    final = retrained["after"] if retrained else found["pruned"]
+    retrained = retrainings(found)
+    measured = retrained[-1] if retrained else found
+    final = measured["after" if retrained else "pruned"]
     dense, masked = ((found[key] or {}).get("top1") for key in ("dense", "masked"))
     top1 = final["top1"] if final else None
     return {
@@ -325,7 +331,7 @@ def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
         "pattern": found["pattern"],
         "mask": found["settings"]["mask"],
         "update": found["update"],
-        "retrained": retrained is not None,
+        "retrained": bool(retrained),
         "samples": found["samples"],
         "k": found["settings"]["k"],
         "sparsity": found["sparsity"],
@@ -380,6 +386,7 @@ def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
             for rows in [found["rows"][layer["name"]]]
         ],
         "classes": shown_classes(found["class_changes"]),
+        "retrainings": retrainings(found),
     }  # fmt: skip
 
 

@@ -141,6 +141,8 @@ def test_inspect_of_a_dense_model(run) -> None:
     solved = [operation["group"] for operation in found["operations"] if operation["group"]]
     assert solved == [layer["name"] for layer in found["layers"]]
     people = run("inspect", RESNET, "--operations")
+    for layer in found["layers"]:
+        assert layer["name"] in people.out  # in one piece, where a terminal would fold it
     assert "no pattern, 0.0 %" in people.out
     assert found["operations"][-1]["name"] in people.out
 
@@ -155,7 +157,27 @@ def test_inspect_does_not_believe_the_metadata(run) -> None:
     found = json.loads(result.out)
     assert (found["pattern"], found["pattern_ok"]) == ("2:4", False)
     assert [layer["pattern_ok"] for layer in found["layers"]].count(False) == 1
-    assert "NO" in run("inspect", "out").out
+    people = run("inspect", "out")
+    assert "NO" in people.out
+    assert (result.code, people.code) == (1, 1)
+    assert "does not hold the pattern 2:4 that it claims: vit.layers.0.mlp.fc1." in people.err
+    tensors[name] += 0.01  # no zero is left
+    save_file(tensors, "out/model.safetensors", metadata={"format": "pt"})
+    assert json.loads(run("inspect", "out", "--json").out)["pattern_ok"] is False
+    config = json.loads(Path("out/config.json").read_text())
+    config["snows"]["pattern"] = "2 of 4"  # claimed, but nothing that could be held
+    Path("out/config.json").write_text(json.dumps(config))
+    assert run("inspect", "out").code == 1
+
+
+@pytest.mark.parametrize("pattern", ["15:16", "0.05"])
+def test_inspect_of_few_zeros(run, pattern: str) -> None:
+    run("prune", VIT, "--pattern", pattern, *QUICK, "--no-update", "--output", "out")
+    result = run("inspect", "out", "--json")
+    assert (result.code, json.loads(result.out)["pattern_ok"]) == (0, True)
+    tensors = tensors_of(Path("out"))
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, "out/model.safetensors", {"format": "pt"})
+    assert run("inspect", "out").code == 1
 
 
 def test_unstructured(run) -> None:
@@ -176,6 +198,7 @@ def test_inspect_counts_unstructured_zeros(run) -> None:
     Path("out/config.json").write_text(json.dumps(config))
     found = json.loads(run("inspect", "out", "--json").out)
     assert (found["pattern"], found["pattern_ok"]) == ("0.8", False)
+    assert "vit.layers.0.attention.qkv, " in run("inspect", "out").err
 
 
 def test_default_output(run, elsewhere: Path) -> None:

@@ -1,6 +1,7 @@
 """``snows-hf report`` and ``compare``: the pages, the data, and folders that are not what they seem."""
 
 import json
+import shlex
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -134,6 +135,18 @@ def test_compare(run, made: Path, tmp_path: Path) -> None:
     assert run("compare", made, "--output", "both.txt").code == 1
 
 
+def test_names_are_text_and_tell_models_apart(run, made: Path) -> None:
+    for folder in ("one", "two"):
+        shutil.copytree(made, folder)
+        path = Path(folder, "snows_config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "[/x][red]", "pattern": "[/x]"}))
+    alone, both = run("compare", "one"), run("compare", "one", "two")
+    assert (alone.code, both.code) == (0, 0)
+    assert "[/x][red]" in alone.out
+    assert "digits (test)" in alone.out
+    assert "one" in both.out and "two" in both.out and "[red]" not in both.out
+
+
 def test_damaged_reports_are_one_message(run, made: Path) -> None:
     whole = json.loads((made / "snows_config.json").read_text())
     shutil.copytree(made, "bad")
@@ -146,6 +159,13 @@ def test_damaged_reports_are_one_message(run, made: Path) -> None:
         {"pruned": {"top1": "high", "top5": 1, "images": 1}},
         {"dense": {"confusion": {"a b": 1}, "top1": 1}},
         {"parameters": {"total": 1}},
+        {"name": 5},
+        {"seconds": "abc"},
+        {"samples": [1]},
+        {"sparsity": 10**400},
+        {"finetune": {"after": None}},
+        {"earlier_finetunes": [{}]},
+        {"calibration_data": {"name": "a"}},
     ]
     for damage in damages:
         Path("bad/snows_config.json").write_text(json.dumps(whole | damage))
@@ -153,6 +173,14 @@ def test_damaged_reports_are_one_message(run, made: Path) -> None:
         assert result.code == 1, damage
         assert "is not a report that this version" in result.err, damage
         assert not Path("bad/report.html").exists()
+        assert not Path("bad/report.json").exists()
+        compared = run("compare", "bad", "--output", "bad.html")
+        assert compared.code == 1 or "parameters" in damage, damage  # which only the page of one model shows
+        Path("bad.html").unlink(missing_ok=True)
+    Path("bad/snows_config.json").write_text(json.dumps(whole | {"seconds": float("nan")}))
+    for command in ("report", "compare"):
+        result = run(command, "bad")
+        assert (result.code, "is not valid JSON" in result.err) == (1, True)
     assert run("report", VIT).code == 1  # was never pruned
     assert run("report", "nowhere/at-all").code == 1
     assert run("report", made, "--output", "bad/config.json").code == 1
@@ -185,26 +213,51 @@ def test_retrained_weights_count(run, made: Path) -> None:
         assert run("report", "tuned").code == 0
         text = page(Path("tuned/report.html")).text
         assert "Retrained for 3 epochs on 9 images" in text
-        changes = json.loads(Path("tuned/report.json").read_text())["class_changes"]["confusions"]
+        changes = json.loads(Path("tuned/report.json").read_text())["class_changes"]
         row = json.loads(run("compare", "tuned", "--json").out)["models"][0]
         assert row["pruned"] == report["dense"]["top1"]
         if eval_data == report["eval_data"]:
-            assert (changes, row["drop"]) == ([], 0)
+            assert (changes["confusions"], row["drop"]) == ([], 0)
         else:  # what was measured on other images is not compared
-            assert changes
-            assert row["drop"] is None
+            assert changes is row["drop"] is None
 
 
-def test_a_failed_report_leaves_the_result(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_retraining_is_told(run, made: Path) -> None:
+    options = ("--data", DIGITS, "--samples", 32, "--epochs", 1)
+    for before, after, more in ((made, "once", ("--eval-data", DIGITS)), ("once", "twice", ())):
+        assert run("finetune", before, *options, *more, "--output", after).code == 0
+    report = json.loads(run("report", "twice", "--json").out)
+    first, last = report["earlier_finetunes"][0], report["finetune"]
+    assert (first["model"], last["model"], last["after"]) == ("vit", "once", None)
+    assert report["class_changes"] is None  # nothing measured the weights that are in the folder
+    text = page(Path("twice/report.html")).text
+    card = Path("twice/README.md").read_text()
+    for shown in (text, card):
+        assert f"{first['after']['top1']:.2f}" in shown
+        assert shown.count("etrained for 1 epochs on 32") == 2
+        assert "ccuracy after that was not measured" in shown
+    assert "and then retrained with labels" in text
+    assert "before it was retrained" in text
+    assert json.loads(Path("twice/config.json").read_text())["snows"]["finetuned_epochs"] == 2
+    row = run("compare", "once").out
+    assert f"{first['after']['top1']:.2f} (retrained)" in " ".join(row.split())
+
+
+def test_a_failed_report_leaves_the_result(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys.modules["snows_hf.report"], "HTML_FILE", "missing/report.html"
     )  # a place that cannot be written
-    options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--no-update", "--output", "kept", "--report")
-    result = run("prune", RESNET, *options)
+    options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--no-update", "--output", "a b", "--report")
+    result = run("prune", VIT, *options, "--eval-data", DIGITS)
     assert result.code == 1
-    assert "The result is safe in kept: `snows-hf report kept`" in " ".join(result.err.split())
-    assert Path("kept/model.safetensors").is_file()
-    assert not Path("kept/report.json").exists()
+    assert Path("a b/model.safetensors").is_file()
+    assert not Path("a b/report.html").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(elsewhere)
+    _, again, _ = result.err[result.err.index("The result is safe in a b: ") :].split("`")
+    assert run(*shlex.split(again)[1:]).code == 0
+    assert Path("a b/report.html").is_file()
+    assert json.loads(Path("a b/report.json").read_text())["attention"] is not None
 
 
 def test_another_dense_model_is_refused(run, made: Path) -> None:

@@ -24,6 +24,12 @@ from snows_hf.errors import LoadError
 
 
 QUICK = ("--pattern", "2:4", "--data", "me/digits", "--samples", 32, "--k", 0)
+NO_REPORT = """
+import sys
+from snows_hf.cli import main
+sys.modules["snows_hf.report"].HTML_FILE = "missing/report.html"  # a place that cannot be written
+main()
+"""
 LICENCE = "---\nlicense: other\nlicense_name: digits-licence\nlicense_link: LICENSE\n---\n# A model\n"
 
 STOCK = """
@@ -234,6 +240,24 @@ def a_push_that_fails_after_a_prune_leaves_the_result(hub: Hub, machine: Machine
     files = hub.repositories["models", "me/later"].files
     assert files["model.safetensors"] == before["model.safetensors"]
     assert b'from_pretrained("me/later")' in files["README.md"]
+
+
+@scenario
+def a_report_that_fails_is_no_reason_not_to_push(hub: Hub, machine: Machine, model: Path) -> None:
+    options = ("--layers", "*.0.mlp.fc1", "--report", "--push-to", "me/pushed", "--output", "out", "--json")
+    done = machine.python("-c", NO_REPORT, "prune", "me/vit", *QUICK, *options)
+    assert done.code == 1
+    assert "`snows-hf report out --dense me/vit --split test --device auto` repeats only the report." in done.err
+    found = json.loads(done.out)
+    assert (found["page"], found["pushed_to"]["repository"]) == (None, "me/pushed")
+    assert "model.safetensors" in hub.repositories["models", "me/pushed"].files
+    drawn = ("--data", "me/digits", "--images", 1, "--output", "page", "--json")
+    report = json.loads(machine("report", "me/pushed", *drawn).succeeds().out)
+    assert (report["name"], report["attention"]["models"][0]["model"]) == ("me/pushed", "me/pushed")
+    hub.fail("POST", "/commit/", 503)
+    done = machine.python("-c", NO_REPORT, "prune", "me/vit", *QUICK, *options[:-2], "both", "--json")
+    assert json.loads(done.out)["pushed_to"] is None
+    assert "repeats only the report and `snows-hf push both me/pushed` repeats only the push." in done.err
 
 
 @scenario

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import PatternError
 from .options import Json, Model, Quiet, Revision
 from .sink import open_sink, shown
 
@@ -15,7 +16,9 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a checkpoint's prunable layers, and prove its sparsity pattern on the weights themselves."""
+    """Show a checkpoint's prunable layers, and prove its sparsity pattern on the weights; exit with 1 where it is not
+    held."""
+    from ..data import shortened
     from ..inspect import inspect
 
     sink = open_sink(as_json, quiet)
@@ -41,3 +44,9 @@ def command(
         f"weights are zero."
     )
     sink.json(result)
+    if result["pattern"] is not None and not result["pattern_ok"]:
+        broken = [layer["name"] for layer in result["layers"] if layer["pattern_ok"] is False]
+        raise PatternError(
+            f"{model} does not hold the pattern {result['pattern']} that it claims: {shortened(broken)}.",
+            "These layers have weights where the pattern has zeros: prune it again.",
+        )

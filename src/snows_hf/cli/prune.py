@@ -125,41 +125,41 @@ def command(
         )
     show_report(sink, result.report)
     outcome = result.report
+    failed: list[tuple[SnowsError, str]] = []  # with the command that repeats what failed, and nothing else
     if report:
         sink.stage("Writing the report")
+        # Attention maps on images that measure anyway, not those that the model was made with.
+        options: dict[str, Any] = {
+            "dense": model,
+            "data": eval_data,
+            "split": eval_split,
+            "revision": revision,
+            "device": device,
+        }
         try:
-            # Attention maps on images that measure anyway, not those that the model was made with.
-            page = from_main(
-                lambda: make_page(
-                    output,
-                    dense=model,
-                    data=eval_data,
-                    split=eval_split,
-                    revision=revision,
-                    device=device,
-                    on_stage=sink.stage,
-                )
-            )
+            page = from_main(lambda: make_page(output, on_stage=sink.stage, **options))["html"]
+            sink.text(f"Report: {page}")
         except SnowsError as error:
-            sink.json(outcome | {"page": None})
-            again = f"snows-hf report {shlex.quote(str(output))}"
-            raise SaveError(
-                error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the report."
-            ) from error
-        outcome = outcome | {"page": page["html"]}
-        sink.text(f"Report: {page['html']}")
-    if push_to is None:
-        sink.json(outcome)
-        return
-    try:
-        pushed = from_main(lambda: push_and_show(sink, output, push_to, private))
-    except SnowsError as error:
-        sink.json(outcome | {"pushed_to": None})
-        again = f"snows-hf push {shlex.quote(str(output))} {push_to}{' --private' if private else ''}"
+            page = None
+            repeated = [part for name, value in given(**options).items() for part in (f"--{name}", value)]
+            failed.append((error, shlex.join(["snows-hf", "report", str(output), *repeated])))
+        outcome = outcome | {"page": page}
+    if push_to is not None:
+        try:
+            pushed = from_main(lambda: push_and_show(sink, output, push_to, private))
+        except SnowsError as error:
+            pushed = None
+            repeated = [str(output), push_to, *(["--private"] if private else [])]
+            failed.append((error, shlex.join(["snows-hf", "push", *repeated])))
+        outcome = outcome | {"pushed_to": pushed}
+    sink.json(outcome)
+    if failed:
+        remedies = [error.remedy for error, _ in failed if error.remedy]
+        repeats = " and ".join(f"`{again}` repeats only the {again.split()[1]}" for _, again in failed)
         raise SaveError(
-            error.message, f"{error.remedy} The result is safe in {output}: `{again}` repeats only the push."
-        ) from error
-    sink.json(outcome | {"pushed_to": pushed})
+            " ".join(error.message for error, _ in failed),
+            " ".join([*remedies, f"The result is safe in {output}: {repeats}."]),
+        )
 
 
 def default_output(model: str, pattern: str) -> Path:

@@ -68,12 +68,16 @@ def compare_command(
 def show(sink: Sink, rows: list[dict[str, Any]]) -> None:
     """The figures for people."""
     sink.table(
-        ["", "pattern", "dense", "mask alone", "pruned", "drop", "loss left (%)"],
+        ["", "pattern", "dense", "mask alone", "pruned", "drop", "measured on", "loss left (%)"],
         [
             (
                 row["name"],
                 row["pattern"],
-                *(figure(row, key) for key in ("dense", "masked", "pruned", "drop")),
+                figure(row, "dense"),
+                figure(row, "masked"),
+                figure(row, "pruned") + (" (retrained)" if row["retrained"] else ""),
+                figure(row, "drop"),
+                "{name} ({split})".format(**row["eval_data"]) if row["eval_data"] else "",
                 "" if row["loss_left"] is None else f"{100 * row['loss_left']:.1f}",
             )
             for row in rows

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..distributed import rank
 from ..errors import SnowsError
@@ -28,6 +29,8 @@ class Sink:
         if rank() > 0:
             self.as_json, self.quiet = False, True
         self.out = Console(highlight=False, soft_wrap=True)
+        if not self.out.is_terminal:  # a pipe or a file has no edge at which a table would have to fold
+            self.out.width = 10_000
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     @classmethod
@@ -49,11 +52,12 @@ class Sink:
         """A table of the result for people; the first column is text, the others are numbers."""
         if self.quiet or self.as_json:
             return
-        table = Table(title=title, title_justify="left")
+        # Names come from anywhere: as Text, brackets in them are no markup.
+        table = Table(title=Text(title) if title else None, title_justify="left")
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.out.print(table)
 
     def json(self, result: dict[str, Any]) -> None:

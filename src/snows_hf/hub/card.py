@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .load import Checkpoint, local_folder
+from .save import retrainings
 
 
 PLACEHOLDER = "THIS_FOLDER"
@@ -27,15 +28,14 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         folder: where README.md goes.
         report: the prune's report, as in snows_config.json.
     """
-    retrained = report.get("finetune")
+    retrained = retrainings(report)
     # Figures of the weights that are in the folder, or none.
-    accuracy, measured = (retrained["after"], retrained) if retrained else (report["pruned"], report)
+    accuracy, measured = (retrained[-1]["after"], retrained[-1]) if retrained else (report["pruned"], report)
     # What is retrained is a folder, and its report names the dense model.
     is_hub_id = "/" in report["source"] if retrained else local_folder(checkpoint.source) is None
     licence = licence_of(checkpoint.folder)
     used = [report["calibration_data"], report["eval_data"]]
-    if retrained:
-        used += [retrained["data"], retrained["eval_data"]]
+    used += [made[key] for made in retrained for key in ("data", "eval_data")]
     datasets = [data["name"] for data in used if data]
     fields: dict[str, Any] = dict(licence)
     data = ModelCardData(
@@ -49,7 +49,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         **fields,
     )
     values = {
-        "retrained": retrained,
+        "retrainings": retrained,
         "source": report["source"],
         "architecture": checkpoint.config.get("architecture", ""),
         "licence": licence,

@@ -21,8 +21,8 @@ def create(source: str, class_names: Sequence[str] | None, seed: int, revision: 
     Args:
         source: a name that timm knows, such as ``resnet20_cifar``; or the Hub id or folder of a checkpoint, of which
             only the configuration is used.
-        class_names: of the data. An architecture by name gets one output for each; a configuration keeps its own
-            classes.
+        class_names: of the data. An architecture by name gets one output for each; a configuration keeps its number of
+            classes, and its names for them where the data have none or another number.
         seed: of the weights.
         revision: of ``source`` on the Hub.
 
@@ -46,8 +46,12 @@ def create(source: str, class_names: Sequence[str] | None, seed: int, revision: 
         config.pop("snows", None)
         if library_of(config, folder) == "timm":
             own = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
-            return _timm(source, folder, config, f"local-dir:{folder}", own if isinstance(own, list) else None)
-        return _transformers(source, folder, config)
+            made = _timm(source, folder, config, f"local-dir:{folder}", own if isinstance(own, list) else None)
+            if class_names is not None and len(class_names) == made.model.num_classes:
+                config["label_names"] = list(class_names)
+                made.class_names = tuple(class_names)
+            return made
+        return _transformers(source, folder, config, class_names)
 
 
 def _timm(
@@ -61,9 +65,13 @@ def _timm(
     return Checkpoint(source, folder, "timm", config, model.eval(), by_transform(model), None, names)
 
 
-def _transformers(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
+def _transformers(source: str, folder: Path, config: dict[str, Any], class_names: Sequence[str] | None) -> Checkpoint:
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if class_names is not None and len(class_names) == settings.num_labels:
+            settings.id2label = dict(enumerate(class_names))
+            settings.label2id = {name: i for i, name in enumerate(class_names)}
+            config |= {"id2label": {str(i): name for i, name in enumerate(class_names)}, "label2id": settings.label2id}
         if getattr(settings, "quantization_config", None) is not None:
             del settings.quantization_config
         model = AutoModelForImageClassification.from_config(settings, trust_remote_code=False)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -20,12 +20,20 @@ from .load import Checkpoint
 
 REPORT_FILE = "snows_config.json"
 
-REPORT_KEYS = {
-    "source", "pattern", "sparsity", "layers", "dense_layers", "settings", "update", "criterion", "versions", "seed",
-    "samples", "calibration_data", "eval_data", "dense", "masked", "pruned", "parameters", "flops", "bytes", "seconds",
-    "hardware",
+DATA = {"name": str, "split": str}
+ACCURACY = {"top1": float, "top5": float, "images": int}
+RETRAINING = {
+    "epochs": int, "images": int, "data": DATA, "eval_data": [DATA, None], "before": [ACCURACY, None],
+    "after": [ACCURACY, None],
 }  # fmt: skip
-"""What the card reads of a report."""
+REPORT = {
+    "source": str, "pattern": str, "sparsity": float, "layers": list, "dense_layers": list, "settings": dict,
+    "update": bool, "criterion": dict, "versions": dict, "seed": int, "samples": int, "calibration_data": DATA,
+    "eval_data": [DATA, None], "dense": [ACCURACY, None], "masked": [ACCURACY, None], "pruned": [ACCURACY, None],
+    "parameters": {"total": int, "nonzero": int}, "flops": {"dense": float, "pruned": float}, "bytes": int,
+    "seconds": float, "hardware": str, "name": [str, None], "finetune": [RETRAINING, None],
+}  # fmt: skip
+"""Keys of a report and their types; a list names alternatives. What lies deeper its readers check."""
 
 PLACING = "placing"
 """A file of the work folder, from when the result begins to move to its place: what is there then is ours."""
@@ -150,15 +158,47 @@ def read_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(report, allow_nan=False)  # Python reads NaN and infinity, which are no JSON
     except FileNotFoundError:
         raise LoadError(
             f"{folder} has no {REPORT_FILE}.", "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(report, dict) or REPORT_KEYS - report.keys():
-        raise LoadError(f"{path} is not a report that this version of `snows-hf prune` writes.", "Prune again.")
+    if isinstance(report, dict) and "collapse" in report:
+        raise LoadError(
+            f"{folder} is what `snows-hf train` wrote; expected what `snows-hf prune` writes.",
+            "`snows-hf eval` and `snows-hf inspect` read it.",
+        )
+    if not isinstance(report, dict):
+        wrong = [f"a {type(report).__name__}"]
+    else:
+        keys = [key for key, kind in REPORT.items() if not is_a(report.get(key), kind)]
+        wrong = [f"its {key!r} is {report.get(key)!r:.60}" for key in keys]
+        earlier = report.get("earlier_finetunes", [])
+        if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
+            wrong.append("its 'earlier_finetunes' are no list of retrainings")
+    if wrong:
+        raise LoadError(
+            f"{path} is not a report that this version of `snows-hf prune` writes: {wrong[0]}.", "Prune again."
+        )
     return report
+
+
+def is_a(value: object, kind: Any) -> bool:
+    """Whether a value of JSON has a type, as in ``REPORT``."""
+    if isinstance(kind, list):
+        return any(is_a(value, one) for one in kind)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(is_a(value.get(key), one) for key, one in kind.items())
+    if kind in (int, float):  # to Python a bool is an int, and an int has no end, which a float cannot follow
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < 1e100
+    return value is None if kind is None else isinstance(value, kind)
+
+
+def retrainings(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What ``finetune`` has added to a report, the last one at the end; empty where there was none."""
+    return [*report.get("earlier_finetunes", []), report["finetune"]] if report.get("finetune") else []
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
