@@ -1,7 +1,7 @@
 """Mask criteria alone and under SNOWS, as one table: rows criteria, columns models and patterns.
 
-A cell is top-1 of the criterion alone (with its own update where it has one) → with SNOWS, and the seconds that each of
-the two took. Each is one run of the main job; runs that the log already holds are not repeated.
+A cell is top-1 of the criterion alone (with its own update where it has one) → with SNOWS, and the seconds that each
+of the two took. Each is one run of the main job; runs that the log already holds are not repeated.
 
     python benchmarks/criteria.py resnet20:2:4 resnet20:0.9 vit:1:4 --data FOLDER --samples 500 [--log FILE.jsonl]
 """
