@@ -1,5 +1,6 @@
 """Whatever is wrong: one message that says what and where, exit code 1, no traceback, and nothing left behind."""
 
+import io
 import json
 import struct
 import zlib
@@ -346,6 +347,24 @@ def test_code_of_a_model_is_not_run(run, tmp_path: Path) -> None:
     assert run("inspect", folder).code == 0
     unknown = run("inspect", edit_config(folder, model_type="evil", architectures=["Model"]))
     assert unknown.code == 1 and "Error: " in unknown.err and "Traceback" not in unknown.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["train", "--data", DIGITS, "--pattern", "0.5", "--epochs", 0, "--output", "out"]]
+)
+def test_code_of_an_image_processor_is_not_run(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[object]
+) -> None:
+    """Asked whether it may run, transformers would take what is on stdin for an answer."""
+    folder = copy_of(VIT, tmp_path / "m")
+    processor = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    write(folder / "preprocessor_config.json", json.dumps(processor))
+    write(folder / "evil.py", f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: ...\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    result = run(command[0], folder, *command[1:])
+    assert result.code == 1 and "Error: " in result.err and "Traceback" not in result.err
+    assert f"The repository {folder} contains custom code" in result.err
     assert not (tmp_path / "run").exists()
 
 

@@ -67,7 +67,7 @@ def _transformers(source: str, folder: Path, config: dict[str, Any]) -> Checkpoi
         if getattr(settings, "quantization_config", None) is not None:
             del settings.quantization_config
         model = AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, StrictDataclassError) as error:
         raise LoadError(f"transformers cannot build {source}: {one_line(error)}") from error
 

@@ -237,7 +237,7 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
             "Expected a checkpoint with a trained classification head, and the config.json that belongs to it.",
         )
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise LoadError(
             f"{source} has no usable preprocessor_config.json: {one_line(error)}",
