@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import Chain, build_chain, frozen, recorded_attention
 from .checks import find_device
+from .config import check_seed
 from .data import Preprocess, calibration_images, open_images
 from .describe import describe_data
 from .errors import AdapterError, ConfigError
@@ -70,6 +71,7 @@ def attention(
     names = [models] if isinstance(models, str) else list(models)
     if not names or images < 1:
         raise ConfigError(f"{len(names)} models and {images} images: expected at least one of each.")
+    check_seed(seed)
     output = Path(output)
     check_png(output)
     target = find_device(device)

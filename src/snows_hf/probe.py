@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_apart, find_device
+from .config import check_seed
 from .data import ImageSource, check_labels, label_map, labelled_batches, labelled_chunks, open_images, to_classes
 from .describe import describe_data
 from .errors import AdapterError, ConfigError, DataError, NumericsError
@@ -71,6 +72,7 @@ def probe(
         raise ConfigError("No model to probe.", "Name at least one Hub id or folder.")
     if samples is not None and samples < 2:
         raise ConfigError(f"samples = {samples}: a probe needs at least two training images.")
+    check_seed(seed)
     measured = data if eval_data is None else eval_data
     check_apart(data, train_split, measured, test_split, "Give --train-split or --test-split")
     target = find_device(device)

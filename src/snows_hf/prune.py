@@ -30,7 +30,7 @@ from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .journal import Record, open_journal
 from .masks import NM, Evidence, Masks, load_masks, split_by_fit
-from .memory import room
+from .memory import check_memory, room
 from .permutation import order_channels
 from .progress import LayerReport, Progress
 from .version import __version__
@@ -106,6 +106,7 @@ def prune(
     by_layer = by_sensitivity(asked)
     candidates: list[Candidate] = candidates_of(asked) if by_layer else [one_pattern(asked)]
     check_mask(asked.mask)
+    check_memory(memory)
     order_for(asked, candidates)
     solver_dtype = find_dtype(dtype)
     if format not in FORMATS:

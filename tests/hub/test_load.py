@@ -76,6 +76,20 @@ def test_timm_weights_keep_the_type_of_the_file(tiny_timm: Path, tmp_path: Path,
     assert {p.dtype for p in load(str(folder)).model.parameters()} == {dtype}
 
 
+def test_classes_without_a_name_are_called_by_their_number(tiny_timm: Path, tmp_path: Path) -> None:
+    counted_from_one = {str(i + 1): f"class {i}" for i in range(10)}
+    folder = edit_config(copy_of(VIT, tmp_path / "vit"), id2label=counted_from_one)
+    assert load(str(folder)).class_names == ("0", *(f"class {i}" for i in range(9)))
+    folder = edit_config(copy_of(tiny_timm, tmp_path / "timm"), label_names={"9": "last", "1": "second"})
+    assert load(str(folder)).class_names == ("0", "second", *"2345678", "last")
+
+
+def test_images_that_are_not_resized_have_the_users_size(tmp_path: Path) -> None:
+    folder = edit_config(copy_of(VIT, tmp_path / "m"), "preprocessor_config.json", do_resize=False)
+    checkpoint = load(str(folder))
+    assert checkpoint.preprocess([Image.new("RGB", (16, 16))]).shape == (1, 3, 16, 16)
+
+
 def test_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
