@@ -22,7 +22,7 @@ from .describe import describe_data, describe_hardware, versions
 from .errors import ConfigError, NumericsError
 from .evaluate import evaluate, logits_of
 from .hub.card import write_card
-from .hub.load import Checkpoint, load, short_name
+from .hub.load import Checkpoint, buffers_follow_weights, load, short_name
 from .hub.save import check_output, read_report, save_checkpoint, whole_folder
 from .journal import Journal, digest_of, open_journal
 from .prune import PruneResult
@@ -117,6 +117,7 @@ def finetune(
                     raise NumericsError(
                         f"Weight {name} has become NaN or infinite.", "Lower --lr, and give --restart."
                     )
+            buffers_follow_weights(network)
         after = measure()
         network.to("cpu")
 

@@ -25,7 +25,7 @@ from .errors import ConfigError
 from .evaluate import evaluate
 from .fitting import find_batches
 from .hub.card import write_card
-from .hub.load import Checkpoint, load
+from .hub.load import Checkpoint, buffers_follow_weights, load
 from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .journal import Record, open_journal
@@ -257,6 +257,7 @@ def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Ma
             beyond.append(name)
             tensor.data = tensor.data.double().clamp(-largest, largest)
         tensor.data = tensor.data.to(source.dtype)
+    buffers_follow_weights(network)
     return beyond
 
 

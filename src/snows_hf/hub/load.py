@@ -322,6 +322,7 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     for name, tensor in state.items():
         if name in stored:  # timm computes in float32 whatever the file has
             tensor.data = tensor.data.to(stored[name].dtype)
+    buffers_follow_weights(model)
     return of_timm(source, folder, config, model)
 
 
@@ -339,6 +340,14 @@ def of_timm(source: str, folder: Path, config: dict[str, Any], model: Any) -> Ch
         names = names_of(labels, model.num_classes) if labels else None
         preprocess = by_transform(model)
     return Checkpoint(source, folder, "timm", config, model.eval(), preprocess, None, names)
+
+
+def buffers_follow_weights(model: nn.Module) -> None:
+    """Casts what a model computes with, and no file holds, to the type of its weights: Swin's attention masks, say."""
+    dtype, kept = next(model.parameters()).dtype, model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name not in kept and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
 
 
 def names_of(labels: Any, count: int) -> tuple[str, ...]:
