@@ -10,10 +10,11 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from .accuracy import logits_of
 from .checks import DTYPES, find_device
+from .data import Name
 from .describe import describe_hardware
 from .errors import ConfigError
-from .evaluate import logits_of
 from .hub.load import load
 from .speed import accelerate, device_obstacle, linear_layers, obstacle
 
@@ -25,7 +26,7 @@ SECONDS = 1.0
 
 
 def bench(
-    source: str,
+    source: Name,
     batch_sizes: Sequence[int] = (1, 4, 16, 64, 256),
     dtype: str = "float16",
     device: str = "auto",
@@ -53,7 +54,7 @@ def bench(
     model = checkpoint.model.to(target, DTYPES[dtype]).requires_grad_(False)
     reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
     result: dict[str, Any] = {
-        "source": source,
+        "source": checkpoint.source,
         "device": describe_hardware(target),
         "dtype": dtype,
         "supported": True,

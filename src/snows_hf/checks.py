@@ -11,17 +11,17 @@ import torch
 from accelerate import InitProcessGroupKwargs
 from torch import Tensor
 
+from .accuracy import logits_of
 from .adapters import Chain, Group, frozen
-from .data import split_revision
+from .data import Name, split_revision
 from .errors import AdapterError, ConfigError, DataError, MaskError
-from .evaluate import logits_of
 from .masks.scores import criterion
 
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_apart(data: str, split: str, eval_data: str | None, eval_split: str, remedy: str) -> None:
+def check_apart(data: Name, split: str, eval_data: Name | None, eval_split: str, remedy: str) -> None:
     """Refuses to measure a model on the images that made it; None measures nothing.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .accuracy import accuracy_of
 from .adapters import build_chain
 from .allocation import Candidate, by_sensitivity, candidates_of
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
@@ -18,11 +19,10 @@ from .cascade import prune_chain
 from .checks import check_apart, check_mask, find_device, find_dtype, select_layers
 from .choices import alone, find_allocation, find_choice, find_first_masks, one_pattern, order_for
 from .config import preset as preset_for
-from .data import open_images
+from .data import Name, open_images
 from .describe import describe_data, describe_hardware, describe_layers, describe_run, describe_size, finite
 from .distributed import from_main, processes
 from .errors import ConfigError
-from .evaluate import evaluate
 from .fitting import find_batches
 from .hub.card import write_card
 from .hub.load import Checkpoint, buffers_follow_weights, load
@@ -49,12 +49,12 @@ class PruneResult:
 
 
 def prune(
-    model: str,
+    model: Name,
     pattern: str,
     *,
-    data: str | None = None,
+    data: Name | None = None,
     data_split: str = "train",
-    eval_data: str | None = None,
+    eval_data: Name | None = None,
     eval_split: str = "test",
     output: str | Path | None = None,
     device: str = "auto",
@@ -164,10 +164,10 @@ def prune(
 
             def found() -> Record:
                 on_stage(f"Measuring the {what} model on {eval_data} ({eval_split})")
-                accuracy = evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+                accuracy = accuracy_of(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
                 return Record({}, accuracy.to_dict())
 
-            name = f"accuracy-{what}-{hashlib.sha256(repr((eval_data, eval_split)).encode()).hexdigest()[:8]}"
+            name = f"accuracy-{what}-{hashlib.sha256(repr((evaluation.name, eval_split)).encode()).hexdigest()[:8]}"
             return journal.once(name, found).facts
 
         network.to(target)

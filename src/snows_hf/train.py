@@ -20,16 +20,16 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .accuracy import accuracy_of, logits_of
 from .adapters import build_chain
 from .augment import augmented
 from .calibration import class_labels
 from .checks import check_apart, check_mask, find_device
 from .collapse import find_collapse
 from .config import PruneConfig, TrainConfig
-from .data import ImageSource, calibration_examples, check_labels, open_images
+from .data import ImageSource, Name, calibration_examples, check_labels, open_images
 from .describe import describe_data, describe_hardware, versions
 from .errors import ConfigError
-from .evaluate import evaluate, logits_of
 from .hub.card import write_training_card
 from .hub.create import create
 from .hub.load import Checkpoint, short_name
@@ -41,13 +41,13 @@ from .version import __version__
 
 
 def train(
-    source: str,
-    data: str,
+    source: Name,
+    data: Name,
     pattern: str | None = None,
     *,
     output: str | Path | None = None,
     data_split: str = "train",
-    eval_data: str | None = None,
+    eval_data: Name | None = None,
     eval_split: str = "test",
     device: str = "auto",
     revision: str | None = None,
@@ -126,7 +126,7 @@ def train(
     accuracy = None
     if evaluation is not None:
         on_stage(f"Measuring it on {eval_data} ({eval_split})")
-        accuracy = evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+        accuracy = accuracy_of(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
     network.to("cpu")
 
     zeros = sum(int((chain.weight(name) == 0).sum()) for name in masks)

@@ -11,9 +11,9 @@ import torch
 from cases import CASES, Case
 from torch import Tensor, nn
 
+from snows_hf.accuracy import logits_of
 from snows_hf.adapters import Chain, State, base, build_chain, frozen
 from snows_hf.checks import check_chain
-from snows_hf.evaluate import logits_of
 from snows_hf.objective import Segment
 
 

@@ -1,6 +1,7 @@
 """An untrained network: of an architecture that timm knows by name, or of a checkpoint's configuration."""
 
 from collections.abc import Sequence
+from os import fspath
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
+from ..data import Name
 from ..errors import LoadError
 from .load import Checkpoint, find_folder, library_errors, library_of, of_timm, of_transformers, read_config, tried
 
 
-def create(source: str, class_names: Sequence[str] | None, seed: int, revision: str | None = None) -> Checkpoint:
+def create(source: Name, class_names: Sequence[str] | None, seed: int, revision: str | None = None) -> Checkpoint:
     """A classifier with random weights, and its preprocessing; the weights of ``source`` are never read.
 
     Args:
@@ -28,6 +30,7 @@ def create(source: str, class_names: Sequence[str] | None, seed: int, revision: 
     Raises:
         LoadError: neither, or the library cannot build it.
     """
+    source = fspath(source)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if timm.is_model(source) and not Path(source).exists():

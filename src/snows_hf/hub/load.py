@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from os import fspath
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
-from ..data import Preprocess
+from ..data import Name, Preprocess
 from ..errors import LoadError, NumericsError, SnowsError, one_line
 from ..remote import hub_errors
 from . import quantizer  # noqa: F401  registers packed files with transformers
@@ -57,18 +58,19 @@ class Checkpoint:
     class_names: tuple[str, ...] | None
 
 
-def local_folder(source: str) -> Path | None:
+def local_folder(source: Name) -> Path | None:
     """The folder that a model's name means, whether or not it exists; None for a repository on the Hub."""
+    source = fspath(source)
     folder = Path(expanduser(source.removeprefix("local-dir:")))
     if source.startswith("hf-hub:"):
         return None
     return folder if folder.exists() or source.startswith(("local-dir:", ".", "/", "~")) else None
 
 
-def short_name(source: str) -> str:
+def short_name(source: Name) -> str:
     """A Hub id as it is; of a folder only the last part, so that what is published names no path of the machine."""
     folder = local_folder(source)
-    return source.removeprefix("hf-hub:") if folder is None else folder.resolve().name
+    return fspath(source).removeprefix("hf-hub:") if folder is None else folder.resolve().name
 
 
 def distinct_names(sources: Sequence[str]) -> list[str]:
@@ -77,7 +79,7 @@ def distinct_names(sources: Sequence[str]) -> list[str]:
     return names if len({*names}) == len({*sources}) else list(sources)
 
 
-def find_folder(source: str, revision: str | None = None) -> Path:
+def find_folder(source: Name, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional).
 
     Raises:
@@ -89,7 +91,7 @@ def find_folder(source: str, revision: str | None = None) -> Path:
             fault = "is a file" if local.exists() else "does not exist"
             raise LoadError(f"Model folder {local} {fault}.", "Give a folder with config.json and *.safetensors.")
         return local
-    name = source.removeprefix("hf-hub:")
+    name = fspath(source).removeprefix("hf-hub:")
     with hub_errors(LoadError, "model", name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         # Wanted, and no reason to fail: an older snapshot in the cache may not have them.
@@ -207,7 +209,7 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
         raise LoadError(f"{what}: {type(error).__name__}: {one_line(error)}", remedy) from error
 
 
-def load(source: str, revision: str | None = None) -> Checkpoint:
+def load(source: Name, revision: str | None = None) -> Checkpoint:
     """Loads a classifier and its preprocessing.
 
     Args:
@@ -218,6 +220,7 @@ def load(source: str, revision: str | None = None) -> Checkpoint:
         LoadError: not found, not safetensors, corrupt, not an image classifier, or its preprocessing does not fit.
         NumericsError: a weight, or an image that was prepared, is NaN or infinite.
     """
+    source = fspath(source)
     folder = find_folder(source, revision)
     config = read_config(folder)
     library = library_of(config, folder)
