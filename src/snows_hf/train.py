@@ -29,6 +29,7 @@ from .collapse import find_collapse
 from .config import PruneConfig, TrainConfig
 from .data import ImageSource, Name, calibration_examples, check_labels, open_images
 from .describe import describe_data, describe_hardware, versions
+from .distributed import processes
 from .errors import ConfigError
 from .hub.card import write_training_card
 from .hub.create import create
@@ -65,7 +66,7 @@ def train(
         data_split: split of ``data``.
         eval_data: labelled images on which accuracy is measured at the end; None measures nothing.
         eval_split: split of ``eval_data``.
-        device: ``auto`` (what accelerate finds), ``cpu`` or ``cuda``.
+        device: ``auto`` (what torch finds), ``cpu`` or ``cuda``.
         revision: of ``source`` on the Hub.
         on_stage: called with a line of text when a new stage begins, after each epoch, and for each collapsed layer.
         **settings: by the names of :class:`~snows_hf.config.TrainConfig`.
@@ -252,7 +253,6 @@ def fit(
     Raises:
         NumericsError: a loss is not finite.
     """
-    accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
     examples = torch.utils.data.TensorDataset(images, labels)
     with torch.random.fork_rng(), fixed(network, {name: ~mask for name, mask in masks.items()}):
         torch.manual_seed(config.seed)
@@ -260,11 +260,15 @@ def fit(
         loader: Any = torch.utils.data.DataLoader(
             examples, config.batch_size, shuffle=True, drop_last=len(examples) % config.batch_size == 1
         )
-        model, optimizer, loader = accelerator.prepare(network, sgd(network, config), loader)
+        model, optimizer = network, sgd(network, config)
+        if processes() > 1:
+            accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         each = max(1, len(loader))
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             for step, (batch, classes) in enumerate(loader, epoch * each):
+                batch, classes = batch.to(device), classes.to(device)
                 set_rate(optimizer, config.lr * factor(step, config.epochs * each, config.schedule))
                 yield augmented(batch, seed_of(config.seed, step)) if config.augment else batch, classes
 
