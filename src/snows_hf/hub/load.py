@@ -14,7 +14,7 @@ from typing import Any
 import PIL.Image
 import timm
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -127,6 +127,19 @@ def check_download(name: str, snapshot: Path) -> None:
             )
 
 
+def check_whole(source: str, revision: str | None, snapshot: Path, library: str) -> None:
+    """Asks the Hub where a snapshot lacks a file: without a connection the cache has given all that it holds.
+
+    Raises:
+        LoadError: the Hub does not answer.
+    """
+    wanted = ["*.safetensors", *(["preprocessor_config.json"] if library == "transformers" else [])]
+    if not all(any(snapshot.glob(pattern)) for pattern in wanted):
+        name = source.removeprefix("hf-hub:")
+        with hub_errors(LoadError, "model", name, revision):
+            model_info(name, revision=revision)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The contents of a checkpoint's config.json.
 
@@ -224,6 +237,8 @@ def load(source: Name, revision: str | None = None) -> Checkpoint:
     folder = find_folder(source, revision)
     config = read_config(folder)
     library = library_of(config, folder)
+    if local_folder(source) is None:
+        check_whole(source, revision, folder, library)
     check_weights(folder)
     if (folder / PACKED_FILE).is_file():
         config.pop("quantization_config", None)
