@@ -42,10 +42,10 @@ def copy_of(source: Path, folder: Path, without: tuple[str, ...] = ()) -> Path:
     return shutil.copytree(source, folder, ignore=lambda *_: without)
 
 
-def edit_config(folder: Path, **changes: Any) -> Path:
-    """Sets keys of config.json; None removes one."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+def edit_config(folder: Path, name: str = "config.json", /, **changes: Any) -> Path:
+    """Sets keys of config.json, or of another such file; None removes one."""
+    config = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     return folder
 
 

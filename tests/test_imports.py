@@ -14,8 +14,8 @@ ALGORITHM = (
     "objective preconditioner progress solver streams"
 )
 STEPS = "calibration checks choices describe fitting permutation training"
-JOBS = "attention bench finetune inspect probe prune report sensitivity train"
-EVERYTHING_BUT_CLI = f"{ALGORITHM} {STEPS} {JOBS} data evaluate flops hub remote speed version"
+JOBS = "attention bench evaluate finetune inspect probe prune report sensitivity train"
+EVERYTHING_BUT_CLI = f"{ALGORITHM} {STEPS} {JOBS} accuracy data flops hub remote speed version"
 MAY_IMPORT = {
     "errors": "",
     "version": "",
@@ -38,12 +38,12 @@ MAY_IMPORT = {
     "collapse": "adapters masks",
     "remote": "errors",
     "data": "config errors remote",
-    "evaluate": "data errors masks",
+    "accuracy": "data errors",
     "hub": "hub config data errors journal models remote version",
     "flops": "adapters",
     "speed": "masks",
     "training": "config errors",
-    "checks": "adapters data errors evaluate masks",
+    "checks": "accuracy adapters data errors masks",
     "calibration": "adapters checks config data distributed flops hub journal masks memory",
     "describe": "adapters config data hub journal masks progress version",
     "fitting": (

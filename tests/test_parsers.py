@@ -1,19 +1,22 @@
 """Whatever stands in a file or an option: it is read, or refused by an error of ours."""
 
 import json
+import math
 import tempfile
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from embedded import RESNET, VIT, copy_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snows_hf.cli.prune import default_output, read_settings
 from snows_hf.config import PruneConfig
 from snows_hf.data import split_revision
-from snows_hf.errors import ConfigError, LoadError, PatternError
-from snows_hf.hub.load import library_of, read_config, short_name
+from snows_hf.errors import ConfigError, LoadError, PatternError, SnowsError
+from snows_hf.hub.load import library_of, load, read_config, short_name
 from snows_hf.journal import Journal
 from snows_hf.masks import parse_pattern
 
@@ -69,6 +72,48 @@ def test_config_files(content: bytes) -> None:
             assert library_of(read_config(Path(folder)), Path(folder)) in ("timm", "transformers")
         except LoadError as error:
             assert error.message
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Tiny checkpoints of both libraries."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    timm.models.save_for_hf(model, str(folder / "timm"), {"label_names": ["a"] * 1000}, safe_serialization=True)
+    return [copy_of(VIT, folder / "vit"), copy_of(RESNET, folder / "resnet"), folder / "timm"]
+
+
+# No large numbers: what they ask for would be made.
+ODD = st.recursive(
+    st.sampled_from([None, True, False, -1, 0, 1, 3, 17, -1.0, 0.5, math.nan, math.inf, "", "x", "17", "float16"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["", "1", "height"]), inner, max_size=2)
+    ),
+    max_leaves=3,
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_configurations(folders: list[Path], data: st.DataObject) -> None:
+    """However the configuration of a checkpoint is damaged, it is loaded, or refused."""
+    folder = data.draw(st.sampled_from(folders))
+    path = data.draw(st.sampled_from(sorted(folder.glob("*config.json"))))
+    content = path.read_text()
+    config = json.loads(content)
+    for _ in range(data.draw(st.integers(1, 2))):
+        part = data.draw(st.sampled_from([config, *(v for v in config.values() if isinstance(v, dict) and v)]))
+        part[data.draw(st.sampled_from([*part, "auto_map", "quantization_config", "attn_implementation"]))] = (
+            data.draw(ODD)
+        )
+    try:
+        path.write_text(json.dumps(config))
+        load(str(folder))
+    except SnowsError as error:
+        assert error.message
+    finally:
+        path.write_text(content)
 
 
 @settings(max_examples=200, deadline=None)

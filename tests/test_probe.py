@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import DeiTForImageClassificationWithTeacher
 
 from snows_hf import probe
+from snows_hf.accuracy import logits_of
 from snows_hf.data import ImageSource, describe_rows
 from snows_hf.errors import AdapterError, ConfigError, DataError
-from snows_hf.evaluate import logits_of
 from snows_hf.probe import (
     STRENGTHS,
     choose_strength,

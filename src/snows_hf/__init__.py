@@ -3,11 +3,13 @@
 Importing it registers the CIFAR ResNets with timm, and packed files with transformers.
 """
 
+from .accuracy import Accuracy
 from .adapters import build_chain
 from .attention import attention
 from .config import FinetuneConfig, PruneConfig, SolverConfig, TrainConfig
+from .data import Name
 from .errors import SnowsError
-from .evaluate import Accuracy, evaluate
+from .evaluate import evaluate
 from .finetune import finetune
 from .hub.load import Checkpoint, load
 from .hub.push import Pushed, push
@@ -22,7 +24,7 @@ from .train import train
 from .version import __version__
 
 
-def from_pretrained(source: str, revision: str | None = None) -> Checkpoint:
+def from_pretrained(source: Name, revision: str | None = None) -> Checkpoint:
     """Loads a checkpoint, packed or not, from the Hub or a folder: see :func:`snows_hf.hub.load.load`."""
     return load(source, revision)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from .adapters import Chain, build_chain, frozen, recorded_attention
 from .checks import find_device
-from .data import Preprocess, calibration_images, open_images
+from .config import check_seed
+from .data import Name, Preprocess, calibration_images, open_images
 from .describe import describe_data
 from .errors import AdapterError, ConfigError
 from .hub.load import distinct_names, load
@@ -34,8 +36,8 @@ class AttentionMaps:
 
 
 def attention(
-    models: str | Sequence[str],
-    data: str,
+    models: Name | Sequence[Name],
+    data: Name,
     *,
     output: str | Path,
     split: str = "test",
@@ -67,9 +69,10 @@ def attention(
         SnowsError: bad settings, a model without such attention, models whose maps differ in size, or an output that
             cannot be written.
     """
-    names = [models] if isinstance(models, str) else list(models)
+    names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
     if not names or images < 1:
         raise ConfigError(f"{len(names)} models and {images} images: expected at least one of each.")
+    check_seed(seed)
     output = Path(output)
     check_png(output)
     target = find_device(device)

@@ -10,10 +10,11 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from .accuracy import logits_of
 from .checks import find_device
+from .data import Name
 from .describe import describe_hardware
 from .errors import ConfigError
-from .evaluate import logits_of
 from .hub.load import load
 from .memory import out_of_memory
 from .speed import accelerate, device_obstacle, linear_layers, obstacle
@@ -26,7 +27,7 @@ SECONDS = 1.0
 
 
 def bench(
-    source: str,
+    source: Name,
     batch_sizes: Sequence[int] = (1, 4, 16, 64, 256),
     dtype: str = "float16",
     device: str = "auto",
@@ -55,7 +56,7 @@ def bench(
     model = checkpoint.model.to(target, getattr(torch, dtype)).requires_grad_(False)
     reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
     result: dict[str, Any] = {
-        "source": source,
+        "source": checkpoint.source,
         "device": describe_hardware(target),
         "dtype": dtype,
         "supported": True,

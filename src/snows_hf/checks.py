@@ -11,10 +11,10 @@ import torch
 from accelerate import InitProcessGroupKwargs
 from torch import Tensor
 
+from .accuracy import logits_of
 from .adapters import Chain, Group, frozen
-from .data import split_revision
+from .data import Name, split_revision
 from .errors import AdapterError, ConfigError, DataError, MaskError
-from .evaluate import logits_of
 from .masks.scores import criterion
 
 
@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 """To compute in. Not float16: a mean over a batch's outputs has derivatives below its smallest number."""
 
 
-def check_apart(data: str, split: str, eval_data: str | None, eval_split: str, remedy: str) -> None:
+def check_apart(data: Name, split: str, eval_data: Name | None, eval_split: str, remedy: str) -> None:
     """Refuses to measure a model on the images that made it; None measures nothing.
 
     Raises:
@@ -63,7 +63,7 @@ def find_dtype(name: str) -> torch.dtype:
 
 
 def find_device(device: str) -> torch.device:
-    """``auto`` is what accelerate finds.
+    """``auto`` is the accelerator that torch finds, else the CPU; of several processes each gets one of its own.
 
     Raises:
         ConfigError: an unknown name, or a device that this machine has not.
@@ -72,12 +72,15 @@ def find_device(device: str) -> torch.device:
         raise ConfigError(f"Device {device!r}: expected auto, cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("Device cuda was asked for, and torch finds none here.", "Use --device cpu.")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate would keep to the first device that was asked for
+        found = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
     # While the main process measures or saves, the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # Where several processes were started and there is no CUDA, accelerate must be told that they shall use CPUs.
-    cpu = device == "cpu" or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available())
-    found = accelerate.Accelerator(cpu=cpu, kwargs_handlers=[patience]).device
-    return torch.device("cpu") if found.type == "cpu" else found
+    # Where there is no CUDA, accelerate must be told that they shall use CPUs.
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    own = accelerate.Accelerator(cpu=cpu, kwargs_handlers=[patience]).device
+    return torch.device("cpu") if own.type == "cpu" else own
 
 
 def select_layers(chain: Chain, globs: tuple[str, ...]) -> list[Group]:

@@ -11,6 +11,14 @@ def _check(condition: bool, name: str, value: object, expected: str) -> None:
         raise ConfigError(f"Setting {name} = {value!r}: expected {expected}.")
 
 
+def check_seed(seed: int) -> None:
+    """
+    Raises:
+        ConfigError: not a number that all generators take, also a thousand times and with steps added.
+    """
+    _check(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2^32 - 1")
+
+
 @dataclass(frozen=True)
 class _Settings:
     """What settings have in common."""
@@ -180,6 +188,7 @@ class PruneConfig(_Settings):
         _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")
         _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
         _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
+        check_seed(self.seed)
 
     @property
     def gradual_steps(self) -> int:
@@ -252,6 +261,7 @@ class FinetuneConfig(_Settings):
         _check(0 <= self.distillation <= 1, "distillation", self.distillation, "a number from 0 to 1")
         _check(self.temperature > 0, "temperature", self.temperature, "a number > 0")
         _check(self.samples is None or self.samples >= 2, "samples", self.samples, "an integer ≥ 2")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -302,6 +312,7 @@ class TrainConfig(_Settings):
         _check(self.schedule in ("cosine", "step"), "schedule", self.schedule, "'cosine' or 'step'")
         _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number ≥ 0")
+        check_seed(self.seed)
 
 
 _PAPER = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from os import PathLike, fspath
 from os.path import expanduser  # unlike Path's, it leaves a ~name that is nobody's as it is
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,9 @@ from .remote import hub_errors
 
 Preprocess = Callable[[Sequence[Any]], Tensor]
 """RGB PIL images → pixel values (n, 3, height, width)."""
+
+Name = str | PathLike[str]
+"""What a user calls a model or data by: a folder, or an id on the Hub."""
 
 Rows = list[tuple[int, dict[str, Any]]]
 """Rows of a dataset with their numbers."""
@@ -65,13 +69,14 @@ class ImageSource:
         return None if isinstance(self.rows, datasets.IterableDataset) else len(self.rows)
 
 
-def open_images(name: str, split: str) -> ImageSource:
+def open_images(name: Name, split: str) -> ImageSource:
     """Opens a split of ``name``: an existing folder (images by class, or parquet), or else a Hub dataset
     (``USER/NAME`` or ``USER/NAME@REVISION``), streamed; in offline mode as the cache has it.
 
     Raises:
         DataError: nothing there, no such split, no image column, or no access.
     """
+    name = fspath(name)
     local = Path(expanduser(name))
     if local.is_file():
         raise DataError(f"Data {name} is a file.", "Give the folder that holds it, or a Hub dataset as USER/NAME.")
@@ -98,8 +103,9 @@ def _load_folder(name: str, folder: Path) -> Any:
         ) from error
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
+def split_revision(name: Name) -> tuple[str, str | None]:
     """``USER/NAME@REVISION`` → ``(USER/NAME, REVISION)``; a folder may have an @ in its name."""
+    name = fspath(name)
     if Path(expanduser(name)).exists():
         return name, None
     repository, _, revision = name.partition("@")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapters import Chain, Group
 from .config import PruneConfig
-from .data import split_revision
+from .data import Name, split_revision
 from .hub.load import Checkpoint, short_name
 from .journal import Digest, checksum, digest_of
 from .masks import Masks, Pattern, PerLayer, split_by_fit
@@ -111,7 +111,7 @@ def describe_size(network: nn.Module, masks: Masks, flops: dict[str, int]) -> di
     }
 
 
-def describe_data(data: str | None, split: str) -> dict[str, str | None] | None:
+def describe_data(data: Name | None, split: str) -> dict[str, str | None] | None:
     """What the report says of a dataset: of a folder only its last name; None of none."""
     if data is None:
         return None

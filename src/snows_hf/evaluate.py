@@ -1,74 +1,38 @@
-"""Accuracy on a labelled split."""
+"""The accuracy of a checkpoint, dense or pruned."""
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-
-from .data import ImageSource, Preprocess, label_map, labelled_batches, to_classes
-from .errors import DataError
+from .accuracy import Accuracy, accuracy_of
+from .checks import find_device
+from .data import Name, open_images
+from .hub.load import load
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Shares of images, in per cent, whose class is the highest, or among the five highest, logits.
-
-    ``confusion`` counts them by true and predicted class: ``"3 5"`` those of class 3 that were taken for 5, by the
-    model's numbers; pairs that never occur are left out.
-    """
-
-    top1: float
-    top5: float
-    images: int
-    confusion: Mapping[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (n, classes), whichever way the library wraps them."""
-    output = model(images)
-    return output if isinstance(output, Tensor) else output.logits
-
-
-@torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    source: ImageSource,
-    preprocess: Preprocess,
-    class_names: tuple[str, ...] | None = None,
-    batch_size: int = 64,
+    model: Name,
+    data: Name,
+    *,
+    split: str = "test",
+    device: str = "auto",
+    revision: str | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Accuracy:
-    """Top-1 and top-5 accuracy of a classifier on all images of a split.
+    """Measures top-1 and top-5 accuracy on all images of a split.
+
+    Args:
+        model: Hub id or folder.
+        data: labelled images: Hub data set, image folder or folder of parquet.
+        split: of ``data``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        revision: of the model on the Hub.
+        on_stage: called with a line of text when a new stage begins.
 
     Raises:
-        DataError: no labels, labels that do not match the model's classes, or no image.
+        SnowsError: no such model or data, no labels, or labels that do not match the model's classes.
     """
-    training = model.training
-    parameter = next(model.parameters())
-    classes: Tensor | None = None
-    top1 = top5 = images = 0
-    confusion: Counter[str] = Counter()
-    model.eval()
-    try:
-        for pixels, labels in labelled_batches(source, preprocess, batch_size):
-            logits = logits_of(model, pixels.to(parameter.device, parameter.dtype))
-            if classes is None:
-                classes = label_map(source.class_names, class_names, logits.shape[1], source.name)
-            ranked = logits.float().topk(min(5, logits.shape[1])).indices.cpu()
-            wanted = to_classes(labels, classes, source)
-            hits = ranked == wanted[:, None]
-            pairs = zip(wanted.tolist(), ranked[:, 0].tolist(), strict=True)
-            confusion.update(f"{true} {predicted}" for true, predicted in pairs)
-            top1 += int(hits[:, 0].sum())
-            top5 += int(hits.any(1).sum())
-            images += len(labels)
-    finally:
-        model.train(training)
-    if images == 0:
-        raise DataError(f"Data {source.name} ({source.split}) is empty.")
-    return Accuracy(100 * top1 / images, 100 * top5 / images, images, dict(confusion))
+    target = find_device(device)
+    on_stage(f"Loading {model}")
+    checkpoint = load(model, revision)
+    source = open_images(data, split)
+    on_stage(f"Measuring it on {data} ({split})")
+    return accuracy_of(checkpoint.model.to(target), source, checkpoint.preprocess, checkpoint.class_names)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .accuracy import accuracy_of, logits_of
 from .adapters import build_chain
 from .augment import augmented
 from .calibration import class_labels
 from .checks import check_apart, find_device
 from .config import FinetuneConfig
-from .data import ImageSource, drawn_labelled, open_images, pictures
+from .data import ImageSource, Name, drawn_labelled, open_images, pictures
 from .describe import describe_data, describe_hardware, versions
 from .errors import ConfigError, NumericsError
-from .evaluate import evaluate, logits_of
 from .hub.card import write_card
-from .hub.load import Checkpoint, load, short_name
+from .hub.load import Checkpoint, buffers_follow_weights, load, short_name
 from .hub.save import check_output, read_report, retrainings, save_checkpoint, whole_folder
 from .journal import Journal, digest_of, open_journal
 from .prune import PruneResult
@@ -31,14 +32,14 @@ from .version import __version__
 
 
 def finetune(
-    model: str,
-    data: str,
+    model: Name,
+    data: Name,
     *,
     output: str | Path,
     data_split: str = "train",
-    eval_data: str | None = None,
+    eval_data: Name | None = None,
     eval_split: str = "test",
-    teacher: str | None = None,
+    teacher: Name | None = None,
     device: str = "auto",
     revision: str | None = None,
     restart: bool = False,
@@ -60,7 +61,7 @@ def finetune(
         eval_split: of ``eval_data``.
         teacher: Hub id or folder of a model with the same classes and preprocessing, the dense one say, whose logits
             the student learns from too.
-        device: ``auto`` (what accelerate finds), ``cpu`` or ``cuda``.
+        device: ``auto`` (what torch finds), ``cpu`` or ``cuda``.
         revision: of the model on the Hub.
         restart: begin anew where an earlier call was broken off.
         on_stage: called with a line of text when a new stage begins, and after each epoch.
@@ -91,7 +92,7 @@ def finetune(
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     run = {
         "settings": config.to_dict(),
-        "data": [data, data_split, len(labels)],
+        "data": [fspath(data), data_split, len(labels)],
         "model": digest_of(network.state_dict()),
         "teacher": digest_of(tutor.model.state_dict()) if tutor else None,
     }
@@ -102,7 +103,7 @@ def finetune(
             if evaluation is None:
                 return None
             on_stage(f"Measuring it on {eval_data} ({eval_split})")
-            return evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names).to_dict()
+            return accuracy_of(network, evaluation, checkpoint.preprocess, checkpoint.class_names).to_dict()
 
         network.to(target)
         before = measure()
@@ -117,6 +118,7 @@ def finetune(
                     raise NumericsError(
                         f"Weight {name} has become NaN or infinite.", "Lower --lr, and give --restart."
                     )
+            buffers_follow_weights(network)
         after = measure()
         network.to("cpu")
 

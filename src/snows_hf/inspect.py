@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .adapters import build_chain
+from .data import Name
 from .errors import PatternError
 from .hub.load import load
 from .hub.save import REPORT_FILE
@@ -16,7 +17,7 @@ from .masks import NM, Unstructured, parse_pattern
 COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
 
 
-def inspect(source: str, operations: bool = False, revision: str | None = None) -> dict[str, Any]:
+def inspect(source: Name, operations: bool = False, revision: str | None = None) -> dict[str, Any]:
     """Measures a checkpoint's sparsity on its tensors; the metadata only say which pattern to look for.
 
     Args:
@@ -76,7 +77,7 @@ def inspect(source: str, operations: bool = False, revision: str | None = None) 
             }
         )
     result = {
-        "source": source,
+        "source": checkpoint.source,
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
         "pattern": title,

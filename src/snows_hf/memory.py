@@ -153,6 +153,15 @@ def available(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     return max(free, 0)
 
 
+def check_memory(memory: float | None) -> None:
+    """
+    Raises:
+        ConfigError: not a budget at all.
+    """
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(f"Setting memory = {memory}: expected a number of GB above 0.")
+
+
 def room(memory: float | None) -> int | None:
     """Bytes of main memory that are left of a budget of ``memory`` GB for this process; None without a budget.
 

@@ -2,17 +2,28 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from os import PathLike, fspath
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .accuracy import logits_of
 from .checks import check_apart, find_device
-from .data import ImageSource, check_labels, label_map, labelled_batches, labelled_chunks, open_images, to_classes
+from .config import check_seed
+from .data import (
+    ImageSource,
+    Name,
+    check_labels,
+    label_map,
+    labelled_batches,
+    labelled_chunks,
+    open_images,
+    to_classes,
+)
 from .describe import describe_data
 from .errors import AdapterError, ConfigError, DataError, NumericsError
-from .evaluate import logits_of
 from .hub.load import load
 
 
@@ -30,11 +41,11 @@ Z95 = 1.959963984540054
 
 
 def probe(
-    models: str | Sequence[str],
-    data: str,
+    models: Name | Sequence[Name],
+    data: Name,
     *,
     train_split: str = "train",
-    eval_data: str | None = None,
+    eval_data: Name | None = None,
     test_split: str = "test",
     samples: int | None = None,
     seed: int = 0,
@@ -66,11 +77,12 @@ def probe(
     Raises:
         SnowsError: bad settings, no such model or data, or classes that do not match.
     """
-    names = [models] if isinstance(models, str) else list(models)
+    names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
     if not names:
         raise ConfigError("No model to probe.", "Name at least one Hub id or folder.")
     if samples is not None and samples < 2:
         raise ConfigError(f"samples = {samples}: a probe needs at least two training images.")
+    check_seed(seed)
     measured = data if eval_data is None else eval_data
     check_apart(data, train_split, measured, test_split, "Give --train-split or --test-split")
     target = find_device(device)

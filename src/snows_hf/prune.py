@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .accuracy import accuracy_of
 from .adapters import build_chain
 from .allocation import Candidate, by_sensitivity, candidates_of
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
@@ -18,19 +19,18 @@ from .cascade import prune_chain
 from .checks import check_apart, check_mask, find_device, find_dtype, select_layers
 from .choices import alone, find_allocation, find_choice, find_first_masks, one_pattern, order_for
 from .config import preset as preset_for
-from .data import open_images
+from .data import Name, open_images
 from .describe import describe_data, describe_hardware, describe_layers, describe_run, describe_size, finite
 from .distributed import from_main, processes
 from .errors import ConfigError
-from .evaluate import evaluate
 from .fitting import find_batches
 from .hub.card import write_card
-from .hub.load import Checkpoint, load
+from .hub.load import Checkpoint, buffers_follow_weights, load
 from .hub.repack import pack_into
 from .hub.save import check_output, save_checkpoint, whole_folder
 from .journal import Record, digest_of, open_journal
 from .masks import NM, Evidence, Masks, load_masks, split_by_fit
-from .memory import room
+from .memory import check_memory, room
 from .permutation import order_channels
 from .progress import LayerReport, Progress
 from .version import __version__
@@ -49,12 +49,12 @@ class PruneResult:
 
 
 def prune(
-    model: str,
+    model: Name,
     pattern: str,
     *,
-    data: str | None = None,
+    data: Name | None = None,
     data_split: str = "train",
-    eval_data: str | None = None,
+    eval_data: Name | None = None,
     eval_split: str = "test",
     output: str | Path | None = None,
     device: str = "auto",
@@ -84,7 +84,7 @@ def prune(
         eval_data: labelled images on which dense, masked and pruned accuracy are measured; None measures nothing.
         eval_split: split of ``eval_data``.
         output: folder to save to, absent or empty; None saves nothing.
-        device: ``auto`` (what accelerate finds), ``cpu`` or ``cuda``.
+        device: ``auto`` (what torch finds), ``cpu`` or ``cuda``.
         dtype: in which the solver computes; the result is saved in the checkpoint's own dtypes.
         revision: of the model on the Hub.
         memory: budget of main memory for this process, in GB. Batches are made small enough for it, and activations
@@ -106,6 +106,7 @@ def prune(
     by_layer = by_sensitivity(asked)
     candidates: list[Candidate] = candidates_of(asked) if by_layer else [one_pattern(asked)]
     check_mask(asked.mask)
+    check_memory(memory)
     order_for(asked, candidates)
     solver_dtype = find_dtype(dtype)
     if format not in FORMATS:
@@ -164,10 +165,10 @@ def prune(
 
             def found() -> Record:
                 on_stage(f"Measuring the {what} model on {eval_data} ({eval_split})")
-                accuracy = evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+                accuracy = accuracy_of(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
                 return Record({}, accuracy.to_dict())
 
-            name = f"accuracy-{what}-{hashlib.sha256(repr((eval_data, eval_split)).encode()).hexdigest()[:8]}"
+            name = f"accuracy-{what}-{hashlib.sha256(repr((evaluation.name, eval_split)).encode()).hexdigest()[:8]}"
             return journal.once(name, found).facts
 
         network.to(target)
@@ -257,6 +258,7 @@ def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Ma
             beyond.append(name)
             tensor.data = tensor.data.double().clamp(-largest, largest)
         tensor.data = tensor.data.to(source.dtype)
+    buffers_follow_weights(network)
     return beyond
 
 

@@ -83,7 +83,10 @@ def explain(
             f"{what} cannot be pushed to the Hub: {_shown(error)}",
             "Check the name and the connection, and repeat it.",
         )
-    return f"{what} is no folder here, and cannot be read from the Hub: {_shown(error)}", REACH
+    return (
+        f"{what} is no folder here, is not whole in the cache, and cannot be read from the Hub: {_shown(error)}",
+        REACH,
+    )
 
 
 def _get_a_token(rights: str = "") -> str:

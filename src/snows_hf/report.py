@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adapters import build_chain
 from .attention import attention
-from .data import calibration_images, open_images
+from .data import Name, calibration_images, open_images
 from .errors import AdapterError, ConfigError, LoadError, SaveError, one_line
 from .hub.load import Checkpoint, load, local_folder, short_name
 from .hub.packed import pack_tensor
@@ -47,11 +47,11 @@ LISTED = 20
 
 
 def report(
-    model: str | Path,
+    model: Name,
     *,
     output: str | Path | None = None,
-    dense: str | None = None,
-    data: str | None = None,
+    dense: Name | None = None,
+    data: Name | None = None,
     split: str = "test",
     images: int = 4,
     revision: str | None = None,
@@ -81,10 +81,10 @@ def report(
     """
     if images < 1:
         raise ConfigError(f"{images} images: expected at least one.")
-    if output is None and local_folder(str(model)) is None:
+    if output is None and local_folder(model) is None:
         raise ConfigError(f"{model} is no folder here, in which a report could be put.", "Give --output.")
     on_stage(f"Loading {model}")
-    checkpoint = load(str(model))
+    checkpoint = load(model)
     found = described(checkpoint)
     folder = checkpoint.folder if output is None else Path(output)
     if output is not None and not folder.is_dir():
@@ -107,7 +107,7 @@ def report(
 
 
 def compare(
-    models: Sequence[str | Path],
+    models: Sequence[Name],
     *,
     output: str | Path | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
@@ -136,7 +136,7 @@ def compare(
     rows = []
     for model in models:
         on_stage(f"Loading {model}")
-        checkpoint = load(str(model))
+        checkpoint = load(model)
         with understood(checkpoint.folder):
             rows.append({"model": str(model)} | summary_of(described(checkpoint)))
     count = Counter(row["name"] for row in rows)
@@ -247,9 +247,9 @@ def class_changes(
 
 def attention_picture(
     checkpoint: Checkpoint,
-    dense: str | None,
+    dense: Name | None,
     revision: str | None,
-    data: str,
+    data: Name,
     split: str,
     images: int,
     device: str,

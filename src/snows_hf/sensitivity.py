@@ -12,7 +12,7 @@ from .allocation import IMAGES, Sensitivity, layer_sensitivities
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .checks import check_mask, find_device, find_dtype, select_layers
 from .config import preset as preset_for
-from .data import open_images
+from .data import Name, open_images
 from .describe import describe_data, finite
 from .errors import ConfigError, SaveError
 from .fitting import fit_criterion, fit_sensitivity
@@ -24,10 +24,10 @@ DEFAULT_PATTERNS = "0.5,0.6,0.7,0.8,0.9,0.95"
 
 
 def sensitivity(
-    model: str,
+    model: Name,
     patterns: str = DEFAULT_PATTERNS,
     *,
-    data: str | None = None,
+    data: Name | None = None,
     data_split: str = "train",
     device: str = "auto",
     dtype: str = "float32",

@@ -20,16 +20,17 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .accuracy import accuracy_of, logits_of
 from .adapters import build_chain
 from .augment import augmented
 from .calibration import class_labels
 from .checks import check_apart, check_mask, find_device
 from .collapse import find_collapse
 from .config import PruneConfig, TrainConfig
-from .data import ImageSource, calibration_examples, check_labels, open_images
+from .data import ImageSource, Name, calibration_examples, check_labels, open_images
 from .describe import describe_data, describe_hardware, versions
+from .distributed import processes
 from .errors import ConfigError
-from .evaluate import evaluate, logits_of
 from .fitting import fit_criterion
 from .hub.card import write_training_card
 from .hub.create import create
@@ -42,13 +43,13 @@ from .version import __version__
 
 
 def train(
-    source: str,
-    data: str,
+    source: Name,
+    data: Name,
     pattern: str | None = None,
     *,
     output: str | Path | None = None,
     data_split: str = "train",
-    eval_data: str | None = None,
+    eval_data: Name | None = None,
     eval_split: str = "test",
     device: str = "auto",
     revision: str | None = None,
@@ -66,7 +67,7 @@ def train(
         data_split: split of ``data``.
         eval_data: labelled images on which accuracy is measured at the end; None measures nothing.
         eval_split: split of ``eval_data``.
-        device: ``auto`` (what accelerate finds), ``cpu`` or ``cuda``.
+        device: ``auto`` (what torch finds), ``cpu`` or ``cuda``.
         revision: of ``source`` on the Hub.
         on_stage: called with a line of text when a new stage begins, after each epoch, and for each collapsed layer.
         **settings: by the names of :class:`~snows_hf.config.TrainConfig`.
@@ -127,7 +128,7 @@ def train(
     accuracy = None
     if evaluation is not None:
         on_stage(f"Measuring it on {eval_data} ({eval_split})")
-        accuracy = evaluate(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+        accuracy = accuracy_of(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
     network.to("cpu")
 
     zeros = sum(int((chain.weight(name) == 0).sum()) for name in masks)
@@ -253,7 +254,6 @@ def fit(
     Raises:
         NumericsError: a loss is not finite.
     """
-    accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
     examples = torch.utils.data.TensorDataset(images, labels)
     with torch.random.fork_rng(), fixed(network, {name: ~mask for name, mask in masks.items()}):
         torch.manual_seed(config.seed)
@@ -261,11 +261,15 @@ def fit(
         loader: Any = torch.utils.data.DataLoader(
             examples, config.batch_size, shuffle=True, drop_last=len(examples) % config.batch_size == 1
         )
-        model, optimizer, loader = accelerator.prepare(network, sgd(network, config), loader)
+        model, optimizer = network, sgd(network, config)
+        if processes() > 1:
+            accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         each = max(1, len(loader))
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             for step, (batch, classes) in enumerate(loader, epoch * each):
+                batch, classes = batch.to(device), classes.to(device)
                 set_rate(optimizer, config.lr * factor(step, config.epochs * each, config.schedule))
                 yield augmented(batch, seed_of(config.seed, step)) if config.augment else batch, classes
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from snows_hf.accuracy import logits_of
 from snows_hf.adapters import Chain, State, base, build_chain, frozen
 from snows_hf.checks import check_chain
 from snows_hf.collapse import find_collapse
-from snows_hf.evaluate import logits_of
 from snows_hf.flops import count_flops
 from snows_hf.objective import Segment
 

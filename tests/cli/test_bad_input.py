@@ -1,5 +1,6 @@
 """Whatever is wrong: one message that says what and where, exit code 1, no traceback, and nothing left behind."""
 
+import io
 import json
 import struct
 import zlib
@@ -79,6 +80,10 @@ SETTINGS = [
     setting("expected one of float32", dtype="float16"),
     setting("Device 'tpu': expected auto, cpu or cuda", device="tpu"),
     setting("Preset 'fast': expected one of default, paper", preset="fast"),
+    setting("Setting memory = nan: expected a number of GB above 0", memory="nan"),
+    setting("Setting memory = inf: expected", memory="inf"),
+    setting("Setting seed = 99999999999999999999: expected a whole number from 0 to", seed="99999999999999999999"),
+    setting("Setting seed = -1: expected", seed=-1),
     setting("same split 'train'", eval_data=DIGITS, eval_split="train"),
     setting("same split 'test'", data_split="test", eval_data=f"{DIGITS}/../digits"),
     yaml("unknown YAML setting", "colour: red", "unknown setting 'colour'", "cg_max_iter"),
@@ -93,6 +98,7 @@ SETTINGS = [
     yaml("YAML text for a number", "damping: much", "damping = 'much': expected a number"),
     yaml("YAML layers", "layers: 3", "layers = 3: expected a list of names"),
     Fault("YAML out of range", lambda tmp: {"config": write(tmp / "s.yaml", "held_out: 2")}, ("held_out = 2.0",)),
+    Fault("YAML seed", lambda tmp: {"config": write(tmp / "s.yaml", f"seed: {10**20}")}, ("from 0 to 2^32 - 1",)),
     setting("no.yaml cannot be read", config="no.yaml"),
     Fault(
         "output is a file",
@@ -142,6 +148,10 @@ def edited(**changes: object) -> Callable[[Path], Path]:
     return lambda tmp: edit_config(copy_of(VIT, tmp / "m"), **changes)
 
 
+def prepared(**changes: object) -> Callable[[Path], Path]:
+    return lambda tmp: edit_config(copy_of(VIT, tmp / "m"), "preprocessor_config.json", **changes)
+
+
 def broken_weights(content: bytes) -> Callable[[Path], Path]:
     return lambda tmp: write(copy_of(VIT, tmp / "m") / "model.safetensors", content).parent
 
@@ -182,6 +192,10 @@ def swin_v2(tmp: Path) -> Path:
     return folder
 
 
+def timm_edited(**changes: object) -> Callable[[Path], Path]:
+    return lambda tmp: edit_config(timm_folder(tmp), **changes)
+
+
 def timm_folder(tmp: Path, architecture: str = "vit_tiny_patch16_224", **arguments: object) -> Path:
     arguments = {"num_classes": 10} | arguments
     if architecture.startswith("vit"):
@@ -193,6 +207,10 @@ def timm_folder(tmp: Path, architecture: str = "vit_tiny_patch16_224", **argumen
 
 LYING = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,160]}}'
 ENORMOUS = b'{"a":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,4611686018427387904]}}'
+CANNOT_LOAD = "transformers cannot load {tmp}/m as an image classifier"
+CANNOT_PREPARE = "{tmp}/m has no usable preprocessor_config.json"
+CANNOT_CLASSIFY = "{tmp}/m cannot classify an image that is prepared as its configuration says"
+TIMM_CANNOT_READ = "timm cannot read {tmp}/m's preprocessing or names of classes"
 MODELS = [
     ("no folder", lambda tmp: tmp / "nothing", "Model folder {tmp}/nothing does not exist"),
     ("local-dir:", lambda tmp: "local-dir:nothing", "Model folder nothing does not exist"),
@@ -226,6 +244,28 @@ MODELS = [
     ("timm head of other classes", lambda tmp: edit_config(timm_folder(tmp), num_classes=7), "head.weight"),
     ("timm other file", lambda tmp: (timm_folder(tmp) / "model.safetensors").rename(tmp / "m/a.safetensors").parent,
      "{tmp}/m has no model.safetensors"),
+    ("bitsandbytes", edited(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), CANNOT_LOAD),
+    ("AWQ", edited(quantization_config={"quant_method": "awq"}), CANNOT_LOAD),
+    ("flash attention", edited(attn_implementation="flash_attention_2"), CANNOT_LOAD),
+    ("patches of 0", edited(patch_size=0), CANNOT_LOAD),
+    ("0 heads", edited(num_attention_heads=0), CANNOT_LOAD),
+    ("no activation", edited(hidden_act="banana"), f"{CANNOT_LOAD}: KeyError: 'banana'"),
+    ("larger images", prepared(size={"height": 32, "width": 32}), f"{CANNOT_CLASSIFY}: ValueError: Input image size"),
+    ("processor a list", lambda tmp: write(copy_of(VIT, tmp / "m") / "preprocessor_config.json", "[]").parent,
+     CANNOT_PREPARE),
+    ("processor a number", prepared(image_processor_type=5), CANNOT_PREPARE),
+    ("processor of no class", prepared(auto_map=5), CANNOT_PREPARE),
+    ("no such filter", prepared(resample=99), CANNOT_CLASSIFY),
+    ("mean a text", prepared(image_mean="x"), CANNOT_CLASSIFY),
+    ("deviation of 0", prepared(image_std=[0, 0, 0]), "{tmp}/m prepares images to values that are NaN or infinite"),
+    ("timm names by letter", timm_edited(label_names={"a": "1"}), TIMM_CANNOT_READ),
+    ("timm names a number", timm_edited(label_names=5), "{tmp}/m/config.json: label_names = 5: expected names"),
+    ("timm names a text", timm_edited(label_names="abc"), "{tmp}/m/config.json: label_names = 'abc': expected names"),
+    ("timm descriptions a list", timm_edited(label_descriptions=["a"]), "label_descriptions = ['a']: expected names"),
+    ("timm settings a number", timm_edited(pretrained_cfg=5), "timm cannot load {tmp}/m"),
+    ("timm architecture a number", timm_edited(architecture=5), "timm cannot load {tmp}/m"),
+    ("timm head a number", timm_edited(pretrained_cfg={"classifier": 5}), "timm cannot load {tmp}/m"),
+    ("timm no such filter", timm_edited(pretrained_cfg={"interpolation": "x"}), f"{TIMM_CANNOT_READ}: KeyError: 'x'"),
 ]  # fmt: skip
 
 
@@ -350,6 +390,24 @@ def test_code_of_a_model_is_not_run(run, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["train", "--data", DIGITS, "--pattern", "0.5", "--epochs", 0, "--output", "out"]]
+)
+def test_code_of_an_image_processor_is_not_run(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[object]
+) -> None:
+    """Asked whether it may run, transformers would take what is on stdin for an answer."""
+    folder = copy_of(VIT, tmp_path / "m")
+    processor = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    write(folder / "preprocessor_config.json", json.dumps(processor))
+    write(folder / "evil.py", f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: ...\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    result = run(command[0], folder, *command[1:])
+    assert result.code == 1 and "Error: " in result.err and "Traceback" not in result.err
+    assert f"The repository {folder} contains custom code" in result.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["eval", "inspect"])
 def test_other_commands_refuse_the_same_model(run, tmp_path: Path, command: str) -> None:
     options = ["--data", DIGITS] if command == "eval" else []
@@ -368,6 +426,13 @@ def test_evaluation(run, options: list[object], expected: str) -> None:
     result = run("eval", VIT, *options)
     assert (result.code, result.out) == (1, "")
     assert expected in result.err
+
+
+@pytest.mark.parametrize("command", [["probe"], ["attention", "--output", "a.png"], ["finetune", "--output", "out"]])
+def test_seed_that_no_generator_takes(run, command: list[str]) -> None:
+    result = run(command[0], VIT, *command[1:], "--data", DIGITS, "--seed", 10**20)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("Error: Setting seed = 100000000000000000000: expected a whole number from 0 to")
 
 
 def test_ctrl_c_leaves_only_what_is_finished(

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from embedded import DIGITS, NO_HUB, VIT, tensors_of
+
+from snows_hf.checks import find_device
 
 
 SETTINGS = "layer_steps: 2\njoint_steps: 3\nbatch_size: 7\n"  # 7 divides neither by 2 nor the images
@@ -59,3 +63,12 @@ def test_an_error_of_the_main_process_ends_all(elsewhere: Path) -> None:
     assert failed.returncode != 0
     assert "Error: Output out exists and is not empty" in failed.stderr
     assert os.listdir("out") == ["file"]
+
+
+def test_one_process_gets_whichever_device_it_asks_for() -> None:
+    """accelerate's state, which is the process's, would keep to the first."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    asked = ["cpu", "cuda", "auto", "cpu"] if torch.cuda.is_available() else ["cpu", "auto"]
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert [find_device(device).type for device in asked] == [best if device == "auto" else device for device in asked]
+    assert not AcceleratorState._shared_state

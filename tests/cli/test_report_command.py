@@ -11,7 +11,7 @@ import pytest
 import torch
 from embedded import DIGITS, RESNET, VIT, pruned, tensors_of
 
-from snows_hf.evaluate import Accuracy
+from snows_hf.accuracy import Accuracy
 from snows_hf.hub.repack import pack
 from snows_hf.report import LogAxis, class_changes, row_zeros, strip
 

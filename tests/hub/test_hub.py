@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from embedded import DIGITS, VIT, copy_of
+from embedded import DIGITS, NO_HUB, VIT, copy_of
 from huggingface_hub import ModelCard, snapshot_download
 from server import READER, WRITER, Hub, Repository
 
@@ -455,6 +456,18 @@ def offline_without_cache(hub: Hub, machine: Machine, model: Path) -> None:
     machine("inspect", "me/vit", offline=True).fails_with("Model me/vit", "offline mode is on", "hf download me/vit`")
     done = machine("eval", VIT, "--data", "me/digits", offline=True)
     done.fails_with("Dataset me/digits", "offline mode is on", "hf download me/digits --repo-type dataset`")
+
+
+@scenario
+def cache_that_holds_a_part(hub: Hub, machine: Machine, model: Path) -> None:
+    nowhere = Machine(SimpleNamespace(url=NO_HUB), machine.place)
+    for parts in (["config.json"], ["*.safetensors"]):
+        snapshot_download("me/vit", endpoint=hub.url, cache_dir=machine.cache, allow_patterns=parts)
+        done = machine("inspect", "me/vit", offline=True)
+        done.fails_with("Model me/vit", "offline mode is on, and the cache does not hold all of it", "hf download")
+        nowhere("inspect", "me/vit").fails_with("Model me/vit", "is not whole in the cache", "Check", "connection")
+    machine("inspect", "me/vit").succeeds()
+    nowhere("inspect", "me/vit").succeeds()
 
 
 @scenario

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from snows_hf import build_chain, from_pretrained, load, prune
+from snows_hf import build_chain, finetune, from_pretrained, load, prune
 from snows_hf.errors import LoadError
 from snows_hf.hub.load import find_folder, library_of, short_name
 
@@ -74,6 +74,53 @@ def test_timm_weights_keep_the_type_of_the_file(tiny_timm: Path, tmp_path: Path,
     folder = copy_of(tiny_timm, tmp_path / "m")
     write_tensors(folder, {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()})
     assert {p.dtype for p in load(str(folder)).model.parameters()} == {dtype}
+
+
+SWIN = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (2,), "num_heads": (2,)}
+BEIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+
+def save_timm(folder: Path, name: str, dtype: torch.dtype, **arguments: object) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **arguments).to(dtype)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [("swin_tiny_patch4_window7_224", SWIN), ("beit_base_patch16_224", BEIT), ("resnetblur18", {})],
+)
+def test_timm_buffers_that_no_file_holds_follow_the_weights(
+    name: str, arguments: dict[str, object], tmp_path: Path
+) -> None:
+    model = load(str(save_timm(tmp_path / "m", name, torch.float16, **arguments))).model
+    missing = [buffer for key, buffer in model.named_buffers() if key not in model.state_dict()]
+    assert {buffer.dtype for buffer in missing if buffer.is_floating_point()} == {torch.float16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_they_follow_when_pruned_weights_get_their_type_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    source, data = save_timm(tmp_path / "m", "swin_tiny_patch4_window7_224", dtype, **SWIN), str(DIGITS)
+    quick = {"samples": 8, "k": 0, "mask": "magnitude", "dtype": "float64"}
+    pruned = prune(str(source), "2:4", data=data, eval_data=data, output=tmp_path / "pruned", **quick)
+    retrained = finetune(str(pruned.output), data, output=tmp_path / "retrained", samples=8, epochs=1)
+    for model in (pruned.model, retrained.model):
+        assert model(torch.zeros(1, 3, 16, 16, dtype=dtype)).dtype == dtype
+
+
+def test_classes_without_a_name_are_called_by_their_number(tiny_timm: Path, tmp_path: Path) -> None:
+    counted_from_one = {str(i + 1): f"class {i}" for i in range(10)}
+    folder = edit_config(copy_of(VIT, tmp_path / "vit"), id2label=counted_from_one)
+    assert load(str(folder)).class_names == ("0", *(f"class {i}" for i in range(9)))
+    folder = edit_config(copy_of(tiny_timm, tmp_path / "timm"), label_names={"9": "last", "1": "second"})
+    assert load(str(folder)).class_names == ("0", "second", *"2345678", "last")
+
+
+def test_images_that_are_not_resized_have_the_users_size(tmp_path: Path) -> None:
+    folder = edit_config(copy_of(VIT, tmp_path / "m"), "preprocessor_config.json", do_resize=False)
+    checkpoint = load(str(folder))
+    assert checkpoint.preprocess([Image.new("RGB", (16, 16))]).shape == (1, 3, 16, 16)
 
 
 def test_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,22 @@
 """An untrained network: of an architecture that timm knows by name, or of a checkpoint's configuration."""
 
 from collections.abc import Sequence
+from os import fspath
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
-from ..errors import LoadError, one_line
-from .load import Checkpoint, by_processor, by_transform, find_folder, library_of, read_config
+from ..data import Name
+from ..errors import LoadError
+from .load import Checkpoint, find_folder, library_errors, library_of, of_timm, of_transformers, read_config, tried
 
 
-def create(source: str, class_names: Sequence[str] | None, seed: int, revision: str | None = None) -> Checkpoint:
+def create(source: Name, class_names: Sequence[str] | None, seed: int, revision: str | None = None) -> Checkpoint:
     """A classifier with random weights, and its preprocessing; the weights of ``source`` are never read.
 
     Args:
@@ -29,12 +30,13 @@ def create(source: str, class_names: Sequence[str] | None, seed: int, revision: 
     Raises:
         LoadError: neither, or the library cannot build it.
     """
+    source = fspath(source)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if timm.is_model(source) and not Path(source).exists():
             classes = {} if class_names is None else {"num_classes": len(class_names)}
             labels = {} if class_names is None else {"label_names": list(class_names)}
-            return _timm(source, Path(source), labels, source, class_names, **classes)
+            return _timm(source, Path(source), labels, source, **classes)
         if "/" not in source and not Path(expanduser(source)).exists():
             raise LoadError(
                 f"{source} is no architecture that timm knows, and no folder.",
@@ -45,8 +47,7 @@ def create(source: str, class_names: Sequence[str] | None, seed: int, revision: 
         config.pop("quantization_config", None)
         config.pop("snows", None)
         if library_of(config, folder) == "timm":
-            own = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
-            made = _timm(source, folder, config, f"local-dir:{folder}", own if isinstance(own, list) else None)
+            made = _timm(source, folder, config, f"local-dir:{folder}")
             if class_names is not None and len(class_names) == made.model.num_classes:
                 config["label_names"] = list(class_names)
                 made.class_names = tuple(class_names)
@@ -54,19 +55,14 @@ def create(source: str, class_names: Sequence[str] | None, seed: int, revision: 
         return _transformers(source, folder, config, class_names)
 
 
-def _timm(
-    source: str, folder: Path, config: dict[str, Any], name: str, names: Sequence[str] | None, **options: Any
-) -> Checkpoint:
-    try:
-        model: Any = timm.create_model(name, pretrained=False, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError) as error:
-        raise LoadError(f"timm cannot build {source}: {one_line(error)}") from error
-    names = tuple(names) if names else None
-    return Checkpoint(source, folder, "timm", config, model.eval(), by_transform(model), None, names)
+def _timm(source: str, folder: Path, config: dict[str, Any], name: str, **options: Any) -> Checkpoint:
+    with library_errors(f"timm cannot build {source}"):
+        model = timm.create_model(name, pretrained=False, **options)
+    return tried(of_timm(source, folder, config, model))
 
 
 def _transformers(source: str, folder: Path, config: dict[str, Any], class_names: Sequence[str] | None) -> Checkpoint:
-    try:
+    with library_errors(f"transformers cannot build {source}"):
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if class_names is not None and len(class_names) == settings.num_labels:
             settings.id2label = dict(enumerate(class_names))
@@ -75,9 +71,4 @@ def _transformers(source: str, folder: Path, config: dict[str, Any], class_names
         if getattr(settings, "quantization_config", None) is not None:
             del settings.quantization_config
         model = AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, StrictDataclassError) as error:
-        raise LoadError(f"transformers cannot build {source}: {one_line(error)}") from error
-
-    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    return Checkpoint(source, folder, "transformers", config, model.eval(), by_processor(processor), processor, names)
+    return tried(of_transformers(source, folder, config, model))

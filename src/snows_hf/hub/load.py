@@ -3,18 +3,20 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from os import fspath
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import timm
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub import model_info, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -22,8 +24,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
-from ..data import Preprocess
-from ..errors import LoadError, NumericsError, one_line
+from ..data import Name, Preprocess
+from ..errors import LoadError, NumericsError, SnowsError, one_line
 from ..remote import hub_errors
 from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, read_packed
@@ -57,18 +59,19 @@ class Checkpoint:
     class_names: tuple[str, ...] | None
 
 
-def local_folder(source: str) -> Path | None:
+def local_folder(source: Name) -> Path | None:
     """The folder that a model's name means, whether or not it exists; None for a repository on the Hub."""
+    source = fspath(source)
     folder = Path(expanduser(source.removeprefix("local-dir:")))
     if source.startswith("hf-hub:"):
         return None
     return folder if folder.exists() or source.startswith(("local-dir:", ".", "/", "~")) else None
 
 
-def short_name(source: str) -> str:
+def short_name(source: Name) -> str:
     """A Hub id as it is; of a folder only the last part, so that what is published names no path of the machine."""
     folder = local_folder(source)
-    return source.removeprefix("hf-hub:") if folder is None else folder.resolve().name
+    return fspath(source).removeprefix("hf-hub:") if folder is None else folder.resolve().name
 
 
 def distinct_names(sources: Sequence[str]) -> list[str]:
@@ -77,7 +80,7 @@ def distinct_names(sources: Sequence[str]) -> list[str]:
     return names if len({*names}) == len({*sources}) else list(sources)
 
 
-def find_folder(source: str, revision: str | None = None) -> Path:
+def find_folder(source: Name, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional).
 
     Raises:
@@ -89,7 +92,7 @@ def find_folder(source: str, revision: str | None = None) -> Path:
             fault = "is a file" if local.exists() else "does not exist"
             raise LoadError(f"Model folder {local} {fault}.", "Give a folder with config.json and *.safetensors.")
         return local
-    name = source.removeprefix("hf-hub:")
+    name = fspath(source).removeprefix("hf-hub:")
     with hub_errors(LoadError, "model", name, revision):
         # A checkpoint is at the root: below are states of a training, other formats, other models.
         at_root = partial(snapshot_download, name, ignore_patterns=["*/*"])
@@ -127,6 +130,19 @@ def check_download(name: str, snapshot: Path) -> None:
                 f"{path.name} of {name} was damaged on its way: its checksum is not the Hub's.",
                 "It was removed from the cache. Repeat the command to download it again.",
             )
+
+
+def check_whole(source: str, revision: str | None, snapshot: Path, library: str) -> None:
+    """Asks the Hub where a snapshot lacks a file: without a connection the cache has given all that it holds.
+
+    Raises:
+        LoadError: the Hub does not answer.
+    """
+    wanted = ["*.safetensors", *(["preprocessor_config.json"] if library == "transformers" else [])]
+    if not all(any(snapshot.glob(pattern)) for pattern in wanted):
+        name = source.removeprefix("hf-hub:")
+        with hub_errors(LoadError, "model", name, revision):
+            model_info(name, revision=revision)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -194,7 +210,24 @@ def check_weights(folder: Path) -> None:
             ) from error
 
 
-def load(source: str, revision: str | None = None) -> Checkpoint:
+@contextmanager
+def library_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Turns whatever a library raises within the block into one message.
+
+    Any exception: a configuration can make them divide by zero, or look for a package that is not there.
+
+    Raises:
+        LoadError: instead.
+    """
+    try:
+        yield
+    except SnowsError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{what}: {type(error).__name__}: {one_line(error)}", remedy) from error
+
+
+def load(source: Name, revision: str | None = None) -> Checkpoint:
     """Loads a classifier and its preprocessing.
 
     Args:
@@ -202,28 +235,54 @@ def load(source: str, revision: str | None = None) -> Checkpoint:
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        LoadError: not found, not safetensors, corrupt, or not an image classifier.
-        NumericsError: a weight is NaN or infinite.
+        LoadError: not found, not safetensors, corrupt, not an image classifier, or its preprocessing does not fit.
+        NumericsError: a weight, or an image that was prepared, is NaN or infinite.
     """
+    source = fspath(source)
     folder = find_folder(source, revision)
     config = read_config(folder)
     library = library_of(config, folder)
+    if local_folder(source) is None:
+        check_whole(source, revision, folder, library)
     check_weights(folder)
     if (folder / PACKED_FILE).is_file():
         config.pop("quantization_config", None)
     load_one = _load_timm if library == "timm" else _load_transformers
     checkpoint = load_one(source, folder, config)
-    checkpoint.model.eval()
     for name, tensor in checkpoint.model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NumericsError(
                 f"Weight {name} of {source} holds NaN or infinite values.", "The checkpoint is damaged."
             )
+    return tried(checkpoint)
+
+
+@torch.no_grad()
+def tried(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint, once it has classified a blank image: what fails is better known before any work.
+
+    Raises:
+        LoadError: the image cannot be prepared, or the model does not take what comes of it.
+        NumericsError: what comes of it is NaN or infinite.
+    """
+    with library_errors(
+        f"{checkpoint.source} cannot classify an image that is prepared as its configuration says",
+        "Expected the config.json (and preprocessor_config.json, of transformers) that belong to the weights.",
+    ):
+        pixels = checkpoint.preprocess([PIL.Image.new("RGB", (224, 224))])
+        if not torch.isfinite(pixels).all():
+            raise NumericsError(
+                f"{checkpoint.source} prepares images to values that are NaN or infinite.",
+                "Look at the standard deviations in its configuration.",
+            )
+        # Where images are not resized, only the user's have the size that the model takes.
+        if getattr(checkpoint.processor, "do_resize", True):
+            checkpoint.model(pixels.to(next(checkpoint.model.parameters()).dtype))
     return checkpoint
 
 
 def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
-    try:
+    with library_errors(f"transformers cannot load {source} as an image classifier"):
         model, info = AutoModelForImageClassification.from_pretrained(
             folder,
             use_safetensors=True,
@@ -232,8 +291,6 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, StrictDataclassError, SafetensorError) as error:
-        raise LoadError(f"transformers cannot load {source} as an image classifier: {one_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
         raise LoadError(
@@ -241,16 +298,22 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
             f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}.",
             "Expected a checkpoint with a trained classification head, and the config.json that belongs to it.",
         )
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise LoadError(
-            f"{source} has no usable preprocessor_config.json: {one_line(error)}",
-            "Without it the images cannot be prepared as the model expects.",
-        ) from error
+    return of_transformers(source, folder, config, model)
 
-    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    return Checkpoint(source, folder, "transformers", config, model, by_processor(processor), processor, names)
+
+def of_transformers(source: str, folder: Path, config: dict[str, Any], model: Any) -> Checkpoint:
+    """A model of transformers with the preprocessing of its folder.
+
+    Raises:
+        LoadError: the folder has none, or one that transformers cannot use.
+    """
+    with library_errors(
+        f"{source} has no usable preprocessor_config.json",
+        "Without it the images cannot be prepared as the model expects.",
+    ):
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    names = names_of(model.config.id2label, model.config.num_labels)
+    return Checkpoint(source, folder, "transformers", config, model.eval(), by_processor(processor), processor, names)
 
 
 def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -258,7 +321,7 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     if not packed and not (folder / "model.safetensors").is_file():
         raise LoadError(f"{folder} has no model.safetensors, the file that timm reads.")
     model: Any
-    try:
+    with library_errors(f"timm cannot load {source}"):
         if packed:
             stored = read_packed(folder / PACKED_FILE)[0]
             source_of_weights = {"source": "", "state_dict": stored}
@@ -267,28 +330,53 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
         else:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
             stored = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError, SafetensorError) as error:
-        raise LoadError(f"timm cannot load {source}: {one_line(error)}") from error
-    heads = model.pretrained_cfg.get("classifier") or ()
-    state = model.state_dict(keep_vars=True)
-    for head in (heads,) if isinstance(heads, str) else heads:
-        name = f"{head}.weight"
-        # timm puts a random head in the place of one for another number of classes.
-        trained = name in state and name in stored and state[name].shape == stored[name].shape
-        if not trained or model.num_classes != model.pretrained_cfg["num_classes"]:
-            raise LoadError(
-                f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {name} for "
-                f"{model.num_classes} classes.",
-                "Expected a checkpoint with a trained classification head.",
-            )
+        heads = model.pretrained_cfg.get("classifier") or ()
+        state = model.state_dict(keep_vars=True)
+        for head in (heads,) if isinstance(heads, str) else heads:
+            name = f"{head}.weight"
+            # timm puts a random head in the place of one for another number of classes.
+            trained = name in state and name in stored and state[name].shape == stored[name].shape
+            if not trained or model.num_classes != model.pretrained_cfg["num_classes"]:
+                raise LoadError(
+                    f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {name} for "
+                    f"{model.num_classes} classes.",
+                    "Expected a checkpoint with a trained classification head.",
+                )
     for name, tensor in state.items():
         if name in stored:  # timm computes in float32 whatever the file has
             tensor.data = tensor.data.to(stored[name].dtype)
-    names = config.get("label_names") or model.pretrained_cfg.get("label_names")
-    if isinstance(names, dict):
-        names = [names[key] for key in sorted(names, key=int)]
-    names = tuple(names) if names else None
-    return Checkpoint(source, folder, "timm", config, model, by_transform(model), None, names)
+    buffers_follow_weights(model)
+    return of_timm(source, folder, config, model)
+
+
+def of_timm(source: str, folder: Path, config: dict[str, Any], model: Any) -> Checkpoint:
+    """A model of timm with the preprocessing and the names of the classes that its configuration says.
+
+    Raises:
+        LoadError: these are not what timm reads, or writes again.
+    """
+    for key in ("label_names", "labels", "label_descriptions"):
+        if config.get(key) and not isinstance(config[key], dict if key == "label_descriptions" else dict | list):
+            raise LoadError(f"{folder / 'config.json'}: {key} = {config[key]!r}: expected names of classes.")
+    labels = config.get("label_names") or model.pretrained_cfg.get("label_names")
+    with library_errors(f"timm cannot read {source}'s preprocessing or names of classes"):
+        names = names_of(labels, model.num_classes) if labels else None
+        preprocess = by_transform(model)
+    return Checkpoint(source, folder, "timm", config, model.eval(), preprocess, None, names)
+
+
+def buffers_follow_weights(model: nn.Module) -> None:
+    """Casts what a model computes with, and no file holds, to the type of its weights: Swin's attention masks, say."""
+    dtype, kept = next(model.parameters()).dtype, model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name not in kept and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+
+
+def names_of(labels: Any, count: int) -> tuple[str, ...]:
+    """Names of the classes by logit, of a list or a mapping; one that has none is called by its number."""
+    named = dict(enumerate(labels)) if isinstance(labels, list | tuple) else {int(i): labels[i] for i in labels}
+    return tuple(str(named.get(i, i)) for i in range(count))
 
 
 def by_processor(processor: Any) -> Preprocess:
