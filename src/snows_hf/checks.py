@@ -83,6 +83,20 @@ def find_device(device: str) -> torch.device:
     return torch.device("cpu") if own.type == "cpu" else own
 
 
+def find_reproducible(device: str) -> torch.device:
+    """:func:`find_device`, for a job whose seed decides the bits of its result: from here on torch leaves out, on
+    CUDA, what adds in the order of the moment, and warns where it cannot.
+
+    Raises:
+        ConfigError: as there.
+    """
+    found = find_device(device)
+    if found.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return found
+
+
 def select_layers(chain: Chain, globs: tuple[str, ...]) -> list[Group]:
     """Groups whose name, or that of one of their parameters, matches one of the wildcards; all for none.
 

@@ -17,7 +17,7 @@ from .accuracy import accuracy_of, logits_of
 from .adapters import build_chain
 from .augment import augmented
 from .calibration import class_labels
-from .checks import check_apart, find_device
+from .checks import check_apart, find_reproducible
 from .config import FinetuneConfig
 from .data import ImageSource, Name, drawn_labelled, open_images, pictures
 from .describe import describe_data, describe_hardware, versions
@@ -71,7 +71,7 @@ def finetune(
         SnowsError: bad settings, model, data or output; a loss that is not finite.
     """
     config = FinetuneConfig().updated(**settings)
-    target, output = find_device(device), Path(output)
+    target, output = find_reproducible(device), Path(output)
     check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     check_output(output, size=0)
 

@@ -16,7 +16,7 @@ from .adapters import build_chain
 from .allocation import Candidate, by_sensitivity, candidates_of
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .cascade import prune_chain
-from .checks import check_apart, check_mask, find_device, find_dtype, select_layers
+from .checks import check_apart, check_mask, find_dtype, find_reproducible, select_layers
 from .choices import alone, find_allocation, find_choice, find_first_masks, one_pattern, order_for
 from .config import preset as preset_for
 from .data import Name, open_images
@@ -111,7 +111,7 @@ def prune(
     solver_dtype = find_dtype(dtype)
     if format not in FORMATS:
         raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
-    target = find_device(device)
+    target = find_reproducible(device)
     data = data or DEFAULT_DATA
     check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     folder = Path(output) if output is not None else None

@@ -24,7 +24,7 @@ from .accuracy import accuracy_of, logits_of
 from .adapters import build_chain
 from .augment import augmented
 from .calibration import class_labels
-from .checks import check_apart, check_mask, find_device
+from .checks import check_apart, check_mask, find_reproducible
 from .collapse import find_collapse
 from .config import PruneConfig, TrainConfig
 from .data import ImageSource, Name, calibration_examples, check_labels, open_images
@@ -79,7 +79,7 @@ def train(
     config = TrainConfig().updated(**settings)
     chosen_pattern = at_initialisation(pattern, config) if pattern is not None else None
     check_mask(config.mask)
-    target = find_device(device)
+    target = find_reproducible(device)
     check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     if output is not None:
         check_output(Path(output), size=0)
