@@ -1,9 +1,12 @@
 """Fixtures for all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: several tests run side by side
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
