@@ -20,7 +20,7 @@ import timm
 import torch
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from snows_hf import build_chain, load, pack
+from snows_hf import build_chain, from_pretrained, pack
 from snows_hf.cli.sink import calm_libraries
 from snows_hf.hub.packed import PACKED_FILE
 from snows_hf.masks import NM
@@ -92,8 +92,8 @@ def main() -> None:
                 "transformers",
                 lambda path: use(AutoModelForImageClassification.from_pretrained(path)),
             ),
-            "snows_hf.load, transformers": ("transformers", lambda path: use(load(str(path)).model)),
-            "snows_hf.load, timm": ("timm", lambda path: use(load(str(path)).model)),
+            "snows_hf.from_pretrained, transformers": ("transformers", lambda path: use(from_pretrained(path).model)),
+            "snows_hf.from_pretrained, timm": ("timm", lambda path: use(from_pretrained(path).model)),
         }
         for reader, (name, read) in readers.items():
             folders = [folder / name, folder / f"{name}-packed"]

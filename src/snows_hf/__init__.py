@@ -26,7 +26,7 @@ from .version import __version__
 
 def from_pretrained(source: Name, revision: str | None = None) -> Checkpoint:
     """Loads a checkpoint, packed or not, from the Hub or a folder: see :func:`snows_hf.hub.load.load`."""
-    return load(source, revision)
+    return load(source, revision, trial=False)
 
 
 __all__ = [

@@ -163,3 +163,13 @@ def test_hub_ids_are_published_as_base_model(tmp_path: Path, monkeypatch: pytest
 
 def test_timm_models_of_this_package_are_registered() -> None:
     assert "resnet20_cifar" in timm.list_models()
+
+
+def test_jobs_try_what_they_load_and_from_pretrained_does_not(tmp_path: Path) -> None:
+    """A large model in half precision takes long to classify an image on a processor, where it may never have to."""
+    larger = {"size": {"height": 32, "width": 32}}
+    folder = edit_config(copy_of(VIT, tmp_path / "larger"), "preprocessor_config.json", **larger)
+    with pytest.raises(LoadError, match="cannot classify an image that is prepared as its configuration says"):
+        load(folder)
+    checkpoint = from_pretrained(folder)
+    assert checkpoint.preprocess([Image.new("RGB", (8, 8))]).shape == (1, 3, 32, 32)

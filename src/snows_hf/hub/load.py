@@ -227,12 +227,13 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
         raise LoadError(f"{what}: {type(error).__name__}: {one_line(error)}", remedy) from error
 
 
-def load(source: Name, revision: str | None = None) -> Checkpoint:
+def load(source: Name, revision: str | None = None, trial: bool = True) -> Checkpoint:
     """Loads a classifier and its preprocessing.
 
     Args:
         source: Hub id or folder; ``hf-hub:`` and ``local-dir:`` say which, as in timm.
         revision: branch, tag or commit on the Hub.
+        trial: classify a blank image, too: for jobs, whose faults are better known before any work.
 
     Raises:
         LoadError: not found, not safetensors, corrupt, not an image classifier, or its preprocessing does not fit.
@@ -254,12 +255,12 @@ def load(source: Name, revision: str | None = None) -> Checkpoint:
             raise NumericsError(
                 f"Weight {name} of {source} holds NaN or infinite values.", "The checkpoint is damaged."
             )
-    return tried(checkpoint)
+    return tried(checkpoint) if trial else checkpoint
 
 
 @torch.no_grad()
 def tried(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint, once it has classified a blank image: what fails is better known before any work.
+    """The same checkpoint, once it has classified a blank image.
 
     Raises:
         LoadError: the image cannot be prepared, or the model does not take what comes of it.
