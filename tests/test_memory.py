@@ -190,20 +190,24 @@ def test_factors_shrink_before_batches_do():
     assert len(said) == 1 and said[0].startswith("Preconditioner in blocks of")
 
 
-def test_a_container_has_no_more_than_its_limit(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_no_more_than_its_limit(tmp_path, version):
     """The limit may be that of any group above; what the system can drop from its cache is free."""
-    job = tmp_path / "groups" / "slice" / "job"
+    groups = tmp_path / "groups"
+    job = groups / ("memory" if version == 1 else "") / "slice" / "job"
     job.mkdir(parents=True)
     own = tmp_path / "own"
-    own.write_text("1:name=other:/elsewhere\n0::/slice/job\n")
+    own.write_text("5:memory:/slice/job\n4:cpu:/elsewhere\n" if version == 1 else "0::/slice/job\n")
+    limit, current = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
     everything = available(tmp_path / "nowhere", own)
-    (job / "memory.max").write_text("max\n")
-    assert available(tmp_path / "groups", own) == pytest.approx(everything, rel=0.2)
-    for name, value in [("max", "5000000"), ("current", "3000000"), ("stat", "anon 7\ninactive_file 500000\nslab 9")]:
+    (job / f"memory.{limit}").write_text("max\n")
+    assert available(groups, own) == pytest.approx(everything, rel=0.2)
+    statistics = f"anon 7\n{'total_' * (version == 1)}inactive_file 500000\nslab 9"
+    for name, value in [(limit, "5000000"), (current, "3000000"), ("stat", statistics)]:
         (job.parent / f"memory.{name}").write_text(value)
-    assert available(tmp_path / "groups", own) == 2_500_000
-    (job.parent / "memory.current").write_text("9000000")
-    assert available(tmp_path / "groups", own) == 0
+    assert available(groups, own) == 2_500_000
+    (job.parent / f"memory.{current}").write_text("9000000")
+    assert available(groups, own) == 0
 
 
 def test_a_budget_that_the_libraries_exceed_is_refused():

@@ -28,6 +28,13 @@ M_MMAP_THRESHOLD = -3
 PREFIX = "snows-hf-activations-"
 """Of temporary folders, which hold a lock and files named by numbers, and nothing else."""
 
+HIERARCHIES = [
+    ("", "", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+]
+"""Of control groups, version 2 and 1: controllers in /proc/self/cgroup, folder, files of limit and use, and what of
+it the system can drop, in memory.stat."""
+
 
 class Shelf:
     """Keeps tuples of CPU tensors: in memory up to ``limit`` bytes together, in files of a temporary folder beyond.
@@ -138,18 +145,20 @@ def give_back_at_once() -> None:
 
 def available(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes of main memory that are free: on this machine, or, where that is less, to the container or batch job that
-    this process belongs to (control groups of Linux, version 2), beyond which it would be killed."""
+    this process belongs to (control groups of Linux), beyond which it would be killed."""
     free = psutil.virtual_memory().available
-    with suppress(OSError, StopIteration):
-        path = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-        place = groups / path.strip("/")
-        for group in (place, *place.parents):
-            with suppress(OSError, ValueError, StopIteration):
-                limit = int((group / "memory.max").read_text())  # ValueError: "max"
-                used = int((group / "memory.current").read_text())
-                statistics = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-                cached = next(int(value) for name, value in statistics if name == "inactive_file")
-                free = min(free, limit - used + cached)
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for version, place, limit_file, used_file, cache in HIERARCHIES:
+                group = groups / place / path.strip("/")
+                for folder in (group, *group.parents) if controllers == version else ():
+                    with suppress(OSError, ValueError, StopIteration):
+                        limit = int((folder / limit_file).read_text())  # ValueError: "max"
+                        used = int((folder / used_file).read_text())
+                        statistics = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                        cached = next(int(value) for name, value in statistics if name == cache)
+                        free = min(free, limit - used + cached)
     return max(free, 0)
 
 
