@@ -4,7 +4,8 @@
 
 The two are loaded in turn, so that a busy machine slows both. The files are in the page cache; with ``--cold`` they
 are evicted before each load, and come from the disk. With ``--predict`` the time is up to the first prediction: a
-dense file may only be mapped by its loader, and is read by the first who uses its weights.
+dense file may only be mapped by its loader, and is read by the first who uses its weights. ``written_s`` is what it
+takes to write the dense weights into fresh memory, which any expansion must.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from snows_hf import build_chain, from_pretrained, pack
@@ -27,9 +29,11 @@ from snows_hf.masks import NM
 
 
 def sparse(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The model with random weights, those of its blocks 2:4."""
+    """The model with random weights, those of its blocks 2:4, and no others zero, as in what has been trained."""
     chain = build_chain(model.to(dtype))
     with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
         for _, group in chain.groups():
             for name in group.parameters:
                 weight = chain.weight(name)
@@ -87,6 +91,13 @@ def main() -> None:
         results["size_ratio"] = (folder / "timm-packed" / PACKED_FILE).stat().st_size / (
             folder / "timm" / "model.safetensors"
         ).stat().st_size
+        [written] = in_turn(
+            lambda path: [tensor.clone() for tensor in load_file(path / "model.safetensors").values()],
+            [folder / "transformers"],
+            arguments.repeats,
+            arguments.cold,
+        )
+        results["written_s"] = {"least": min(written), "median": statistics.median(written)}
         readers = {
             "AutoModel.from_pretrained": (
                 "transformers",
