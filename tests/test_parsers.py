@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from embedded import RESNET, VIT, copy_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from snows_hf.cli.prune import default_output, read_settings
@@ -31,6 +31,7 @@ NAMES = st.sampled_from([*PruneConfig("2:4").to_dict(), "damping", "cg_max_iter"
 
 @settings(max_examples=300, deadline=None)
 @given(st.text() | st.from_regex(r"-?\d*[:.]?-?\d*", fullmatch=True))
+@example(".1000000000001")
 def test_patterns(text: str) -> None:
     try:
         assert parse_pattern(str(parse_pattern(text))) == parse_pattern(text)

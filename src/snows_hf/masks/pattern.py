@@ -229,7 +229,7 @@ def parse_pattern(text: str) -> NM | Unstructured:
     if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
         return NM(int(match[1]), int(match[2]))
     try:
-        return Unstructured(float(text))
+        return Unstructured(round(float(text), 12))  # as many digits as its text has again
     except ValueError:
         raise PatternError(
             f"Pattern {text!r}: expected N:M (2:4, 1:4) or a fraction of zeros (0.7).",
