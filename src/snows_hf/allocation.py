@@ -216,13 +216,15 @@ def logits_error(segment: Segment, weights: dict[str, Tensor], states: Sequence[
     Raises:
         NumericsError: the dense logits are not finite.
     """
-    chain = segment.chain
-    on_device = [send_to_device(state, device) for state in states]
-    target = torch.cat([chain(state, segment.start)[-1] for state in on_device])
+    chain, stop = segment.chain, len(segment.chain.operations)
+
+    def logits(replaced: dict[str, Tensor]) -> Tensor:
+        on_device = (send_to_device(state, device) for state in states)
+        return torch.cat([chain.outputs(state, segment.start, stop, replaced)[-1] for state in on_device])
+
+    target, output = logits({}), logits(weights)
     if not target.isfinite().all():
         raise NumericsError("The dense network's logits are not all finite numbers.", "Use --dtype float32.")
-    stop = len(chain.operations)
-    output = torch.cat([chain.outputs(state, segment.start, stop, weights)[-1] for state in on_device])
     loss = float((output - target).square().mean() / (target.var() + 1e-12))
     return loss if math.isfinite(loss) else math.inf
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .adapters import Chain
 from .checks import check_chain
 from .config import PruneConfig
-from .data import ImageSource, calibration_chunks, calibration_examples, check_labels, label_map, to_classes
+from .data import ImageSource, calibration_chunks, check_labels, label_map, labelled_chunks, to_classes
 from .distributed import local_processes
 from .flops import count_flops
 from .hub.load import Checkpoint
@@ -32,17 +32,19 @@ def read_calibration(
         DataError: no image, an unreadable one, or no labels where there must be.
     """
     shelf = Shelf(available() / 2 / local_processes() if left is None else left / 4)
-    images, labels, digest = Images(shelf), None, Digest()
-    chunks: Iterable[Tensor] = calibration_chunks(source, config.samples, config.seed, checkpoint.preprocess)
+    images, labels, digest = Images(shelf), list[Tensor](), Digest()
+    given = source, config.samples, config.seed, checkpoint.preprocess
+    chunks: Iterable[tuple[Tensor, Tensor | None]] = ((chunk, None) for chunk in calibration_chunks(*given))
     if needs_labels(config.mask):
         check_labels(source, f"the mask criterion {config.mask!r}")
-        examples, labels = calibration_examples(source, config.samples, config.seed, checkpoint.preprocess)
-        chunks = examples.split(64)  # a slice of a chunk on disk reads all of it
-    for chunk in chunks:
+        chunks = labelled_chunks(*given)
+    for chunk, own in chunks:
         # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
         images.append(chunk.to(dtype, memory_format=torch.channels_last))
         digest.add(chunk)
-    return images, labels, digest
+        if own is not None:
+            labels.append(own)
+    return images, torch.cat(labels) if labels else None, digest
 
 
 def class_labels(labels: Tensor, source: ImageSource, checkpoint: Checkpoint, classes: int) -> Tensor:

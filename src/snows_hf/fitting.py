@@ -52,7 +52,7 @@ def find_batches(
                 "the result may differ"
             )
     if known is None or known.facts["memory"] != memory:
-        config = from_main(lambda: fit_batches(chain, images, masks, config, device, left, on_stage))
+        config = from_main(lambda: fit_batches(chain, images, masks, config, device, left, on_stage, processes()))
     entries = config.solver.factor_entries
     journal.put("batches", size=config.batch_size, factor_entries=entries, memory=memory, hardware=hardware)
     return config
@@ -102,10 +102,11 @@ def fit_batches(
     device: torch.device,
     left: int | None,
     on_stage: Callable[[str], None],
+    sharing: int = 1,
 ) -> PruneConfig:
-    """Settings whose batches fit: on the CPU into half of ``left`` bytes (None: of what is free), on CUDA into what
-    the device has free. The preconditioner's factors may have half of that; where they would need more, their blocks
-    are made smaller first.
+    """Settings whose batches, each shared out to ``sharing`` processes, fit: on the CPU into half of ``left`` bytes
+    (None: of what is free), on CUDA into what the device has free. The preconditioner's factors may have half of that;
+    where they would need more, their blocks are made smaller first.
 
     Raises:
         ConfigError: not even one image fits.
@@ -129,7 +130,7 @@ def fit_batches(
             on_stage(f"Preconditioner in blocks of {factors() / 1e9:.2g} GB in all, to fit into memory")
             config = config.updated(factor_entries=entries)
         free -= factors()
-    fitting = processes() * int(free / (OVERHEAD * max(each, 1)))
+    fitting = sharing * int(free / (OVERHEAD * max(each, 1)))
     if fitting >= config.batch_size:
         return config
     if fitting < 1:

@@ -28,12 +28,12 @@ M_MMAP_THRESHOLD = -3
 PREFIX = "snows-hf-activations-"
 """Of temporary folders, which hold a lock and files named by numbers, and nothing else."""
 
-HIERARCHIES = [
-    ("", "", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-]
-"""Of control groups, version 2 and 1: controllers in /proc/self/cgroup, folder, files of limit and use, and what of
-it the system can drop, in memory.stat."""
+MEMORY_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Of control groups, version 2 and 1, by their controllers in /proc/self/cgroup: the files of limit and use, and what
+of the latter the system can drop, in memory.stat."""
 
 
 class Shelf:
@@ -147,19 +147,25 @@ def available(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     """Bytes of main memory that are free: on this machine, or, where that is less, to the container or batch job that
     this process belongs to (control groups of Linux), beyond which it would be killed."""
     free = psutil.virtual_memory().available
-    with suppress(OSError):
-        for line in own.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            for version, place, limit_file, used_file, cache in HIERARCHIES:
-                group = groups / place / path.strip("/")
-                for folder in (group, *group.parents) if controllers == version else ():
-                    with suppress(OSError, ValueError, StopIteration):
-                        limit = int((folder / limit_file).read_text())  # ValueError: "max"
-                        used = int((folder / used_file).read_text())
-                        statistics = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                        cached = next(int(value) for name, value in statistics if name == cache)
-                        free = min(free, limit - used + cached)
-    return max(free, 0)
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # no Linux
+        return free
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers in MEMORY_FILES:
+            group = groups / controllers / path.strip("/")
+            free = min(free, *(left_of(folder, *MEMORY_FILES[controllers]) for folder in (group, *group.parents)))
+    return max(int(free), 0)
+
+
+def left_of(group: Path, limit: str, used: str, cache: str) -> float:
+    """Bytes below the limit of one control group; infinite where it has none."""
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        most, now = (int((group / file).read_text()) for file in (limit, used))  # ValueError: "max"
+        return most - now + int(statistics[cache])
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def check_memory(memory: float | None) -> None:

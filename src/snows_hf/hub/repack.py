@@ -8,12 +8,14 @@ most one key of metadata, as transformers, timm and ``prune`` do.
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data import Name
 from ..errors import LoadError, one_line
 from .card import PLACEHOLDER
 from .load import find_folder
@@ -50,7 +52,7 @@ _CARD_END = "\nend of unpacked -->\n"
 _PACKED_CARD = re.compile("\n<!-- packed -->\n.*?\n<!-- unpacked:\n(.*?)\nend of unpacked -->\n", re.DOTALL)
 
 
-def pack(source: str | Path, output: str | Path, revision: str | None = None) -> dict[str, Any]:
+def pack(source: Name, output: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Makes a packed copy of a checkpoint; everything but weights, config.json and card is copied as it is.
 
     Args:
@@ -65,12 +67,28 @@ def pack(source: str | Path, output: str | Path, revision: str | None = None) ->
         LoadError: no such checkpoint, no safetensors weights, or packed or quantised already.
         SaveError: the output cannot be written.
     """
-    output = Path(output)
+    return _copied(pack_into, source, Path(output), revision)
+
+
+def unpack(source: Name, output: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Makes an ordinary copy of a packed checkpoint, which stock transformers and timm load: :func:`pack` undone.
+
+    Its weights are in one model.safetensors, also where they came from shards.
+
+    Raises:
+        LoadError: no such checkpoint, not packed, or damaged.
+        SaveError: the output cannot be written.
+    """
+    return _copied(unpack_into, source, Path(output), revision)
+
+
+def _copied(into: Callable[[Path, Path], None], source: Name, output: Path, revision: str | None) -> dict[str, Any]:
     check_output(output, size=0)
-    original = find_folder(str(source), revision)
+    original = find_folder(source, revision)
     with whole_folder(output) as folder:
-        pack_into(original, folder)
-        return _sizes(output, original, folder)
+        into(original, folder)
+        before, after = (sum(p.stat().st_size for p in each.glob("*.safetensors")) for each in (original, folder))
+    return {"output": str(output), "bytes_before": before, "bytes_after": after}
 
 
 def pack_into(source: Path, folder: Path) -> None:
@@ -92,50 +110,25 @@ def pack_into(source: Path, folder: Path) -> None:
         (folder / "README.md").write_text(card, encoding="utf-8", newline="")
 
 
-def unpack(source: str | Path, output: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """Makes an ordinary copy of a packed checkpoint, which stock transformers and timm load.
-
-    Its weights are in one model.safetensors, also where they came from shards.
-
-    Args:
-        source: Hub id or folder.
-        output: folder for the copy, absent or empty.
-        revision: branch, tag or commit on the Hub.
-
-    Returns:
-        ``output``, and the bytes of weights ``bytes_before`` and ``bytes_after``.
-
-    Raises:
-        LoadError: no such checkpoint, not packed, or damaged.
-        SaveError: the output cannot be written.
-    """
-    output = Path(output)
-    check_output(output, size=0)
-    original = find_folder(str(source), revision)
-    path = original / PACKED_FILE
+def unpack_into(source: Path, folder: Path) -> None:
+    """Like :func:`unpack`, into an existing folder."""
+    path = source / PACKED_FILE
     if not path.is_file():
-        raise LoadError(f"{original} has no {PACKED_FILE}.", "Give what `snows-hf pack` made.")
+        raise LoadError(f"{source} has no {PACKED_FILE}.", "Give what `snows-hf pack` made.")
     check_packed(path)
-    text = _read_text(original / "config.json")
+    text = _read_text(source / "config.json")
     restored = text.replace(_CONFIG_OPENING, "{", 1)
-    config = _json(original / "config.json", restored)
-    with whole_folder(output) as folder:
-        _copy(original, folder, {PACKED_FILE, "config.json", "README.md"})
-        tensors, metadata = read_packed(path)
-        save_file(tensors, folder / DENSE_FILE, metadata)
-        if config.pop("quantization_config", None) is None:
-            (folder / "config.json").write_text(restored, encoding="utf-8", newline="")
-        else:  # somebody wrote config.json anew
-            write_json(folder / "config.json", config)
-        if (original / "README.md").is_file():
-            card = _PACKED_CARD.sub(r"\1", _read_text(original / "README.md"), count=1)
-            (folder / "README.md").write_text(card, encoding="utf-8", newline="")
-        return _sizes(output, original, folder)
-
-
-def _sizes(output: Path, *folders: Path) -> dict[str, Any]:
-    before, after = (sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders)
-    return {"output": str(output), "bytes_before": before, "bytes_after": after}
+    config = _json(source / "config.json", restored)
+    _copy(source, folder, {PACKED_FILE, "config.json", "README.md"})
+    tensors, metadata = read_packed(path)
+    save_file(tensors, folder / DENSE_FILE, metadata)
+    if config.pop("quantization_config", None) is None:
+        (folder / "config.json").write_text(restored, encoding="utf-8", newline="")
+    else:  # somebody wrote config.json anew
+        write_json(folder / "config.json", config)
+    if (source / "README.md").is_file():
+        card = _PACKED_CARD.sub(r"\1", _read_text(source / "README.md"), count=1)
+        (folder / "README.md").write_text(card, encoding="utf-8", newline="")
 
 
 def _packed_card(text: str) -> str:
