@@ -15,7 +15,8 @@ from timm.models.resnet import BasicBlock, ResNet
 
 from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
-from snows_hf.errors import ConfigError
+from snows_hf.choices import in_smaller_batches
+from snows_hf.errors import ConfigError, MemoryLimitError
 from snows_hf.fitting import OVERHEAD, bytes_per_image, fit_batches, fit_criterion
 from snows_hf.masks import choose
 from snows_hf.masks.scores import needs_labels
@@ -165,6 +166,25 @@ def test_criteria_fit_into_the_budget_and_choose_the_same(mask):
     expected, found = choose(given).masks, choose(fitted).masks
     if mask != "hp":  # whose probes are drawn for each batch
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("mask", ["magnitude", "wanda", "swap", "snip", "grasp"])
+def test_criteria_that_run_out_of_memory_choose_the_same_in_smaller_batches(mask):
+    expected = choose(evidence(linears(), "2:4", mask, batch_size=8)).masks
+    given, said = evidence(linears(), "2:4", mask, batch_size=8), []
+    tiny.hungry(given.network, given.network.operations[0].name, fits=3)
+    found = in_smaller_batches(choose, given, said.append).masks
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    sizes = [] if mask == "magnitude" else [4, 2]
+    assert said == [f"Mask criterion {mask}: out of memory; again in batches of {size} images" for size in sizes]
+
+
+def test_a_criterion_that_cannot_have_one_image():
+    given, said = evidence(linears(), "2:4", "wanda", batch_size=8), []
+    tiny.hungry(given.network, given.network.operations[0].name, fits=0)
+    with pytest.raises(MemoryLimitError, match="Mask criterion wanda: memory does not suffice for a single image"):
+        in_smaller_batches(choose, given, said.append)
+    assert len(said) == 3
 
 
 def test_factors_shrink_before_batches_do():

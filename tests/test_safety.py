@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from snows_hf.adapters import Chain, State, build_chain
+from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
 from snows_hf.distributed import share, whole
 from snows_hf.errors import MemoryLimitError
@@ -140,20 +139,6 @@ def test_weights_beyond_the_checkpoints_own_type() -> None:
 # What does not fit into memory
 
 
-def hungry(chain: Chain, name: str, fits: int) -> Chain:
-    """The chain with one operation that asks for more memory than there is when it gets more than ``fits`` images."""
-    index = next(i for i, operation in enumerate(chain.operations) if operation.name == name)
-    run = chain.operations[index].run
-
-    def hungry_run(state: State) -> State:
-        if len(state[0]) > fits:
-            torch.empty(10**15)
-        return run(state)
-
-    chain.operations[index] = replace(chain.operations[index], run=hungry_run)
-    return chain
-
-
 def last_operation(model: nn.Module) -> str:
     return build_chain(model).operations[-1].name
 
@@ -161,7 +146,7 @@ def last_operation(model: nn.Module) -> str:
 @pytest.mark.parametrize("joint_steps", [0, 2])
 def test_batches_are_halved_until_they_fit(joint_steps: int) -> None:
     model, said = tiny.cifar_resnet(), list[Progress]()
-    chain = hungry(build_chain(model), last_operation(model), fits=4)
+    chain = tiny.hungry(build_chain(model), last_operation(model), fits=4)
     settings = tiny.config(batch_size=12, joint_steps=joint_steps)
     reports = prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, CPU, said.append)
     sizes = [report.batch_size for report in reports]
@@ -181,7 +166,7 @@ def test_activations_that_do_not_fit_move_in_parts() -> None:
     name = next(
         o.name for i, o in enumerate(chain.operations) if o.group is None and 0 < i < len(chain.operations) - 2
     )
-    prune_chain(hungry(chain, name, fits=3), tiny.images(18), masks, settings, CPU)
+    prune_chain(tiny.hungry(chain, name, fits=3), tiny.images(18), masks, settings, CPU)
     for key, tensor in whole_run.state_dict().items():
         torch.testing.assert_close(tensor, parts.state_dict()[key])
 
@@ -197,7 +182,7 @@ def test_what_is_halved_stays_so_after_a_run_that_was_broken_off(tmp_path: Path)
             if seen == stop_at:
                 raise KeyboardInterrupt
 
-        chain = hungry(build_chain(model), last_operation(model), fits=4)
+        chain = tiny.hungry(build_chain(model), last_operation(model), fits=4)
         settings = tiny.config(batch_size=12, joint_steps=2)
         prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, CPU, progress, journal=journal)
         return model
@@ -213,7 +198,7 @@ def test_what_is_halved_stays_so_after_a_run_that_was_broken_off(tmp_path: Path)
 
 def test_one_image_that_does_not_fit_is_an_error_of_its_layer() -> None:
     model = tiny.cifar_resnet()
-    chain = hungry(build_chain(model), last_operation(model), fits=0)
+    chain = tiny.hungry(build_chain(model), last_operation(model), fits=0)
     with pytest.raises(MemoryLimitError, match=r": memory does not suffice for a single image\. Give a smaller --k"):
         prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), tiny.config(k=100), CPU)
 

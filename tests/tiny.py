@@ -1,7 +1,7 @@
 """Tiny random networks in float64 whose every part matters: no zero biases, no unit scales, no identical heads."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.models.resnet import BasicBlock, ResNet
@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from snows_hf.adapters import State, build_chain, frozen
+from snows_hf.adapters import Chain, State, build_chain, frozen
 from snows_hf.cascade import prune_chain
 from snows_hf.config import PruneConfig, SolverConfig
 from snows_hf.masks import NM, Masks, choose_masks
@@ -169,3 +169,17 @@ def prune(model: nn.Module, count: int = 8, n: int = 2, m: int = 4, **changes: o
     calibration = images(count, seed=7)
     reports = prune_chain(build_chain(pruned), calibration, masks, settings, torch.device("cpu"))
     return Run(model, pruned, masks, calibration, settings, reports)
+
+
+def hungry(chain: Chain, name: str, fits: int) -> Chain:
+    """The chain with one operation that asks for more memory than there is when it gets more than ``fits`` images."""
+    index = next(i for i, operation in enumerate(chain.operations) if operation.name == name)
+    run = chain.operations[index].run
+
+    def hungry_run(state: State) -> State:
+        if len(state[0]) > fits:
+            torch.empty(10**15)
+        return run(state)
+
+    chain.operations[index] = replace(chain.operations[index], run=hungry_run)
+    return chain

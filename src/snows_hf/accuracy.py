@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .data import ImageSource, Preprocess, label_map, labelled_batches, to_classes
 from .errors import DataError
+from .memory import Tensors, in_parts
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ def accuracy_of(
     Raises:
         DataError: no labels, labels that do not match the model's classes, or no image.
     """
+
+    def run(state: Tensors) -> Tensors:
+        return (logits_of(model, state[0].to(parameter.device, parameter.dtype)),)
+
     training = model.training
     parameter = next(model.parameters())
     classes: Tensor | None = None
@@ -56,7 +61,7 @@ def accuracy_of(
     model.eval()
     try:
         for pixels, labels in labelled_batches(source, preprocess, batch_size):
-            logits = logits_of(model, pixels.to(parameter.device, parameter.dtype))
+            (logits,) = in_parts(run, (pixels,))
             if classes is None:
                 classes = label_map(source.class_names, class_names, logits.shape[1], source.name)
             ranked = logits.float().topk(min(5, logits.shape[1])).indices.cpu()

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from .adapters import Chain, frozen
@@ -15,7 +14,7 @@ from .errors import MemoryLimitError
 from .gradual import thin_out
 from .journal import Journal
 from .masks import Masks, Pattern
-from .memory import Images, Shelf, out_of_memory
+from .memory import Images, Shelf, until_it_fits
 from .objective import ActiveWeights, Segment
 from .progress import LayerReport, Progress
 from .solver import NewtonState, newton
@@ -168,29 +167,24 @@ class Cascade:
             report = LayerReport.from_dict(found.facts["report"])
             self.on_progress(Progress(place, self.total, report.name, report=report))
             return report, active.scatter(found.tensors["w"].to(self.device))
-        while True:
-            try:
-                report, weights = self.solve(segment, sweep, streams, place, pattern)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if processes() > 1:  # the others wait for what this one cannot compute
-                    raise MemoryLimitError(
-                        f"{group.name}: out of memory, in one process of several.",
-                        "Repeat the command with --memory, or with more processes.",
-                    ) from error
-            # Out of the block, which holds the graphs of what failed.
+
+        def shrink() -> None:
+            if processes() > 1:  # the others wait for what this one cannot compute
+                raise MemoryLimitError(
+                    f"{group.name}: out of memory, in one process of several.",
+                    "Repeat the command with --memory, or with more processes.",
+                )
             if streams.largest == 1:
                 raise MemoryLimitError(
                     f"{group.name}: memory does not suffice for a single image.", "Give a smaller --k."
                 )
-            clear_device_cache(garbage_collection=True)
             streams.halve()
             note = f"{group.name}: out of memory; solved again in batches of {streams.largest} images"
             self.on_progress(Progress(place, self.total, group.name, note=note))
             self.journal.drop(f"{name}-")
             self.journal.put(f"{name}-halved", halvings=streams.halvings)
+
+        report, weights = until_it_fits(lambda: self.solve(segment, sweep, streams, place, pattern), shrink)
         self.journal.put(name, {"w": active.gather(weights)}, report=report.to_dict(), halvings=streams.halvings)
         self.journal.drop(f"{name}-")
         self.on_progress(Progress(place, self.total, report.name, report=report))

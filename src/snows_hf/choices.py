@@ -4,17 +4,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .allocation import Candidate, allocate, layer_sensitivities
+from .allocation import Candidate, Sensitivity, allocate, layer_sensitivities
 from .config import PruneConfig
-from .errors import ConfigError
+from .errors import ConfigError, MemoryLimitError
 from .fitting import fit_criterion, fit_sensitivity
 from .journal import Journal, Record
 from .masks import NM, Choice, Evidence, Pattern, PerLayer, Unstructured, choose, parse_pattern
+from .memory import until_it_fits
+
+
+T = TypeVar("T")
 
 
 def one_pattern(config: PruneConfig) -> NM | Unstructured:
@@ -71,7 +75,11 @@ def find_allocation(
         device = next(chain.parameters()).device
         fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, device, left, on_stage)
         given = fit_criterion(replace(evidence, config=fitted), left, on_stage)
-        table = layer_sensitivities(given, candidates, flops, config.repair_steps)
+
+        def measured(given: Evidence) -> list[Sensitivity]:
+            return layer_sensitivities(given, candidates, flops, config.repair_steps)
+
+        table = in_smaller_batches(measured, given, on_stage)
         patterns = {name: str(own or "dense") for name, own in allocate(table, config).patterns.items()}
         return Record({}, {"patterns": patterns, "seconds": time.perf_counter() - started})
 
@@ -92,7 +100,7 @@ def find_choice(
     def decide() -> Record:
         started = time.perf_counter()
         on_stage(f"Choosing masks by {Path(evidence.config.mask).name} for {evidence.pattern}")
-        choice = choose(fit_criterion(evidence, left, on_stage))
+        choice = in_smaller_batches(choose, fit_criterion(evidence, left, on_stage), on_stage)
         tensors = {f"mask {name}": mask.cpu() for name, mask in choice.masks.items()}
         tensors |= {f"weight {name}": weight.cpu() for name, weight in choice.weights.items()}
         return Record(tensors, {"facts": dict(choice.facts), "seconds": time.perf_counter() - started})
@@ -104,6 +112,28 @@ def find_choice(
             if f"{kind} {name}" in kept.tensors:
                 tensors[name] = kept.tensors[f"{kind} {name}"].to(weight.device)
     return Choice(found["mask"], found["weight"], kept.facts["facts"]), kept.facts["seconds"]
+
+
+def in_smaller_batches(run: Callable[[Evidence], T], evidence: Evidence, on_stage: Callable[[str], None]) -> T:
+    """``run(evidence)``, with batches of half the size, and half of that, where memory does not suffice.
+
+    Raises:
+        MemoryLimitError: a single image is too much.
+    """
+    size = min(evidence.config.batch_size, len(evidence.images) if evidence.images is not None else 1)
+    name = f"Mask criterion {Path(evidence.config.mask).name}"
+
+    def shrink() -> None:
+        nonlocal size
+        if size == 1:
+            raise MemoryLimitError(
+                f"{name}: memory does not suffice for a single image.",
+                "Choose one that reads no images (--mask magnitude), or give --device cpu.",
+            )
+        size = (size + 1) // 2
+        on_stage(f"{name}: out of memory; again in batches of {size} images")
+
+    return until_it_fits(lambda: run(replace(evidence, config=evidence.config.updated(batch_size=size))), shrink)
 
 
 def find_first_masks(

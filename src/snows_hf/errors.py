@@ -44,7 +44,7 @@ class NumericsError(SnowsError):
 
 
 class MemoryLimitError(SnowsError):
-    """The memory does not suffice, however small the batches."""
+    """Memory, of the machine or of a device, does not suffice."""
 
 
 class SaveError(SnowsError):

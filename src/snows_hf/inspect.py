@@ -36,7 +36,7 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
     Raises:
         SnowsError: no such model, or one that cannot be read.
     """
-    checkpoint = load(source, revision)
+    checkpoint = load(source, revision, trial=False)
     chain = build_chain(checkpoint.model)
     groups = chain.groups()
     weights = {name: chain.weight(name).detach() for _, group in groups for name in group.parameters}

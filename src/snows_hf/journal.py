@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Journal:
         """Keeps where Algorithm 2 is, and its last state but one, should this one turn out damaged."""
         tensors = {"w": state.w, "mean": state.mean, "best": state.result.w}
         tensors = {key: tensor for key, tensor in tensors.items() if key == "w" or tensor is not state.w}
-        counts = {key: value for key, value in asdict(state.result).items() if key != "w"}
+        counts = {key: value for key, value in vars(state.result).items() if key != "w"}
         steps = f"{name}-step-{state.result.steps:06d}"
         self.put(steps, tensors, result=counts, milestone=state.milestone, stale=state.stale)
         for older in [step for step in self.names() if step.startswith(f"{name}-step-") and step <= steps][:-2]:

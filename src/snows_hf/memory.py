@@ -10,16 +10,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .errors import ConfigError, SaveError, one_line
 
 
+T = TypeVar("T")
 Tensors = tuple[Tensor, ...]
 
 M_MMAP_THRESHOLD = -3
@@ -199,6 +201,19 @@ def room(memory: float | None) -> int | None:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, main or a device's, did not suffice."""
     return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+def until_it_fits(run: Callable[[], T], shrink: Callable[[], None]) -> T:
+    """``run()``; where memory does not suffice, again after ``shrink()``, which raises once there is no less."""
+    while True:
+        try:
+            return run()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Out of the block, which holds the graphs of what failed.
+        clear_device_cache(garbage_collection=True)
+        shrink()
 
 
 def halves(batch: slice) -> list[slice]:

@@ -25,6 +25,7 @@ from .data import (
 from .describe import describe_data
 from .errors import AdapterError, ConfigError, DataError, NumericsError
 from .hub.load import load
+from .memory import Tensors, in_parts
 
 
 STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(2, -13, -1))
@@ -164,16 +165,19 @@ def extract_features(
     entered: dict[nn.Module, Tensor] = {}
     hooks: list[Any] = []
     features, labels = [], []
+
+    def run(state: Tensors) -> Tensors:
+        logits_of(model, state[0].to(parameter.device, parameter.dtype))
+        return (torch.cat([entered[head] for head in heads], dim=1),)
+
     try:
         for pixels, some in batches:
-            pixels = pixels.to(parameter.device, parameter.dtype)
             if not heads:
-                heads = find_classifiers(model, pixels[:1])
+                heads = find_classifiers(model, pixels[:1].to(parameter.device, parameter.dtype))
                 hooks = [
                     head.register_forward_pre_hook(lambda m, args: entered.update({m: args[0]})) for head in heads
                 ]
-            logits_of(model, pixels)
-            features.append(torch.cat([entered[head] for head in heads], dim=1).float().cpu())
+            features.append(in_parts(run, (pixels,))[0].float().cpu())
             labels.append(some)
     finally:
         for hook in hooks:

@@ -176,14 +176,13 @@ def prune(
         network.to(solver_dtype)
         flops, labels = first_pass(chain, images, labels, source, checkpoint, target)
 
-        on_device = {name: weight.to(target) for name, weight in weights.items()}
         first = next(candidate for candidate in candidates if candidate is not None)
-        evidence = Evidence(on_device, first, config, chain, images, labels)
+        evidence = Evidence({n: w.to(target) for n, w in weights.items()}, first, config, chain, images, labels)
         allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
         if by_layer:
             evidence, allocation = find_allocation(journal, evidence, candidates, flops, left, on_stage)
         choice, criterion_seconds = find_choice(journal, evidence, left, on_stage)
-        masks = choice.masks
+        masks, chosen = choice.masks, evidence.pattern
         masked = pruned = None
         if evaluation is not None or not update:
             chain.put(alone(choice, original))
@@ -196,6 +195,7 @@ def prune(
             chain.put({name: original[name] for name in masks})
             network.to(solver_dtype)
             begin, final = find_first_masks(journal, evidence, choice, left, on_stage)
+            del evidence  # all weights once more, on the device
             config = find_batches(journal, chain, images[:2], begin.masks, config, target, memory, left, on_stage)
             on_stage(f"Pruning {len(layers)} layers to {pattern}")
             reports = prune_chain(
@@ -206,7 +206,7 @@ def prune(
             pruned = measure("pruned")
         network.to("cpu")
 
-        report = describe_layers(checkpoint, chain, layers, masks, evidence.pattern, config, reports)
+        report = describe_layers(checkpoint, chain, layers, masks, chosen, config, reports)
         report |= describe_size(network, masks, flops) | {
             "update": update,
             "allocation": allocation,

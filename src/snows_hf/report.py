@@ -136,7 +136,7 @@ def compare(
     rows = []
     for model in models:
         on_stage(f"Loading {model}")
-        checkpoint = load(model)
+        checkpoint = load(model, trial=False)
         with understood(checkpoint.folder):
             rows.append({"model": str(model)} | summary_of(described(checkpoint)))
     count = Counter(row["name"] for row in rows)

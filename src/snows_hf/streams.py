@@ -70,9 +70,12 @@ class Streams:
     def advance(self, run: Callable[[State], State], which: str, device: torch.device) -> None:
         """Moves one stream through an operation, batch by batch."""
         states: list[Kept] = getattr(self, which)
+
+        def there_and_back(state: State) -> State:
+            return send_to_device(run(send_to_device(state, device)), torch.device("cpu"))
+
         for i in range(len(states)):
-            state = send_to_device(in_parts(run, send_to_device(states[i].get(), device)), torch.device("cpu"))
-            states[i] = self.shelf.keep(state)
+            states[i] = self.shelf.keep(in_parts(there_and_back, states[i].get()))
 
 
 def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:

@@ -448,6 +448,14 @@ def test_ctrl_c_leaves_only_what_is_finished(
     assert [path.name for path in elsewhere.iterdir()] == [".out.snows-work"]
 
 
+def test_memory_that_does_not_suffice_is_one_message(run, monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+    monkeypatch.setattr(JOB, "write_card", lambda *arguments: torch.empty(10**15))
+    result = run("prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--k", 0, "--output", "out")
+    assert result.code == 1
+    assert "Error: Out of memory: " in result.err and "Traceback" not in result.err
+    assert [path.name for path in elsewhere.iterdir()] == [".out.snows-work"]
+
+
 def test_a_layer_that_overflows_is_reported_as_null(run, monkeypatch: pytest.MonkeyPatch) -> None:
     real = JOB.prune_chain
 

@@ -4,7 +4,8 @@ import sys
 
 import typer
 
-from ..errors import SnowsError
+from ..errors import MemoryLimitError, SnowsError, one_line
+from ..memory import out_of_memory
 from ..version import __version__
 from . import (
     attention,
@@ -61,6 +62,12 @@ def main() -> None:
         app()
     except SnowsError as error:
         Sink.from_arguments(sys.argv).error(error)
+        raise SystemExit(1) from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        remedy = "Give smaller batches (batch_size), or --device cpu. The same command goes on from what is finished."
+        Sink.from_arguments(sys.argv).error(MemoryLimitError(f"Out of memory: {one_line(error)}", remedy))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
