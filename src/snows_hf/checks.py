@@ -63,7 +63,7 @@ def find_dtype(name: str) -> torch.dtype:
 
 
 def find_device(device: str) -> torch.device:
-    """``auto`` is the accelerator that torch finds, else the CPU; of several processes each gets one of its own.
+    """``auto`` is CUDA where torch finds it, else the CPU; of several processes each gets a device of its own.
 
     Raises:
         ConfigError: an unknown name, or a device that this machine has not.
@@ -72,15 +72,14 @@ def find_device(device: str) -> torch.device:
         raise ConfigError(f"Device {device!r}: expected auto, cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("Device cuda was asked for, and torch finds none here.", "Use --device cpu.")
+    # Never another accelerator by itself: Apple's has no float64, in which masks are chosen.
+    cuda = device != "cpu" and torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate would keep to the first device that was asked for
-        found = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        return torch.device("cuda" if cuda else "cpu")
     # While the main process measures or saves, the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # Where there is no CUDA, accelerate must be told that they shall use CPUs.
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    own = accelerate.Accelerator(cpu=cpu, kwargs_handlers=[patience]).device
-    return torch.device("cpu") if own.type == "cpu" else own
+    own = accelerate.Accelerator(cpu=not cuda, kwargs_handlers=[patience]).device
+    return own if cuda else torch.device("cpu")
 
 
 def find_reproducible(device: str) -> torch.device:

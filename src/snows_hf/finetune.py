@@ -61,7 +61,7 @@ def finetune(
         eval_split: of ``eval_data``.
         teacher: Hub id or folder of a model with the same classes and preprocessing, the dense one say, whose logits
             the student learns from too.
-        device: ``auto`` (what torch finds), ``cpu`` or ``cuda``.
+        device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
         revision: of the model on the Hub.
         restart: begin anew where an earlier call was broken off.
         on_stage: called with a line of text when a new stage begins, and after each epoch.

@@ -84,7 +84,7 @@ def prune(
         eval_data: labelled images on which dense, masked and pruned accuracy are measured; None measures nothing.
         eval_split: split of ``eval_data``.
         output: folder to save to, absent or empty; None saves nothing.
-        device: ``auto`` (what torch finds), ``cpu`` or ``cuda``.
+        device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
         dtype: in which the solver computes; the result is saved in the checkpoint's own dtypes.
         revision: of the model on the Hub.
         memory: budget of main memory for this process, in GB. Batches are made small enough for it, and activations

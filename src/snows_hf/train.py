@@ -67,7 +67,7 @@ def train(
         data_split: split of ``data``.
         eval_data: labelled images on which accuracy is measured at the end; None measures nothing.
         eval_split: split of ``eval_data``.
-        device: ``auto`` (what torch finds), ``cpu`` or ``cuda``.
+        device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
         revision: of ``source`` on the Hub.
         on_stage: called with a line of text when a new stage begins, after each epoch, and for each collapsed layer.
         **settings: by the names of :class:`~snows_hf.config.TrainConfig`.
