@@ -196,11 +196,36 @@ def test_what_is_halved_stays_so_after_a_run_that_was_broken_off(tmp_path: Path)
         assert torch.equal(first, second)
 
 
-def test_one_image_that_does_not_fit_is_an_error_of_its_layer() -> None:
-    model = tiny.cifar_resnet()
+def test_single_images_that_do_not_fit_are_solved_with_a_smaller_k() -> None:
+    model, said = tiny.cifar_resnet(), list[Progress]()
     chain = tiny.hungry(build_chain(model), last_operation(model), fits=0)
-    with pytest.raises(MemoryLimitError, match=r": memory does not suffice for a single image\. Give a smaller --k"):
-        prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), tiny.config(k=100), CPU)
+    settings = tiny.config(k=100, batch_size=2)
+    reports = prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings, CPU, said.append)
+    groups = [index for index, _ in chain.groups() if index < len(chain.operations) - 1]
+    assert [report.k for report in reports] == [len(chain.operations) - 2 - index for index in groups]
+    assert {report.batch_size for report in reports} == {1}
+    first = reports[0]
+    notes = [progress.note for progress in said if progress.note]
+    assert notes[:2] == [
+        f"{first.name}: out of memory; solved again {less}"
+        for less in ("in batches of 1 images", f"with K = {first.k}")
+    ]
+    assert all(report.loss_pruned <= report.loss_masked for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("group", "joint_steps", "remedy"), [(0, 0, r"Give --device cpu"), (None, 2, r"Set joint_steps to 0")]
+)
+def test_one_image_that_does_not_fit_is_an_error_of_its_layer(
+    group: int | None, joint_steps: int, remedy: str
+) -> None:
+    model = tiny.cifar_resnet()
+    chain = build_chain(model)
+    place = -1 if group is None else chain.groups()[group][0]
+    tiny.hungry(chain, chain.operations[place].name, fits=0)
+    settings = tiny.config(k=0, joint_steps=joint_steps)
+    with pytest.raises(MemoryLimitError, match=rf": memory does not suffice for a single image\. {remedy}"):
+        prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings, CPU)
 
 
 def test_what_counts_as_out_of_memory() -> None:
@@ -209,6 +234,8 @@ def test_what_counts_as_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(10**15)
     assert out_of_memory(error.value)
+    with pytest.raises(MemoryLimitError, match="single image"):
+        in_parts(lambda state: (torch.empty(10**15),), (torch.zeros(3),))
     with pytest.raises(RuntimeError, match="shapes"):
         in_parts(lambda state: (_ for _ in ()).throw(RuntimeError("shapes")), (torch.zeros(4),))
 

@@ -156,7 +156,7 @@ class Cascade:
         self, segment: Segment, sweep: int, streams: Streams, place: int, pattern: Pattern | None = None
     ) -> Solution:
         """:meth:`solve` for number ``place`` of all, or what an earlier run kept of it. Where memory runs out, the
-        group is solved again with batches of half the size."""
+        group is solved again with batches of half the size, and of single images with a smaller K."""
         name, group = f"layer-{place:04d}", segment.group
         active = ActiveWeights.of(group, self.masks, self.device)
         found = self.journal.get(name)
@@ -174,12 +174,19 @@ class Cascade:
                     f"{group.name}: out of memory, in one process of several.",
                     "Repeat the command with --memory, or with more processes.",
                 )
-            if streams.largest == 1:
+            nonlocal segment
+            if streams.largest > 1:
+                streams.halve()
+                less = f"in batches of {streams.largest} images"
+            elif group.kind != "joint" and segment.stop - segment.start > 1:
+                segment = replace(segment, stop=segment.stop - 1)
+                less = f"with K = {segment.stop - segment.start - 1}"
+            else:
                 raise MemoryLimitError(
-                    f"{group.name}: memory does not suffice for a single image.", "Give a smaller --k."
+                    f"{group.name}: memory does not suffice for a single image.",
+                    "Set joint_steps to 0 (--config)." if group.kind == "joint" else "Give --device cpu.",
                 )
-            streams.halve()
-            note = f"{group.name}: out of memory; solved again in batches of {streams.largest} images"
+            note = f"{group.name}: out of memory; solved again {less}"
             self.on_progress(Progress(place, self.total, group.name, note=note))
             self.journal.drop(f"{name}-")
             self.journal.put(f"{name}-halved", halvings=streams.halvings)

@@ -18,7 +18,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .errors import ConfigError, SaveError, one_line
+from .errors import ConfigError, MemoryLimitError, SaveError, one_line
 
 
 T = TypeVar("T")
@@ -223,12 +223,18 @@ def halves(batch: slice) -> list[slice]:
 
 
 def in_parts(run: Callable[[Tensors], Tensors], state: Tensors) -> Tensors:
-    """``run(state)``, in halves where memory does not suffice: every image is computed by itself."""
+    """``run(state)``, in halves where memory does not suffice: every image is computed by itself.
+
+    Raises:
+        MemoryLimitError: a single image is too much.
+    """
     try:
         return run(state)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error) or len(state[0]) == 1:
+        if not out_of_memory(error):
             raise
+        if len(state[0]) == 1:
+            raise MemoryLimitError("Memory does not suffice for a single image.", "Give --device cpu.") from error
     parts = [in_parts(run, tuple(t[half] for t in state)) for half in halves(slice(0, len(state[0])))]
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
