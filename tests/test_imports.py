@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "collapse": "adapters masks",
     "remote": "errors",
     "data": "config errors remote",
-    "accuracy": "data errors",
+    "accuracy": "data errors memory",
     "hub": "hub config data errors journal models remote version",
     "flops": "adapters",
     "speed": "masks",
@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "streams"
     ),
     "permutation": "adapters masks",
-    "choices": "allocation config errors fitting journal masks",
+    "choices": "allocation config errors fitting journal masks memory",
     **dict.fromkeys((*JOBS.split(), "__init__"), EVERYTHING_BUT_CLI),
     "__main__": "cli",
     "cli": f"cli {EVERYTHING_BUT_CLI}",
