@@ -48,16 +48,17 @@ def accuracy_of(
 
     Raises:
         DataError: no labels, labels that do not match the model's classes, or no image.
+        MemoryLimitError: a single image is too much.
     """
-
-    def run(state: Tensors) -> Tensors:
-        return (logits_of(model, state[0].to(parameter.device, parameter.dtype)),)
-
     training = model.training
     parameter = next(model.parameters())
     classes: Tensor | None = None
     top1 = top5 = images = 0
     confusion: Counter[str] = Counter()
+
+    def run(state: Tensors) -> Tensors:
+        return (logits_of(model, state[0].to(parameter.device, parameter.dtype)),)
+
     model.eval()
     try:
         for pixels, labels in labelled_batches(source, preprocess, batch_size):

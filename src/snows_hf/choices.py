@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .allocation import Candidate, Sensitivity, allocate, layer_sensitivities
+from .allocation import Candidate, allocate, layer_sensitivities
 from .config import PruneConfig
 from .errors import ConfigError, MemoryLimitError
 from .fitting import fit_criterion, fit_sensitivity
@@ -75,11 +75,9 @@ def find_allocation(
         device = next(chain.parameters()).device
         fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, device, left, on_stage)
         given = fit_criterion(replace(evidence, config=fitted), left, on_stage)
-
-        def measured(given: Evidence) -> list[Sensitivity]:
-            return layer_sensitivities(given, candidates, flops, config.repair_steps)
-
-        table = in_smaller_batches(measured, given, on_stage)
+        table = in_smaller_batches(
+            lambda fitting: layer_sensitivities(fitting, candidates, flops, config.repair_steps), given, on_stage
+        )
         patterns = {name: str(own or "dense") for name, own in allocate(table, config).patterns.items()}
         return Record({}, {"patterns": patterns, "seconds": time.perf_counter() - started})
 
