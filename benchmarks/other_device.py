@@ -7,7 +7,8 @@ there, as on a GPU, and its memory has a limit and a peak. What GPUs compute, an
     python benchmarks/other_device.py [--criteria]
 
 First table: jobs, and for prunes the largest relative difference of a weight to the same prune on the CPU. Second
-table: a prune whose device has less and less memory. Third: peak of the device over the bytes of the model's weights.
+table: a prune whose device has less and less memory. Third: peak of the device over the bytes of the model's weights,
+without and with `offload`, and then on a device that has room for a part of them.
 """
 
 import argparse
@@ -50,6 +51,9 @@ PRUNES: list[tuple[str, str, dict[str, Any]]] = [
     (CNN, "0.7", {"joint_steps": 4, "allocation": "global"}),
     (CNN, "2:4", {"sweeps": 2, "batch_size": 4, "held_out": 0.25, "mask": "sparsegpt"}),
     (CNN, "2:4", {"curvature": "hessian", "mask": "magnitude"}),
+    (VIT, "2:4", {"offload": True}),
+    (VIT, "0.7", {"offload": True, "allocation": "sensitivity", "joint_steps": 2}),
+    (CNN, "2:4", {"offload": True, "joint_steps": 2}),
 ]
 
 
@@ -180,23 +184,36 @@ def weights_there(extension: Any) -> None:
     """Few images, no preconditioner: what is on the device is weights."""
     print("\n| mask, settings | choosing masks: peak | solving: weights that stay |\n|---|---|---|")
     config = ViTConfig(
-        image_size=32, patch_size=16, hidden_size=512, num_attention_heads=8, intermediate_size=2048,
-        num_hidden_layers=6, num_labels=10,
+        image_size=32, patch_size=16, hidden_size=256, num_attention_heads=8, intermediate_size=1024,
+        num_hidden_layers=24, num_labels=10,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         ViTForImageClassification(config).save_pretrained(folder)
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
         size = Path(folder, "model.safetensors").stat().st_size
-        for settings in ({"mask": "magnitude"}, {"mask": "sparsegpt"}, {"mask": "magnitude", "joint_steps": 1}):
+        few = {"samples": 4, "k": 1, "layer_steps": 1, "cg_max_iter": 1, "preconditioner": "none"}
+        masks = ({"mask": "magnitude"}, {"mask": "sparsegpt"})
+        for settings in (*masks, {"mask": "magnitude", "joint_steps": 1}, *({**m, "offload": True} for m in masks)):
             marks = []
 
             def mark(stage: str, marks: list[tuple[float, float]] = marks) -> None:
                 marks.append((extension.peak() / size, extension.used() / size))
 
+            gc.collect()
             extension.reset_peak()
-            given = {"samples": 4, "k": 1, "layer_steps": 1, "cg_max_iter": 1, "preconditioner": "none"} | settings
-            snows_hf.prune(folder, "2:4", data=DIGITS, on_stage=mark, **given)
+            snows_hf.prune(folder, "2:4", data=DIGITS, on_stage=mark, **few | settings)
             print(f"| {settings} | {marks[-1][0]:.2f} | {marks[-1][1]:.2f} |", flush=True)
+        print("\n| room, over the weights | settings | peak, over the weights | outcome |\n|---|---|---|---|")
+        for room in (1.5, 0.8, 0.4):
+            for offload in (False, True):
+                gc.collect()
+                base = extension.used()
+                extension.set_limit(base + int(room * size))
+                extension.reset_peak()
+                given = few | {"mask": "sparsegpt", "offload": offload}
+                said = outcome(lambda given=given: snows_hf.prune(folder, "2:4", data=DIGITS, **given) and None)
+                print(f"| {room} | {offload=} | {(extension.peak() - base) / size:.2f} | {said} |", flush=True)
+        extension.set_limit(2**60)
 
 
 def main() -> None:

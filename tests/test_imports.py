@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "errors": "",
     "version": "",
     "config": "errors",
-    "distributed": "errors",
+    "distributed": "errors memory",
     "journal": "distributed errors solver",
     "solver": "solver config",
     "masks": "masks adapters config errors memory objective preconditioner solver",

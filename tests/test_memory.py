@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from embedded import DIGITS, RESNET, VIT
 from masks.networks import evidence, linears
 from timm.models.resnet import BasicBlock, ResNet
 
+from snows_hf import prune
 from snows_hf.adapters import build_chain
 from snows_hf.cascade import prune_chain
 from snows_hf.choices import in_smaller_batches
@@ -235,3 +237,24 @@ def test_a_budget_that_the_libraries_exceed_is_refused():
         room(0.01)
     assert room(None) is None
     assert room(1000.0) > 900e9
+
+
+@pytest.mark.parametrize("model", [VIT, RESNET])
+def test_an_offloaded_model_gives_the_same_bits(model: Path):
+    """On the CPU, where nothing has to move: by the same way. Other devices: benchmarks/other_device.py."""
+    given = {
+        "data": DIGITS,
+        "eval_data": DIGITS,
+        "samples": 12,
+        "layer_steps": 1,
+        "joint_steps": 1,
+        "mask": "sparsegpt",
+    }
+    said: list[str] = []
+    here, there = (prune(model, "2:4", on_stage=said.append, offload=which, **given) for which in (None, True))
+    assert any("stay in main memory, and come to cpu operation by operation" in stage for stage in said)
+    assert (here.report["offloaded"], there.report["offloaded"]) == (False, True)
+    for part in ("dense", "masked", "pruned"):
+        assert here.report[part] == there.report[part]
+    weights = there.model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in here.model.state_dict().items())

@@ -133,7 +133,7 @@ def layer_sensitivities(
         NumericsError: the dense network's logits are not finite.
     """
     chain, config = evidence.network, evidence.config
-    device = next(chain.parameters()).device
+    device = chain.device
     images = evidence.images
     if images is None or len(images) < 2:
         raise ConfigError("A sensitivity takes two images at least: one that repairs, and one that judges.")

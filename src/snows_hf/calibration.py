@@ -62,9 +62,8 @@ def first_pass(
     labels: Tensor | None,
     source: ImageSource,
     checkpoint: Checkpoint,
-    device: torch.device,
 ) -> tuple[dict[str, int], Tensor | None]:
-    """Makes sure that the adapter computes what the model, on ``device``, does.
+    """Makes sure that the adapter computes what the model does.
 
     Returns:
         Operations of every module on one image, by name, and the model's class of each of the data's labels (n,).
@@ -73,10 +72,10 @@ def first_pass(
         AdapterError: it does not.
         DataError: the classes cannot be matched.
     """
-    check_chain(chain, images[:2].to(device))
-    flops = count_flops(chain, images[:1].to(device))
+    check_chain(chain, images[:2])
+    flops = count_flops(chain, images[:1])
     if labels is None:
         return flops, None
     with torch.no_grad():
-        classes = chain.logits(images[:1].to(device)).shape[1]
+        classes = chain.logits(images[:1].to(chain.device)).shape[1]
     return flops, class_labels(labels, source, checkpoint, classes)

@@ -122,8 +122,8 @@ def check_chain(chain: Chain, images: Tensor) -> None:
         AdapterError: the logits differ by more than rounding.
     """
     with torch.no_grad(), frozen(chain.model):
-        expected = logits_of(chain.model, images).double()
-        got = chain.logits(images).double()
+        expected = logits_of(chain.model, images.to(next(chain.model.parameters()).device)).double().cpu()
+        got = chain.logits(images.to(chain.device)).double().cpu()
     tolerance = 1e3 * torch.finfo(images.dtype).eps * max(1.0, float(expected.abs().max()))
     if not float((got - expected).abs().max()) <= tolerance:
         raise AdapterError(

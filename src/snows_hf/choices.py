@@ -72,7 +72,7 @@ def find_allocation(
     def decide() -> Record:
         started = time.perf_counter()
         on_stage(f"Measuring the sensitivity of the layers under {len(candidates)} patterns")
-        device = next(chain.parameters()).device
+        device = chain.device
         fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, device, left, on_stage)
         given = fit_criterion(replace(evidence, config=fitted), left, on_stage)
         table = in_smaller_batches(

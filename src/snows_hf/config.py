@@ -132,6 +132,8 @@ class PruneConfig(_Settings):
             the pattern keeps half of the weights or more, or the masks come from a file.
         emphasis: of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power.
         augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
+        offload: weights rest in main memory, and come to the device for one operation after the other. None: where
+            they would take too much of the device (fitting.py).
         autocast: steps compute in bfloat16 where that does (torch.autocast); the loss that judges them does not.
         seed: decides which images are drawn, and their order.
         solver: see :class:`SolverConfig`.
@@ -158,6 +160,7 @@ class PruneConfig(_Settings):
     emphasis: float = 0.0
     augment: bool = False
     autocast: bool = False
+    offload: bool | None = None
     seed: int = 0
     solver: SolverConfig = field(default_factory=SolverConfig)
 
@@ -183,6 +186,7 @@ class PruneConfig(_Settings):
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
         _check(self.permute is None or isinstance(self.permute, bool), "permute", self.permute, "true or false")
+        _check(self.offload is None or isinstance(self.offload, bool), "offload", self.offload, "true or false")
         _check(isinstance(self.augment, bool), "augment", self.augment, "true or false")
         _check(isinstance(self.autocast, bool), "autocast", self.autocast, "true or false")
         _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")

@@ -5,17 +5,37 @@ solve the same systems, of the whole batch, and come to the same weights.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed
 from torch import Tensor
 
-from .errors import SnowsError
+from .errors import ProcessError, SnowsError, one_line
+from .memory import out_of_memory
 
 
 T = TypeVar("T")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A call that needs all processes.
+
+    Raises:
+        ProcessError: another of them has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise ProcessError(
+            f"Another process has ended, and this one cannot go on alone: {one_line(error)}",
+            "Its own message says why. The same command goes on from what is finished.",
+        ) from error
 
 
 def processes() -> int:
@@ -49,11 +69,16 @@ class Share:
     alone: bool = True
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Σ tensor over the processes, the same on all; half precision is summed in float32."""
+        """Σ tensor over the processes, the same on all; half precision is summed in float32.
+
+        Raises:
+            ProcessError: another of them has ended.
+        """
         if self.alone:
             return tensor
         total = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True).contiguous()
-        torch.distributed.all_reduce(total)
+        with together():
+            torch.distributed.all_reduce(total)
         return total.to(tensor.dtype)
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -92,7 +117,11 @@ def share(total: int) -> Share:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the main process, on all of them; an error of ours there is raised on all of them."""
+    """What ``make`` gives on the main process, on all of them; an error of ours there is raised on all of them.
+
+    Raises:
+        ProcessError: another process has ended.
+    """
     if processes() == 1:
         return make()
     outcome: list[Any] = [None, None]
@@ -101,7 +130,8 @@ def from_main(make: Callable[[], T]) -> T:
             outcome[0] = make()
         except SnowsError as error:
             outcome[1] = error
-    torch.distributed.broadcast_object_list(outcome)
+    with together():
+        torch.distributed.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     made: T = outcome[0]

@@ -47,6 +47,10 @@ class MemoryLimitError(SnowsError):
     """Memory, of the machine or of a device, does not suffice."""
 
 
+class ProcessError(SnowsError):
+    """Another of several processes that work together has ended."""
+
+
 class SaveError(SnowsError):
     """The result cannot be written where it was asked for."""
 

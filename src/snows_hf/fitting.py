@@ -1,4 +1,4 @@
-"""Batches that fit into memory."""
+"""What fits into memory: the model, or one operation of it after the other, and batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .adapters import Chain, State, frozen
+from .adapters import Chain, State, frozen, offloaded
 from .allocation import Candidate
 from .config import PruneConfig
 from .describe import describe_hardware
@@ -26,8 +26,30 @@ from .streams import masked_operations, whole_network
 OVERHEAD = 1.25
 """What a product needs in memory, over what is kept for it: some passes through while it is computed."""
 
+ROOM_FOR_WEIGHTS = 7
+"""What a device needs for weights, over the model's own bytes: SparseGPT's masks take 6.5 times (docs/results.md)."""
+
 SMALLEST_FACTORS = 2**16
 """Numbers in a parameter's factors below which smaller blocks no longer save much."""
+
+
+def place(
+    chain: Chain, images: Tensor, device: torch.device, offload: bool | None, on_stage: Callable[[str], None]
+) -> Chain:
+    """The chain with its model on ``device``; or one that computes there while the model stays on the CPU, where
+    ``offload`` says so, or, for None, where a CUDA device has not ``ROOM_FOR_WEIGHTS`` times its bytes.
+
+    Args:
+        images: one or more, to see what each operation reads.
+    """
+    size = sum(tensor.nbytes for tensor in chain.model.state_dict().values())
+    if offload is None and device.type == "cuda":
+        offload = size * ROOM_FOR_WEIGHTS > torch.cuda.mem_get_info(device)[0]
+    if not offload:
+        chain.model.to(device)
+        return chain
+    on_stage(f"Weights of {size / 1e9:.2g} GB stay in main memory, and come to {device} operation by operation")
+    return offloaded(chain, images, device)
 
 
 def find_batches(
@@ -89,7 +111,7 @@ def fit_criterion(evidence: Evidence, left: int | None, on_stage: Callable[[str]
         return evidence
     chain, config = evidence.network, evidence.config
     whole = config.updated(joint_steps=1, gradual=0.0, curvature="hessian", preconditioner="none")
-    device = next(chain.parameters()).device
+    device = chain.device
     fitted = fit_batches(chain, images[:2], dict(evidence.everything.masks), whole, device, left, on_stage)
     return replace(evidence, config=config.updated(batch_size=fitted.batch_size))
 

@@ -37,8 +37,8 @@ class ActiveWeights:
         return sum(int(mask.sum()) for mask in self.masks.values())
 
     def gather(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Full weights → w (m,)."""
-        return torch.cat([weights[name][mask] for name, mask in self.masks.items()])
+        """Full weights → w (m,), where the masks are."""
+        return torch.cat([weights[name].to(mask.device)[mask] for name, mask in self.masks.items()])
 
     def within(self, chain: Chain) -> Tensor:
         """w (m,) of the weights that the chain's model has now, detached."""

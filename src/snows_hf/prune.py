@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .accuracy import accuracy_of
-from .adapters import build_chain
+from .adapters import Logits, build_chain
 from .allocation import Candidate, by_sensitivity, candidates_of
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .cascade import prune_chain
@@ -23,7 +23,7 @@ from .data import Name, open_images
 from .describe import describe_data, describe_hardware, describe_layers, describe_run, describe_size, finite
 from .distributed import from_main, processes
 from .errors import ConfigError
-from .fitting import find_batches
+from .fitting import find_batches, place
 from .hub.card import write_card
 from .hub.load import Checkpoint, buffers_follow_weights, load
 from .hub.repack import pack_into
@@ -165,19 +165,21 @@ def prune(
 
             def found() -> Record:
                 on_stage(f"Measuring the {what} model on {eval_data} ({eval_split})")
-                accuracy = accuracy_of(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+                classifier = network if chain.offloaded is None else Logits(chain)
+                accuracy = accuracy_of(classifier, evaluation, checkpoint.preprocess, checkpoint.class_names)
                 return Record({}, accuracy.to_dict())
 
             name = f"accuracy-{what}-{hashlib.sha256(repr((evaluation.name, eval_split)).encode()).hexdigest()[:8]}"
             return journal.once(name, found).facts
 
-        network.to(target)
+        chain = place(chain, images[:2], target, config.offload, on_stage)
         dense = measure("dense")
         network.to(solver_dtype)
-        flops, labels = first_pass(chain, images, labels, source, checkpoint, target)
+        flops, labels = first_pass(chain, images, labels, source, checkpoint)
 
         first = next(candidate for candidate in candidates if candidate is not None)
-        evidence = Evidence({n: w.to(target) for n, w in weights.items()}, first, config, chain, images, labels)
+        placed = {name: weight.to(chain.weight(name).device) for name, weight in weights.items()}
+        evidence = Evidence(placed, first, config, chain, images, labels)
         allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
         if by_layer:
             evidence, allocation = find_allocation(journal, evidence, candidates, flops, left, on_stage)
@@ -195,7 +197,7 @@ def prune(
             chain.put({name: original[name] for name in masks})
             network.to(solver_dtype)
             begin, final = find_first_masks(journal, evidence, choice, left, on_stage)
-            del evidence  # all weights once more, on the device
+            del evidence, placed  # all weights once more, on the device
             config = find_batches(journal, chain, images[:2], begin.masks, config, target, memory, left, on_stage)
             on_stage(f"Pruning {len(layers)} layers to {pattern}")
             reports = prune_chain(
@@ -225,6 +227,7 @@ def prune(
             "masked": masked,
             "pruned": pruned,
             "device": str(target),
+            "offloaded": chain.offloaded is not None,
             "dtype": dtype,
             "hardware": describe_hardware(target),
             "processes": processes(),

@@ -11,11 +11,12 @@ from .adapters import build_chain
 from .allocation import IMAGES, Sensitivity, layer_sensitivities
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .checks import check_mask, find_device, find_dtype, select_layers
+from .choices import in_smaller_batches
 from .config import preset as preset_for
 from .data import Name, open_images
 from .describe import describe_data, finite
 from .errors import ConfigError, SaveError
-from .fitting import fit_criterion, fit_sensitivity
+from .fitting import fit_criterion, fit_sensitivity, place
 from .hub.load import load, short_name
 from .masks import Evidence, Unstructured, parse_candidates, split_by_fit
 
@@ -84,13 +85,18 @@ def sensitivity(
     on_stage(f"Reading {config.samples} images of {name}")
     source = open_images(name, data_split)
     images, labels, _ = read_calibration(source, config, checkpoint, solver_dtype)
-    chain.model.to(target_device, solver_dtype)
-    flops, labels = first_pass(chain, images, labels, source, checkpoint, target_device)
+    chain.model.to(solver_dtype)
+    chain = place(chain, images[:2], target_device, config.offload, on_stage)
+    flops, labels = first_pass(chain, images, labels, source, checkpoint)
     on_stage(f"Measuring {len(layers)} layers under {len(candidates)} patterns")
     on_device = {name: chain.weight(name).detach() for name in weights}
     fitted = fit_sensitivity(chain, images, on_device, candidates, config, target_device, None, on_stage)
     evidence = fit_criterion(Evidence(on_device, candidates[0], fitted, chain, images, labels), None, on_stage)
-    table = layer_sensitivities(evidence, candidates, flops, config.repair_steps, on_layer)
+
+    def measure(fitting: Evidence) -> list[Sensitivity]:
+        return layer_sensitivities(fitting, candidates, flops, config.repair_steps, on_layer)
+
+    table = in_smaller_batches(measure, evidence, on_stage)
     return finite(
         {
             "source": short_name(checkpoint.source),

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from snows_hf.accuracy import logits_of
-from snows_hf.adapters import Chain, State, base, build_chain, frozen
+from snows_hf.adapters import Chain, State, base, build_chain, frozen, offloaded
 from snows_hf.checks import check_chain
 from snows_hf.collapse import find_collapse
 from snows_hf.flops import count_flops
@@ -270,3 +270,37 @@ def test_operations_of_every_layer_are_counted(built: Built) -> None:
     with torch.no_grad(), frozen(built.model), counter, sdpa_kernel(SDPBackend.MATH):
         built.model(built.images[:1])
     assert counted[""] == counter.get_total_flops()
+
+
+def test_an_offloaded_operation_brings_all_that_it_reads(built: Built) -> None:
+    """All other weights and buffers are no numbers while it runs."""
+    chain = offloaded(built.chain, built.images, torch.device("cpu"))
+    tensors = built.model.state_dict(keep_vars=True) | dict(built.model.named_buffers())
+    sizes = []
+    for operation, state, expected in zip(chain.operations, built.states, built.outputs, strict=True):
+        own = {name.removeprefix("model.") for name in operation.run.names}
+        own |= {name for name, tensor in tensors.items() if any(tensor is tensors[other] for other in own)}
+        others = {name: tensor.data for name, tensor in tensors.items() if name not in own}
+        for name, tensor in others.items():
+            tensors[name].data = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0)
+        with torch.no_grad(), frozen(built.model):
+            got = operation.run(state)[0]
+        for name, tensor in others.items():
+            tensors[name].data = tensor
+        assert torch.equal(got, expected), operation.name
+        sizes.append(sum(tensors[name].numel() for name in own))
+    assert max(sizes) < sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_an_offloaded_chain_is_differentiated_as_it_was(built: Built) -> None:
+    """An outer functional call's weights stand, and gradients reach them."""
+    chain = offloaded(built.chain, built.images, torch.device("cpu"))
+    for index, group in built.chain.groups()[:2]:
+        gradients = []
+        for which in (built.chain, chain):
+            weights = {n: (which.weight(n).detach() + 0.1).requires_grad_() for n in group.parameters}
+            with frozen(built.model):
+                outputs = which.outputs(built.states[index], index, index + 3, weights)
+                loss = sum(output.square().mean() for output in outputs)
+                gradients.append(torch.autograd.grad(loss, list(weights.values())))
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)), group.name

@@ -18,14 +18,32 @@ from snows_hf.checks import find_device
 SETTINGS = "layer_steps: 2\njoint_steps: 3\nbatch_size: 7\n"  # 7 divides neither by 2 nor the images
 
 
-def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+FULL = """
+import os, sys
+import torch
+from snows_hf.cli import main
+from snows_hf.objective import KStepObjective
+
+def expand(objective, w):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+
+if os.environ["RANK"] == "1":
+    KStepObjective.expand = expand
+sys.exit(main())
+"""
+"""The command, for processes of which one runs out of memory."""
+
+
+def launch(
+    processes: int, *arguments: object, program: tuple[str, ...] = ("-m", "snows_hf")
+) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
     # Named after GPUs, it starts processes wherever it is.
     command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
-    command += ["-m", "snows_hf", *arguments]
+    command += [*program, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": NO_HUB}
     return subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -63,6 +81,18 @@ def test_an_error_of_the_main_process_ends_all(elsewhere: Path) -> None:
     assert failed.returncode != 0
     assert "Error: Output out exists and is not empty" in failed.stderr
     assert os.listdir("out") == ["file"]
+
+
+def test_a_process_that_runs_out_of_memory_ends_all(elsewhere: Path) -> None:
+    """The others would wait for its part of the next sum; what was kept is there for a command that fits."""
+    (elsewhere / "full.py").write_text(FULL)
+    options = "prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--output", "out"
+    failed = launch(2, *options, program=("full.py",))
+    assert failed.returncode != 0
+    assert "Process 1: Error: vit.layers.0.attention.qkv: out of memory, in one process of several." in failed.stderr
+    assert "Error: Another process has ended, and this one cannot go on alone" in failed.stderr
+    assert failed.stderr.count("Traceback") == 1  # the launcher's own
+    assert sorted(os.listdir()) == [".out.snows-work", "full.py"]
 
 
 def test_one_process_gets_whichever_device_it_asks_for() -> None:

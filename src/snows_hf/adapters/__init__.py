@@ -5,6 +5,7 @@ from pkgutil import iter_modules
 
 from .base import Chain, Group, Operation, State, build_chain, register, supported
 from .frozen import frozen
+from .offload import Logits, offloaded
 from .vit import recorded_attention
 
 
@@ -14,10 +15,12 @@ for _module in iter_modules(__path__):
 __all__ = [
     "Chain",
     "Group",
+    "Logits",
     "Operation",
     "State",
     "build_chain",
     "frozen",
+    "offloaded",
     "recorded_attention",
     "register",
     "supported",

@@ -48,13 +48,24 @@ class Chain(nn.Module):
     """A model cut into operations: running all of them gives the model's logits.
 
     Segments f^{l:l+k} of Eq. 3 are slices of ``operations``; nothing before or after a slice is run.
+
+    Attributes:
+        offloaded: where operations run, if not where the model's weights are (offload.py).
     """
 
-    def __init__(self, model: nn.Module, operations: list[Operation], family: str) -> None:
+    def __init__(
+        self, model: nn.Module, operations: list[Operation], family: str, offloaded: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.operations = operations
         self.family = family
+        self.offloaded = offloaded
+
+    @property
+    def device(self) -> torch.device:
+        """Where operations run."""
+        return self.offloaded or next(self.model.parameters()).device
 
     def forward(self, state: State, start: int = 0, stop: int | None = None) -> list[Tensor]:
         """Outputs of ``operations[start:stop]``, in order, from the state before ``start``."""

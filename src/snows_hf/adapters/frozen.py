@@ -131,9 +131,13 @@ def _normalise(norm: Any) -> Any:
     if norm.bias is not None:
         shift = shift + norm.bias
     scale, shift = scale[:, None, None], shift[:, None, None]
+
+    def affine(x: Tensor) -> Tensor:
+        return torch.addcmul(shift.to(x.device), x, scale.to(x.device))  # elsewhere where the model is offloaded
+
     if isinstance(norm, BatchNormAct2d):
-        return lambda x: norm.act(norm.drop(torch.addcmul(shift, x, scale)))
-    return lambda x: torch.addcmul(shift, x, scale)
+        return lambda x: norm.act(norm.drop(affine(x)))
+    return affine
 
 
 def _simpler_forward(module: nn.Module) -> Any:

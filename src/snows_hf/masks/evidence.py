@@ -44,7 +44,7 @@ class Evidence:
         weights: the weights to choose from, by parameter name: those that the pattern fits.
         pattern: what the masks will obey.
         config: K, weighting, batch size and seed.
-        chain: of the dense network, on the device where things are computed; None where a criterion has weights only.
+        chain: of the dense network; None where a criterion has weights only.
         images: preprocessed calibration images (n, 3, h, w), or None.
         labels: the model's class of each image (n,), or None.
     """
@@ -97,7 +97,7 @@ class Evidence:
         """
         if self.images is None:
             raise MaskError(f"Mask criterion {self.config.mask!r} needs calibration images, and none were given.")
-        device = next(self.network.parameters()).device
+        device = self.network.device
         yield from (batch.to(device) for batch in self.images.split(size or self.config.batch_size))
 
     def task(self, size: int | None = None) -> Iterator[tuple[float, Expansion]]:
@@ -134,7 +134,6 @@ class Evidence:
         There the residuals vanish: the loss has no gradient, and its Hessian is Gauss-Newton's JᵀCJ.
         """
         chain, config = self.network, self.config
-        device = next(chain.parameters()).device
         # They rest where the images do, as the cascade's streams.
         shelf = self.images.shelf if isinstance(self.images, Images) else Shelf()
         states = [shelf.keep((batch.cpu(),)) for batch in self.batches()]
@@ -146,7 +145,7 @@ class Evidence:
                     yield active, self._linearised(Segment.cut(chain, index, config.k), active, states)
                 with torch.no_grad():
                     for i, kept in enumerate(states):
-                        state = operation.run(send_to_device(kept.get(), device))
+                        state = operation.run(send_to_device(kept.get(), chain.device))
                         states[i] = shelf.keep(send_to_device(state, torch.device("cpu")))
 
     def _linearised(self, segment: Segment, active: ActiveWeights, states: list[Kept]) -> Iterator[Linearisation]:
@@ -154,7 +153,7 @@ class Evidence:
         dense = active.within(segment.chain)
         relative = self.config.weighting == "relative"
         for kept in states:
-            w, state = dense.clone().requires_grad_(), send_to_device(kept.get(), dense.device)
+            w, state = dense.clone().requires_grad_(), send_to_device(kept.get(), segment.chain.device)
             outputs = segment.outputs(state, active.scatter(w))
             targets = [o.detach() for o in outputs]
             objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
@@ -171,14 +170,17 @@ class Evidence:
             MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.
             NumericsError: an input is not finite.
         """
-        portion, entries = list[str](), 0
+        portions, entries = [list[str]()], 0
         for name, weight in self.weights.items():
             size = weight[0].numel() ** 2
-            if portion and entries + size > GRAM_ENTRIES:
-                yield from self._grams(portion).items()
-                portion, entries = [], 0
-            portion, entries = [*portion, name], entries + size
-        yield from self._grams(portion).items()
+            if portions[-1] and entries + size > GRAM_ENTRIES:
+                portions.append([])
+                entries = 0
+            portions[-1].append(name)
+            entries += size
+        for portion in portions:
+            for name, H in self._grams(portion).items():
+                yield name, H.to(self.network.device)
 
     @torch.no_grad()
     def _grams(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -194,6 +196,7 @@ class Evidence:
                         "Linear and Conv2d are understood.",
                         "Leave it out with --layers, or use a criterion that reads no inputs, such as magnitude.",
                     )
+                g = g.to(self.weights[name].device)  # of an offloaded network's weights: main memory
                 totals[name] = totals[name] + g if name in totals else g
 
             return hook

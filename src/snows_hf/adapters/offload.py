@@ -1,0 +1,99 @@
+"""Models larger than the device that computes: their weights rest in main memory, and those that an operation reads
+are on the device while it runs, and for as long as a graph that it is part of needs them.
+
+accelerate's hooks do the like for a module that is called; an operation may read a weight of a module without that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from .base import Chain, State
+
+
+class Reads(TorchFunctionMode):
+    """Every tensor that torch's functions are given within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors += [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+class Runner(nn.Module):
+    """What a functional call replaces the tensors of a model in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[State], State], state: State) -> State:
+        return run(state)
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """An operation's ``run`` with the tensors of these names, in ``runner``, on a device; so is what it gives."""
+
+    run: Callable[[State], State]
+    runner: Runner
+    names: tuple[str, ...]
+    device: torch.device
+
+    def __call__(self, state: State) -> State:
+        # As they are now: within an outer functional call, that one's.
+        own = {name: _get(self.runner, name).to(self.device) for name in self.names}
+        moved: State = torch.func.functional_call(self.runner, own, (self.run, send_to_device(state, self.device)))
+        return moved
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    owner, _, own = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), own)
+    return tensor
+
+
+class Logits(nn.Module):
+    """A chain as the classifier that it is."""
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.chain.logits(images)
+
+
+@torch.no_grad()
+def offloaded(chain: Chain, images: Tensor, device: torch.device) -> Chain:
+    """The chain of a model that stays where it is, computing on ``device``.
+
+    Args:
+        chain: whose model is on the CPU.
+        images: (n, 3, height, width), run through it once to see what each operation reads.
+        device: where operations run from now on.
+    """
+    runner, training = Runner(chain.model), chain.model.training
+    names: dict[int, list[str]] = {}
+    for kind in (runner.named_parameters, runner.named_buffers):
+        for name, tensor in kind(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    state: State = (images.to(chain.weight(chain.groups()[0][1].parameters[0])),)
+    operations = []
+    chain.model.eval()
+    for operation in chain.operations:
+        with Reads() as reads:
+            state = operation.run(state)
+        read = dict.fromkeys(name for tensor in reads.tensors for name in names.get(id(tensor), ()))
+        operations.append(replace(operation, run=Offloaded(operation.run, runner, tuple(read), device)))
+    chain.model.train(training)
+    return Chain(chain.model, operations, chain.family, device)
