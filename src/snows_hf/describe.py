@@ -122,7 +122,8 @@ def describe_data(data: Name | None, split: str) -> dict[str, str | None] | None
 def describe_hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''} ({platform.machine()})"
 
 
 def versions(*modules: ModuleType) -> dict[str, str]:
