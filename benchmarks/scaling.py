@@ -143,7 +143,8 @@ def applied(
     rate = rates.rate * 1e12 * gpus
     solving = sum(w.segment * steps * (batch * (a + c * products) + judge) for w in layers) / rate
     streams = 2 * images * sum(flops) / rate
-    sent = sum(4 * w.active * steps * (products + 2) for w in layers) * 2 * (gpus - 1) / gpus
+    vectors = 2 * products + 2  # the gradient, products, and what the preconditioner makes of each
+    sent = sum(4 * w.active * steps * vectors for w in layers) * 2 * (gpus - 1) / gpus
     nodes = -(-gpus // 8)
     moved = 2 * 2 * images * sum(states)  # both streams, written and read
     largest = 2 * images * max(states)

@@ -98,6 +98,25 @@ def test_row_blocks_solve_the_block_diagonal_system(kind, groups):
     assert float((got - expected).norm()) < 0.05 * float(expected.norm())  # its diagonal is a little larger
 
 
+@pytest.mark.parametrize("entries", [2**28, 60])
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_rows_that_processes_share_out_give_what_one_gives(processes, entries):
+    """Also where there are more processes than rows; grouped inputs, uneven and empty rows."""
+    rows, mask = 6, masks_of("with an empty row", (6, 8))
+    X = randn(2, 30, 8)
+    given = mask, X.mT @ X, randn(rows, seed=1).abs() + 0.1, 0.1, entries
+    vector = randn(int(mask.sum()), seed=2)
+    parts = [slice(rows * i // processes, rows * (i + 1) // processes) for i in range(processes)]
+    shared = [RowBlocks(*given, part) for part in parts]
+    whole = RowBlocks(*given)
+    assert sum(block.factor.numel() for block in shared) == whole.factor.numel()
+    for of in (RowBlocks.solve, RowBlocks.saliency):
+        total = torch.zeros_like(vector)
+        for block in shared:
+            total[block.span] += of(block, vector[block.span])
+        torch.testing.assert_close(total, of(whole, vector), rtol=1e-12, atol=0)
+
+
 def k_0(network: nn.Module, name: str, n: int, m: int, damping: float) -> KStepObjective:
     chain = build_chain(network.requires_grad_(False))
     index, group = next((i, g) for i, g in chain.groups() if g.name == name)

@@ -104,15 +104,20 @@ def whole(total: int) -> Share:
     return Share(total, 0, total)
 
 
-def share(total: int) -> Share:
-    """This process's part of a batch: as many images as any other's, but for one."""
+def own_part(total: int) -> slice:
+    """This process's part of so many things: as many as any other's, but for one."""
     n, place = processes(), rank()
-    if n == 1:
+    return slice(total * place // n, total * (place + 1) // n) if n > 1 else slice(0, total)
+
+
+def share(total: int) -> Share:
+    """This process's part of a batch."""
+    if processes() == 1:
         return whole(total)
-    start, stop = total * place // n, total * (place + 1) // n
-    if start < stop:
-        return Share(total, start, stop, alone=False)
-    start = min(start, total - 1)
+    own = own_part(total)
+    if own.start < own.stop:
+        return Share(total, own.start, own.stop, alone=False)
+    start = min(own.start, total - 1)
     return Share(total, start, start + 1, weight=0.0, alone=False)
 
 

@@ -127,8 +127,8 @@ def fit_batches(
     sharing: int = 1,
 ) -> PruneConfig:
     """Settings whose batches, each shared out to ``sharing`` processes, fit: on the CPU into half of ``left`` bytes
-    (None: of what is free), on CUDA into what the device has free. The preconditioner's factors may have half of that;
-    where they would need more, their blocks are made smaller first.
+    (None: of what is free), on CUDA into what the device has free. The preconditioner's factors, of which each process
+    has its rows', may have half of that; where they would need more, their blocks are made smaller first.
 
     Raises:
         ConfigError: not even one image fits.
@@ -144,7 +144,7 @@ def fit_batches(
         entries = config.solver.factor_entries
 
         def factors() -> int:
-            return max(factor_bytes(group, entries) for group in groups)
+            return max(factor_bytes(group, entries) for group in groups) // sharing
 
         while factors() > free // 2 and entries > SMALLEST_FACTORS:
             entries //= 2

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters.base import Chain
-from .distributed import Share
+from .distributed import Share, own_part
 
 
 FACTOR_ENTRIES = 2**28
@@ -102,33 +102,48 @@ def factor_bytes(masks: Mapping[str, Tensor], entries: int = FACTOR_ENTRIES) -> 
 
 
 class RowBlocks:
-    """Cholesky factors of bᵣ G + λI on the active weights of each row r of one parameter."""
+    """Cholesky factors of bᵣ G + λI on the active weights of each row r of one parameter, for a part of its rows.
 
-    def __init__(self, mask: Tensor, g: Tensor, b: Tensor, damping: float, entries: int = FACTOR_ENTRIES) -> None:
-        active = mask.flatten(1)
+    Attributes:
+        span: where the active weights of these rows are among the parameter's.
+    """
+
+    def __init__(
+        self,
+        mask: Tensor,
+        g: Tensor,
+        b: Tensor,
+        damping: float,
+        entries: int = FACTOR_ENTRIES,
+        part: slice | None = None,
+    ) -> None:
         rows, count, size = layout(mask, entries)
+        part = part or slice(0, rows)
+        owner = torch.arange(part.start, part.stop, device=mask.device) // (rows // g.shape[0])
+        active, b_own = mask[part].flatten(1), b[part]
+        before = int(mask[: part.start].sum())
+        self.span = slice(before, before + int(active.sum()))
         # Kept columns of each row first, in their order; what is past a row's count is padding.
         order = active.int().argsort(dim=1, descending=True, stable=True)[:, : count * size]
         order = F.pad(order, (0, count * size - order.shape[1])).unflatten(1, (count, size))
         self.valid = torch.arange(count * size, device=mask.device)[None] < active.sum(1)[:, None]
-        owner = torch.arange(rows, device=mask.device) // (rows // g.shape[0])
-        self.factor = g.new_empty(rows, count, size, size)
+        self.factor = g.new_empty(len(active), count, size, size)
         self.chunk = max(1, CHUNK_ENTRIES // (count * size**2))
         # The relative term keeps constant or dead inputs factorisable.
         floor = damping + 1e-4 * float(g.diagonal(dim1=-2, dim2=-1).mean() * b.mean())
-        for part in torch.arange(rows, device=mask.device).split(self.chunk):
-            o, valid = order[part], self.valid[part].unflatten(1, (count, size))
-            blocks = g[owner[part, None, None, None], o[..., :, None], o[..., None, :]]
-            blocks *= b[part, None, None, None] * valid[..., :, None] * valid[..., None, :]
+        for some in torch.arange(len(active), device=mask.device).split(self.chunk):
+            o, valid = order[some], self.valid[some].unflatten(1, (count, size))
+            blocks = g[owner[some, None, None, None], o[..., :, None], o[..., None, :]]
+            blocks *= b_own[some, None, None, None] * valid[..., :, None] * valid[..., None, :]
             diagonal = blocks.diagonal(dim1=-2, dim2=-1)
             diagonal += torch.where(valid, floor, 1.0)  # padding gets a unit diagonal
             factor, failed = torch.linalg.cholesky_ex(blocks)
             # A block that rounding has made indefinite is preconditioned by its diagonal.
             by_diagonal = diagonal.clamp_min(1e-30).sqrt().diag_embed() if failed.any() else factor
-            self.factor[part] = torch.where((failed == 0)[..., None, None], factor, by_diagonal)
+            self.factor[some] = torch.where((failed == 0)[..., None, None], factor, by_diagonal)
 
     def solve(self, r: Tensor) -> Tensor:
-        """(bG + λI)⁻¹ r for the active weights of this parameter, (m,) → (m,)."""
+        """(bG + λI)⁻¹ r for the active weights of these rows, (m,) → (m,)."""
         padded = torch.zeros_like(self.valid, dtype=r.dtype).masked_scatter(self.valid, r)
         blocks = padded.unflatten(1, self.factor.shape[1:3])[..., None]
         solved = torch.cholesky_solve(blocks.to(self.factor.dtype), self.factor)
@@ -145,11 +160,11 @@ class RowBlocks:
 
 
 class RowPreconditioner:
-    """r (m,) → M⁻¹ r for a group, M having a block of rows for each of its parameters."""
+    """r (m,) → M⁻¹ r for a group, M having a block of rows for each of its parameters; of several processes each holds
+    the factors of its own rows, and what these give is summed."""
 
-    def __init__(self, blocks: Sequence[RowBlocks]) -> None:
-        self.blocks = blocks
-        self.sizes = [int(block.valid.sum()) for block in blocks]
+    def __init__(self, masks: Sequence[Tensor], blocks: Sequence[RowBlocks], share: Share) -> None:
+        self.sizes, self.blocks, self.share = [int(mask.sum()) for mask in masks], blocks, share
 
     def __call__(self, r: Tensor) -> Tensor:
         return self._each(RowBlocks.solve, r)
@@ -159,8 +174,10 @@ class RowPreconditioner:
         return self._each(RowBlocks.saliency, w)
 
     def _each(self, of: Callable[[RowBlocks, Tensor], Tensor], vector: Tensor) -> Tensor:
-        parts = vector.split(self.sizes)
-        return torch.cat([of(block, part) for block, part in zip(self.blocks, parts, strict=True)])
+        result = torch.zeros_like(vector)
+        for block, part, out in zip(self.blocks, vector.split(self.sizes), result.split(self.sizes), strict=True):
+            out[block.span] = of(block, part[block.span])
+        return self.share.sum(result)
 
 
 def row_preconditioner(
@@ -204,5 +221,6 @@ def row_preconditioner(
         # A Linear's channels are last, on windows or feature maps (n, …, …, out) too.
         per_row = (g.movedim(1, -1) if isinstance(seen[name][0], nn.Conv2d) else g).flatten(0, -2)
         b = share.mean(per_row.to(x_gram.dtype).square().mean(0))
-        blocks.append(RowBlocks(mask, x_gram, b.clamp_min(1e-3 * float(b.mean())), damping, entries))
-    return RowPreconditioner(blocks)
+        b = b.clamp_min(1e-3 * float(b.mean()))
+        blocks.append(RowBlocks(mask, x_gram, b, damping, entries, own_part(len(mask))))
+    return RowPreconditioner(list(masks.values()), blocks, share)

@@ -33,16 +33,45 @@ sys.exit(main())
 """
 """The command, for processes of which one runs out of memory."""
 
+ALONE = """
+import os
+import torch.distributed
+from snows_hf.distributed import share
+from snows_hf.errors import ProcessError
+
+torch.distributed.init_process_group("gloo")
+if os.environ["RANK"] == "1":
+    os._exit(1)
+try:
+    share(4).sum(torch.ones(3))
+except ProcessError as error:
+    print(error.message)
+"""
+"""Two processes, of which one ends before a sum of both."""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
 
 def launch(
     processes: int, *arguments: object, program: tuple[str, ...] = ("-m", "snows_hf")
 ) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
     # Named after GPUs, it starts processes wherever it is.
-    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    command += [
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        free_port(),
+    ]
     command += [*program, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": NO_HUB}
     return subprocess.run(
@@ -90,9 +119,19 @@ def test_a_process_that_runs_out_of_memory_ends_all(elsewhere: Path) -> None:
     failed = launch(2, *options, program=("full.py",))
     assert failed.returncode != 0
     assert "Process 1: Error: vit.layers.0.attention.qkv: out of memory, in one process of several." in failed.stderr
-    assert "Error: Another process has ended, and this one cannot go on alone" in failed.stderr
     assert failed.stderr.count("Traceback") == 1  # the launcher's own
     assert sorted(os.listdir()) == [".out.snows-work", "full.py"]
+
+
+def test_a_process_that_is_left_alone_says_so() -> None:
+    """A launcher may end it first; several machines have one each."""
+    together = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", ALONE]
+    with subprocess.Popen(command, env=together | {"RANK": "1"}):
+        left = subprocess.run(
+            command, env=together | {"RANK": "0"}, capture_output=True, text=True, timeout=120, check=True
+        )
+    assert left.stdout.startswith("Another process has ended, and this one cannot go on alone")
 
 
 def test_one_process_gets_whichever_device_it_asks_for() -> None:
