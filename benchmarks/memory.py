@@ -1,7 +1,7 @@
 """Peak memory of whole prunes over depth and number of images, each in a process of its own.
 
-A ViT of random weights and width 192 on random 32×32 images: 12 and 24 layers, 1,000 and 5,000 images, K = 3, few steps
-of one product each, and masks by SparseGPT, whose Gram matrices count; all else as by default.
+A ViT of random weights and width 192 on random 32×32 images: 12 and 24 layers, 1,000 and 5,000 images, K = 3, few
+steps of one product each, and masks by SparseGPT, whose Gram matrices count; all else as by default.
 
     python benchmarks/memory.py [--memory 2.0] [--layers 12 24] [--images 1000 5000]
 """
@@ -50,7 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data = images(root, max(arguments.images))
-        (root / "settings.yaml").write_text("mask: sparsegpt\ncg_max_iter: 1\nk: 3\npasses: 1\npatience: 1\nmin_gain: 0.9\n")
+        settings = "mask: sparsegpt", "cg_max_iter: 1", "k: 3", "passes: 1", "patience: 1", "min_gain: 0.9"
+        (root / "settings.yaml").write_text("\n".join(settings))
         for layers in arguments.layers:
             model = checkpoint(root, layers)
             for n in arguments.images:
