@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .allocation import Candidate, allocate, layer_sensitivities
+from .allocation import Candidate, Sensitivity, allocate, layer_sensitivities
 from .config import PruneConfig
 from .errors import ConfigError, MemoryLimitError
 from .fitting import fit_criterion, fit_sensitivity
@@ -57,6 +57,29 @@ def order_for(config: PruneConfig, candidates: Sequence[Candidate]) -> NM | None
     return sparsest
 
 
+def measure_sensitivities(
+    evidence: Evidence,
+    candidates: Sequence[Candidate],
+    flops: Mapping[str, int],
+    left: int | None,
+    on_stage: Callable[[str], None],
+    on_layer: Callable[[Sensitivity], None] = lambda sensitivity: None,
+) -> list[Sensitivity]:
+    """:func:`layer_sensitivities` in batches that fit into memory.
+
+    Raises:
+        ConfigError: not even one image fits.
+        MemoryLimitError: a single image is too much.
+    """
+    chain, images, config = evidence.network, evidence.images, evidence.config
+    assert images is not None
+    fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, chain.device, left, on_stage)
+    given = fit_criterion(replace(evidence, config=fitted), left, on_stage)
+    return in_smaller_batches(
+        lambda fitting: layer_sensitivities(fitting, candidates, flops, config.repair_steps, on_layer), given, on_stage
+    )
+
+
 def find_allocation(
     journal: Journal,
     evidence: Evidence,
@@ -66,18 +89,12 @@ def find_allocation(
     on_stage: Callable[[str], None],
 ) -> tuple[Evidence, dict[str, Any]]:
     """The evidence with a pattern for each layer, and how these were chosen, by an earlier run where there was one."""
-    chain, images, config = evidence.network, evidence.images, evidence.config
-    assert images is not None
+    config = evidence.config
 
     def decide() -> Record:
         started = time.perf_counter()
         on_stage(f"Measuring the sensitivity of the layers under {len(candidates)} patterns")
-        device = chain.device
-        fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, device, left, on_stage)
-        given = fit_criterion(replace(evidence, config=fitted), left, on_stage)
-        table = in_smaller_batches(
-            lambda fitting: layer_sensitivities(fitting, candidates, flops, config.repair_steps), given, on_stage
-        )
+        table = measure_sensitivities(evidence, candidates, flops, left, on_stage)
         patterns = {name: str(own or "dense") for name, own in allocate(table, config).patterns.items()}
         return Record({}, {"patterns": patterns, "seconds": time.perf_counter() - started})
 

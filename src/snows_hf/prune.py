@@ -178,8 +178,9 @@ def prune(
         flops, labels = first_pass(chain, images, labels, source, checkpoint)
 
         first = next(candidate for candidate in candidates if candidate is not None)
-        placed = {name: weight.to(chain.weight(name).device) for name, weight in weights.items()}
-        evidence = Evidence(placed, first, config, chain, images, labels)
+        evidence = Evidence(
+            {n: w.to(chain.weight(n).device) for n, w in weights.items()}, first, config, chain, images, labels
+        )
         allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
         if by_layer:
             evidence, allocation = find_allocation(journal, evidence, candidates, flops, left, on_stage)
@@ -197,7 +198,7 @@ def prune(
             chain.put({name: original[name] for name in masks})
             network.to(solver_dtype)
             begin, final = find_first_masks(journal, evidence, choice, left, on_stage)
-            del evidence, placed  # all weights once more, on the device
+            del evidence  # all weights once more, on the device
             config = find_batches(journal, chain, images[:2], begin.masks, config, target, memory, left, on_stage)
             on_stage(f"Pruning {len(layers)} layers to {pattern}")
             reports = prune_chain(

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import build_chain
-from .allocation import IMAGES, Sensitivity, layer_sensitivities
+from .allocation import IMAGES, Sensitivity
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .checks import check_mask, find_device, find_dtype, select_layers
-from .choices import in_smaller_batches
+from .choices import measure_sensitivities
 from .config import preset as preset_for
 from .data import Name, open_images
 from .describe import describe_data, finite
 from .errors import ConfigError, SaveError
-from .fitting import fit_criterion, fit_sensitivity, place
+from .fitting import place
 from .hub.load import load, short_name
 from .masks import Evidence, Unstructured, parse_candidates, split_by_fit
 
@@ -90,13 +90,8 @@ def sensitivity(
     flops, labels = first_pass(chain, images, labels, source, checkpoint)
     on_stage(f"Measuring {len(layers)} layers under {len(candidates)} patterns")
     on_device = {name: chain.weight(name).detach() for name in weights}
-    fitted = fit_sensitivity(chain, images, on_device, candidates, config, target_device, None, on_stage)
-    evidence = fit_criterion(Evidence(on_device, candidates[0], fitted, chain, images, labels), None, on_stage)
-
-    def measure(fitting: Evidence) -> list[Sensitivity]:
-        return layer_sensitivities(fitting, candidates, flops, config.repair_steps, on_layer)
-
-    table = in_smaller_batches(measure, evidence, on_stage)
+    evidence = Evidence(on_device, candidates[0], config, chain, images, labels)
+    table = measure_sensitivities(evidence, candidates, flops, None, on_stage, on_layer)
     return finite(
         {
             "source": short_name(checkpoint.source),

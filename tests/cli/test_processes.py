@@ -62,17 +62,8 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
     # Named after GPUs, it starts processes wherever it is.
-    command += [
-        "--num_machines",
-        1,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        free_port(),
-    ]
-    command += [*program, *arguments]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
+    command += [free_port(), *program, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": NO_HUB}
     return subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
