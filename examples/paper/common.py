@@ -40,6 +40,10 @@ ONE_PASS: Record = {"joint_steps": 0, "layer_steps": 0, "passes": 1, "patience":
 """Algorithms 2 and 3 as the paper has them: each layer takes one step on every batch, and nothing comes after."""
 
 
+AS_IN_THE_PAPER: Record = {"mask": "magnitude", "permute": False}
+"""Masks of the paper where a table names no others, whatever this package's defaults are."""
+
+
 def arguments(doc: str, images: int, more: Sequence[tuple[str, Record]] = ()) -> argparse.Namespace:
     """The command line, by a script's docstring and its default number of calibration images.
 
@@ -80,8 +84,8 @@ def pruned(given: argparse.Namespace, name: str, pattern: str, output: Path | No
         output: folder to save to, which then is the log: what is there already is not made again.
         settings: of ``snows_hf.prune``, beyond images, seed and layers.
     """
-    settings = {"samples": given.images, "seed": given.seed, "layers": tuple(given.layers)} | settings
-    settings = {"mask": "magnitude", "permute": False} | settings  # as in the paper, whatever the presets hold
+    images = {"samples": given.images, "seed": given.seed, "layers": tuple(given.layers)}
+    settings = images | AS_IN_THE_PAPER | settings
     data = str(given.data / "cifar10")
     key = json.loads(json.dumps({"model": MODELS[name], "pattern": pattern, "settings": settings}))
 
@@ -104,7 +108,7 @@ def pruned(given: argparse.Namespace, name: str, pattern: str, output: Path | No
     if not output.exists():
         return run()
     report = read_report(output)
-    wanted = {"samples": given.images, "seed": given.seed, "layers": list(given.layers)}
+    wanted = images | {"layers": list(given.layers)}
     if report["pattern"] != pattern or any(report["settings"][part] != value for part, value in wanted.items()):
         sys.exit(f"{output} holds another run: remove it, or give another --work.")
     return figures(report, [])

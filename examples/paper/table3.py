@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from common import ONE_PASS, arguments, logged, model_folder, number, table
+from common import AS_IN_THE_PAPER, ONE_PASS, arguments, logged, model_folder, number, table
 
 
 # Minutes and GB of GPU memory of ResNet-20 in Table 3.
@@ -27,7 +27,7 @@ PAPER = {0: (0.7, 2.2), 1: (0.8, 2.5), 3: (1.6, 2.8), 5: (2.3, 3.3), 10: (4.8, 3
 def measured(given: Namespace, name: str, k: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "settings.yaml"
-        settings.write_text(yaml.safe_dump(ONE_PASS | {"k": k, "batch_size": 128}))
+        settings.write_text(yaml.safe_dump(ONE_PASS | AS_IN_THE_PAPER | {"k": k, "batch_size": 128}))
         command = [sys.executable, "-m", "snows_hf", "prune", model_folder(given, name), "--quiet", "--pattern", "1:4"]
         command += ["--data", str(given.data / "cifar10"), "--samples", str(given.images), "--seed", str(given.seed)]
         command += ["--config", str(settings), "--output", str(Path(folder) / "pruned")]

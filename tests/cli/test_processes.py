@@ -70,11 +70,17 @@ def launch(
     )
 
 
-@pytest.mark.parametrize(("pattern", "gradual"), [("2:4", 0), ("1:4", 0.7)])
-def test_two_processes_come_to_the_weights_of_one(run, elsewhere: Path, pattern: str, gradual: float) -> None:
-    """Joint steps, gradual ones and a Gram preconditioner included; the held-out batch has one image, for two."""
+@pytest.mark.parametrize(
+    ("pattern", "gradual", "dtype", "tolerance"),
+    [("2:4", 0, "float64", 1e-5), ("1:4", 0.7, "float64", 1e-5), ("2:4", 0, "float32", 1e-3)],
+)
+def test_two_processes_come_to_the_weights_of_one(
+    run, elsewhere: Path, pattern: str, gradual: float, dtype: str, tolerance: float
+) -> None:
+    """Joint steps, gradual ones and a Gram preconditioner included; the held-out batch has one image, for two. What
+    float32 leaves between them is rounding, which the preconditioner makes more of (docs/results.md)."""
     Path("s.yaml").write_text(SETTINGS + f"gradual: {gradual}\n")
-    options = ("prune", VIT, "--pattern", pattern, "--data", DIGITS, "--samples", 20, "--k", 3, "--dtype", "float64")
+    options = ("prune", VIT, "--pattern", pattern, "--data", DIGITS, "--samples", 20, "--k", 3, "--dtype", dtype)
     options += ("--config", "s.yaml", "--mask", "wanda", "--json", "--eval-data", DIGITS, "--output")
     two = launch(2, *options, "two")
     assert two.returncode == 0, two.stderr
@@ -86,11 +92,11 @@ def test_two_processes_come_to_the_weights_of_one(run, elsewhere: Path, pattern:
     for name, tensor in first.items():
         assert ((tensor == 0) == (second[name] == 0)).all()
         if tensor.is_floating_point():
-            assert (tensor - second[name]).norm() <= 1e-5 * tensor.norm(), name
+            assert (tensor - second[name]).norm() <= tolerance * tensor.norm(), name
     assert {path.name for path in elsewhere.iterdir()} == {"one", "two", "s.yaml"}
     # The losses agree to rounding, of steps that follow one another.
     for alone, together in zip(one["layers"], report["layers"], strict=True):
-        assert together["loss_pruned"] == pytest.approx(alone["loss_pruned"], rel=1e-5)
+        assert together["loss_pruned"] == pytest.approx(alone["loss_pruned"], rel=tolerance)
         assert together["steps"] == alone["steps"]
 
 
