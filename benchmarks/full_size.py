@@ -103,7 +103,7 @@ def run(name: str, entry: Entry, n: int, device: torch.device) -> list[str]:
     weights = {p: chain.weight(p).detach() for group in block for p in group.parameters}
     masks = choose_masks(weights, PATTERN, "magnitude")
     config = PruneConfig(str(PATTERN)).updated(k=3, cg_max_iter=3, batch_size=n, held_out=1 / n)
-    reports = prune_chain(chain, images.cpu(), masks, config, device)
+    reports = prune_chain(chain, images.cpu(), masks, config)
     for report in reports:
         print(
             f"  {report.name} {report.shape}: K = {report.k}, {report.cg_iterations} products, held-out loss "

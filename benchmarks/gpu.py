@@ -85,8 +85,8 @@ def run(name: str, n: int, pattern: str, device: torch.device, **settings: float
     choice = choose(Evidence(weights, parse_pattern(pattern), config, chain, images))
     chosen = time.perf_counter()
     masks = choice.masks
-    config = fit_batches(chain, images[:2], masks, config, device, None, print)
-    reports = prune_chain(chain, images, masks, config, device, start=choice.weights)
+    config = fit_batches(chain, images[:2], masks, config, None, print)
+    reports = prune_chain(chain, images, masks, config, start=choice.weights)
     ended = time.perf_counter()
     memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else ""
     with frozen(model):

@@ -99,7 +99,7 @@ def measure(width: int, depth: int, images: int, products: int) -> None:
     batches = split_images(images, config.batch_size, config.held_out)
     *learners, judge = (part.stop - part.start for part in batches)
     started = time.process_time()
-    reports = prune_chain(chain, x, masks, config, torch.device("cpu"))
+    reports = prune_chain(chain, x, masks, config)
     seconds = time.process_time() - started
     batch = sum(learners) / len(learners)
     pairs = list(zip(reports, works(chain, flops, config.k), strict=True))

@@ -19,7 +19,6 @@ SETTINGS = [
     {"targets": "cascaded", "curvature": "hessian"},
     {"targets": "dense", "preconditioner": "gram", "weighting": "relative"},
 ]
-CPU = torch.device("cpu")
 
 
 def run_id(param: tuple) -> str:
@@ -72,7 +71,7 @@ def test_everything_without_a_mask_keeps_its_bits(run):
 
 def test_the_same_run_gives_the_same_bits(run):
     model = copy.deepcopy(run.dense)
-    reports = prune_chain(build_chain(model), run.images, run.masks, run.config, CPU)
+    reports = prune_chain(build_chain(model), run.images, run.masks, run.config)
     for name, tensor in run.pruned.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     for first, second in zip(run.reports, reports, strict=True):
@@ -109,7 +108,7 @@ def test_a_single_masked_layer_is_the_only_one_that_changes(network):
     masks = tiny.magnitude_masks(model)
     name = list(masks)[len(masks) // 2]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    reports = prune_chain(build_chain(model), tiny.images(6), {name: masks[name]}, tiny.config(), CPU)
+    reports = prune_chain(build_chain(model), tiny.images(6), {name: masks[name]}, tiny.config())
     assert len(reports) == 1
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]) == (key != name)
@@ -118,7 +117,7 @@ def test_a_single_masked_layer_is_the_only_one_that_changes(network):
 def test_no_mask_at_all_changes_nothing():
     model = tiny.cifar_resnet()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    assert prune_chain(build_chain(model), tiny.images(6), {}, tiny.config(), CPU) == []
+    assert prune_chain(build_chain(model), tiny.images(6), {}, tiny.config()) == []
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
@@ -146,7 +145,7 @@ def test_modes_and_flags_are_put_back(network, training):
         parameter.requires_grad_(i % 2 == 0)
     before = flags(model)
     masks = dict(list(tiny.magnitude_masks(model).items())[:2])
-    prune_chain(build_chain(model), tiny.images(4), masks, tiny.config(), CPU)
+    prune_chain(build_chain(model), tiny.images(4), masks, tiny.config())
     assert flags(model) == before
 
 
@@ -160,7 +159,7 @@ def test_modes_and_flags_are_put_back_after_an_error():
     model = in_place(tiny.cifar_resnet()).train()
     before = flags(model)
     with pytest.raises(InterruptionError):
-        prune_chain(build_chain(model), tiny.images(4), tiny.magnitude_masks(model), tiny.config(), CPU, interrupt)
+        prune_chain(build_chain(model), tiny.images(4), tiny.magnitude_masks(model), tiny.config(), interrupt)
     assert flags(model) == before
 
 
@@ -173,7 +172,7 @@ def test_in_place_activations_change_no_result():
 def test_progress_tells_of_every_layer():
     model, seen = tiny.transformers_vit(), []
     masks = tiny.magnitude_masks(model)
-    reports = prune_chain(build_chain(model), tiny.images(8), masks, tiny.config(batch_size=3), CPU, seen.append)
+    reports = prune_chain(build_chain(model), tiny.images(8), masks, tiny.config(batch_size=3), seen.append)
     assert [p.report for p in seen if p.report is not None] == reports
     starts = [p for p in seen if p.report is None and p.loss is None]
     assert [(p.index, p.name) for p in starts] == [(i, report.name) for i, report in enumerate(reports)]
@@ -277,7 +276,7 @@ def test_a_better_start_is_taken_and_a_worse_one_is_not(network):
     runs = {}
     for what, start in (("better", reached), ("worse", worse)):
         pruned = network()
-        reports = prune_chain(build_chain(pruned), plain.images, plain.masks, plain.config, CPU, start=start)
+        reports = prune_chain(build_chain(pruned), plain.images, plain.masks, plain.config, start=start)
         runs[what] = tiny.Run(plain.dense, pruned, plain.masks, plain.images, plain.config, reports)
     assert runs["worse"].reports[0].loss_masked == plain.reports[0].loss_masked
     assert all(

@@ -22,7 +22,6 @@ from snows_hf.progress import Progress
 from snows_hf.streams import whole_network
 
 
-CPU = torch.device("cpu")
 PATTERNS = {
     "1:4": NM(1, 4),
     "2:8": NM(2, 8),
@@ -126,7 +125,7 @@ def prune(model, pattern, journal: Journal | None = None, on_progress=lambda p: 
     masks = choose_masks(weights, pattern.relaxed(), "magnitude")
     config = tiny.config(**SETTINGS | changes)
     images = tiny.images(count, seed=7)
-    return prune_chain(build_chain(model), images, masks, config, CPU, on_progress, None, journal, pattern)
+    return prune_chain(build_chain(model), images, masks, config, on_progress, None, journal, pattern)
 
 
 @pytest.mark.parametrize("pattern", [NM(1, 4), Unstructured(0.8)], ids=str)

@@ -26,9 +26,6 @@ from snows_hf.memory import PREFIX, Images, Shelf, available, room, saved_bytes
 from snows_hf.preconditioner import factor_bytes
 
 
-CPU = torch.device("cpu")
-
-
 def files(shelf: Shelf) -> list[Path]:
     return list(shelf.folder.glob("*.pt")) if shelf.folder else []
 
@@ -102,7 +99,7 @@ def test_pruning_from_disk_gives_the_same_bits(network):
     shelf = Shelf(limit=0)
     images = Images(shelf)
     images.append(run.images)
-    prune_chain(build_chain(model), images, run.masks, run.config, CPU)
+    prune_chain(build_chain(model), images, run.masks, run.config)
     assert shelf.files > 10 and len(files(shelf)) == 1  # the images' own
     for name, tensor in run.pruned.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
@@ -131,18 +128,18 @@ def test_bytes_per_image_do_not_depend_on_the_images_and_grow_with_k():
     model = tiny.cifar_resnet()
     run = tiny.prune(model)
     chain = build_chain(model)
-    sizes = [bytes_per_image(chain, tiny.images(2), run.masks, run.config.updated(k=k), CPU) for k in (0, 2, 8)]
+    sizes = [bytes_per_image(chain, tiny.images(2), run.masks, run.config.updated(k=k)) for k in (0, 2, 8)]
     assert 0 < sizes[0] < sizes[1] < sizes[2]
 
 
 def test_batches_shrink_to_the_budget():
     run, said = tiny.prune(tiny.cifar_resnet()), []
     chain, images = build_chain(run.dense), tiny.images(2)
-    each = bytes_per_image(chain, images, run.masks, run.config, CPU)
+    each = bytes_per_image(chain, images, run.masks, run.config)
 
     def fitted(left: int, **changes: object) -> int:
         settings = run.config.updated(batch_size=250, **changes)
-        return fit_batches(chain, images, run.masks, settings, CPU, left, said.append).batch_size
+        return fit_batches(chain, images, run.masks, settings, left, said.append).batch_size
 
     left = 2 * int(OVERHEAD * each * 10) + 2
     assert fitted(left) == 10
@@ -162,7 +159,7 @@ def test_criteria_fit_into_the_budget_and_choose_the_same(mask):
     images = Images(Shelf(limit=0))
     images.append(given.images)
     everything = dict(given.everything.masks)
-    each = bytes_per_image(given.network, given.images[:2], everything, given.config.updated(joint_steps=1), CPU)
+    each = bytes_per_image(given.network, given.images[:2], everything, given.config.updated(joint_steps=1))
     fitted = fit_criterion(replace(given, images=images), 2 * int(OVERHEAD * each * 3) + 2, said.append)
     assert (fitted.config.batch_size < 8) == needs_labels(mask) == bool(said)
     expected, found = choose(given).masks, choose(fitted).masks
@@ -206,7 +203,7 @@ def test_factors_shrink_before_batches_do():
     chain, images = build_chain(model), tiny.images(2)
     settings = tiny.config(preconditioner="gram", joint_steps=2, batch_size=4)
     needed = factor_bytes(masks)
-    found = fit_batches(chain, images, masks, settings, CPU, 2 * needed, said.append)
+    found = fit_batches(chain, images, masks, settings, 2 * needed, said.append)
     assert found.solver.factor_entries < settings.solver.factor_entries and found.batch_size == 4
     assert factor_bytes(masks, found.solver.factor_entries) <= needed / 2
     assert len(said) == 1 and said[0].startswith("Preconditioner in blocks of")

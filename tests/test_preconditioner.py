@@ -159,7 +159,7 @@ def test_masks_that_keep_nothing_leave_zeros_and_no_error(emptied, preconditione
     for name in group.parameters[:emptied]:
         masks[name] = torch.zeros_like(masks[name])
     settings = tiny.config(preconditioner=preconditioner)
-    (report,) = prune_chain(build_chain(model), tiny.images(12), masks, settings, torch.device("cpu"))
+    (report,) = prune_chain(build_chain(model), tiny.images(12), masks, settings)
     for name in group.parameters[:emptied]:
         assert not model.get_parameter(name).any()
     assert report.loss_pruned <= report.loss_masked

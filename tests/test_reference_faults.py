@@ -17,7 +17,6 @@ from snows_hf.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.solver import Expansion, NewtonStatus, newton
 
 
-CPU = torch.device("cpu")
 TRANSFORMERS = [tiny.transformers_vit, tiny.timm_vit]
 
 
@@ -200,7 +199,7 @@ def test_6_failed_line_search_writes_nothing(max_backtracks, status, rejected):
     masks: Masks = {"weight": torch.tensor([[True, False]])}
     images = torch.ones(4, 2, dtype=torch.float64)
     settings = tiny.config(k=0, max_backtracks=max_backtracks, damping=0.0)
-    (report,) = prune_chain(model.chain(), images, masks, settings, CPU)
+    (report,) = prune_chain(model.chain(), images, masks, settings)
 
     assert (report.status, report.steps, report.rejected_steps) == (status.value, 1, rejected)
     if status is NewtonStatus.KEPT_MASKED:

@@ -21,7 +21,6 @@ from snows_hf.prune import restore_untouched
 from snows_hf.streams import Streams
 
 
-CPU = torch.device("cpu")
 NETWORKS = [tiny.transformers_vit, tiny.cifar_resnet]
 
 
@@ -30,7 +29,7 @@ def solved(model: nn.Module, images: Tensor, **changes: object) -> list[LayerRep
     masks = tiny.magnitude_masks(model)
     dense = {name: model.get_parameter(name).detach().clone() for name in masks}
     settings = tiny.config(**{"preconditioner": "gram", "weighting": "relative", "batch_size": 3} | changes)
-    reports = prune_chain(build_chain(model), images, masks, settings, CPU)
+    reports = prune_chain(build_chain(model), images, masks, settings)
     for report in reports:
         assert (report.loss_pruned < report.loss_masked) == (report.status == "improved")
     for name, mask in masks.items():
@@ -148,7 +147,7 @@ def test_batches_are_halved_until_they_fit(joint_steps: int) -> None:
     model, said = tiny.cifar_resnet(), list[Progress]()
     chain = tiny.hungry(build_chain(model), last_operation(model), fits=4)
     settings = tiny.config(batch_size=12, joint_steps=joint_steps)
-    reports = prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, CPU, said.append)
+    reports = prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, said.append)
     sizes = [report.batch_size for report in reports]
     assert sizes[0] > 4 >= sizes[-1]  # the first layers do not reach that far
     notes = [progress.note for progress in said if progress.note]
@@ -160,13 +159,13 @@ def test_batches_are_halved_until_they_fit(joint_steps: int) -> None:
 def test_activations_that_do_not_fit_move_in_parts() -> None:
     whole_run, parts = (copy.deepcopy(tiny.cifar_resnet()) for _ in range(2))
     masks, settings = tiny.magnitude_masks(whole_run), tiny.config(k=0, batch_size=12)
-    prune_chain(build_chain(whole_run), tiny.images(18), masks, settings, CPU)
+    prune_chain(build_chain(whole_run), tiny.images(18), masks, settings)
     # An operation between two layers: no objective runs it at K = 0.
     chain = build_chain(parts)
     name = next(
         o.name for i, o in enumerate(chain.operations) if o.group is None and 0 < i < len(chain.operations) - 2
     )
-    prune_chain(tiny.hungry(chain, name, fits=3), tiny.images(18), masks, settings, CPU)
+    prune_chain(tiny.hungry(chain, name, fits=3), tiny.images(18), masks, settings)
     for key, tensor in whole_run.state_dict().items():
         torch.testing.assert_close(tensor, parts.state_dict()[key])
 
@@ -184,7 +183,7 @@ def test_what_is_halved_stays_so_after_a_run_that_was_broken_off(tmp_path: Path)
 
         chain = tiny.hungry(build_chain(model), last_operation(model), fits=4)
         settings = tiny.config(batch_size=12, joint_steps=2)
-        prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, CPU, progress, journal=journal)
+        prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, progress, journal=journal)
         return model
 
     for stop_at in (2, 5, 6):
@@ -200,7 +199,7 @@ def test_single_images_that_do_not_fit_are_solved_with_a_smaller_k() -> None:
     model, said = tiny.cifar_resnet(), list[Progress]()
     chain = tiny.hungry(build_chain(model), last_operation(model), fits=0)
     settings = tiny.config(k=100, batch_size=2)
-    reports = prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings, CPU, said.append)
+    reports = prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings, said.append)
     groups = [index for index, _ in chain.groups() if index < len(chain.operations) - 1]
     assert [report.k for report in reports] == [len(chain.operations) - 2 - index for index in groups]
     assert {report.batch_size for report in reports} == {1}
@@ -225,7 +224,7 @@ def test_one_image_that_does_not_fit_is_an_error_of_its_layer(
     tiny.hungry(chain, chain.operations[place].name, fits=0)
     settings = tiny.config(k=0, joint_steps=joint_steps)
     with pytest.raises(MemoryLimitError, match=rf": memory does not suffice for a single image\. {remedy}"):
-        prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings, CPU)
+        prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings)
 
 
 def test_what_counts_as_out_of_memory() -> None:

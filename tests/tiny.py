@@ -167,7 +167,7 @@ def prune(model: nn.Module, count: int = 8, n: int = 2, m: int = 4, **changes: o
     """Prunes a copy of a tiny network on random images, by magnitude masks."""
     pruned, masks, settings = copy.deepcopy(model), magnitude_masks(model, n, m), config(**changes)
     calibration = images(count, seed=7)
-    reports = prune_chain(build_chain(pruned), calibration, masks, settings, torch.device("cpu"))
+    reports = prune_chain(build_chain(pruned), calibration, masks, settings)
     return Run(model, pruned, masks, calibration, settings, reports)
 
 

@@ -163,8 +163,8 @@ def layer_sensitivities(
                     segment = Segment.cut(chain, index, config.k)
                     w = active.gather({name: choice.weights.get(name, dense[name]).to(dense[name]) for name in dense})
                     learned, judged = states[:judging], states[judging:]
-                    w = repaired(segment, active, w, learned, judged[0], config, device, repair_steps)
-                    loss = logits_error(segment, active.scatter(w), judged, device)
+                    w = repaired(segment, active, w, learned, judged[0], config, repair_steps)
+                    loss = logits_error(segment, active.scatter(w), judged)
                     weights = sum(chain.weight(name).numel() for name in group.parameters)
                     masked = sum(mask.numel() for mask in active.masks.values())
                     operations = sum(flops[name.removesuffix(".weight")] for name in group.parameters)
@@ -188,7 +188,6 @@ def repaired(
     states: Sequence[State],
     judge: State,
     config: PruneConfig,
-    device: torch.device,
     steps: int,
 ) -> Tensor:
     """w (m,) after so many Newton steps (Algorithm 2) on the dense network's activations, batch after batch; another
@@ -198,7 +197,7 @@ def repaired(
     solver = replace(config.solver, passes=1)
 
     def objective(state: State) -> KStepObjective:
-        state = send_to_device(state, device)
+        state = send_to_device(state, segment.chain.device)
         with torch.no_grad():
             targets = segment.outputs(state)
         relative = config.weighting == "relative"
@@ -210,7 +209,7 @@ def repaired(
 
 
 @torch.no_grad()
-def logits_error(segment: Segment, weights: dict[str, Tensor], states: Sequence[State], device: torch.device) -> float:
+def logits_error(segment: Segment, weights: dict[str, Tensor], states: Sequence[State]) -> float:
     """Mean squared error of the logits with a layer's weights replaced, over the variance of the dense ones.
 
     Raises:
@@ -219,7 +218,7 @@ def logits_error(segment: Segment, weights: dict[str, Tensor], states: Sequence[
     chain, stop = segment.chain, len(segment.chain.operations)
 
     def logits(replaced: dict[str, Tensor]) -> Tensor:
-        on_device = (send_to_device(state, device) for state in states)
+        on_device = (send_to_device(state, chain.device) for state in states)
         return torch.cat([chain.outputs(state, segment.start, stop, replaced)[-1] for state in on_device])
 
     target, output = logits({}), logits(weights)

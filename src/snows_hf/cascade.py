@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from .adapters import Chain, frozen
@@ -30,7 +29,6 @@ def prune_chain(
     images: Tensor | Images,
     masks: Masks,
     config: PruneConfig,
-    device: torch.device,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     start: Mapping[str, Tensor] | None = None,
     journal: Journal | None = None,
@@ -39,12 +37,11 @@ def prune_chain(
     """Prunes a chain's model in place with the given masks (True: kept).
 
     Args:
-        chain: of the dense model, on ``device``.
+        chain: of the dense model, on the device where segments are to run.
         images: preprocessed calibration images (n, 3, h, w), in an order that is already random. Activations rest on
             their shelf; those of a tensor's stay in memory.
         masks: parameter name → bool mask; parameters without one stay dense.
         config: batch sizes, targets and solver settings.
-        device: where segments run.
         on_progress: called when a layer starts, after each Newton step, and when a layer is done.
         start: full weights that a criterion has updated for these masks. A layer starts from them in the first sweep
             where their held-out loss is below that of the dense weights masked; targets stay the dense network's.
@@ -63,7 +60,7 @@ def prune_chain(
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
     again = config.sweeps > 1 or config.joint_steps > 0
     dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
-    cascade = Cascade(chain, masks, dense, config, device, on_progress, start or {}, journal or Journal(), pattern)
+    cascade = Cascade(chain, masks, dense, config, on_progress, start or {}, journal or Journal(), pattern)
     shelf = images.shelf if isinstance(images, Images) else Shelf()
     with frozen(chain.model):
         reports = [
@@ -89,7 +86,6 @@ class Cascade:
     masks: Masks
     dense: Mapping[str, Tensor]
     config: PruneConfig
-    device: torch.device
     on_progress: Callable[[Progress], None]
     start: Mapping[str, Tensor]
     journal: Journal
@@ -133,9 +129,9 @@ class Cascade:
                 reports.append(report)
             if self.config.targets == "dense":
                 with holding(self.chain, self.dense):
-                    streams.advance(operation.run, "dense", self.device)
+                    streams.advance(operation.run, "dense", self.chain.device)
             self.chain.put(weights)
-            streams.advance(operation.run, "pruned", self.device)
+            streams.advance(operation.run, "pruned", self.chain.device)
         return reports
 
     def gradual(self, streams: Streams) -> tuple[LayerReport, "Cascade"]:
@@ -158,7 +154,7 @@ class Cascade:
         """:meth:`solve` for number ``place`` of all, or what an earlier run kept of it. Where memory runs out, the
         group is solved again with batches of half the size, and of single images with a smaller K."""
         name, group = f"layer-{place:04d}", segment.group
-        active = ActiveWeights.of(group, self.masks, self.device)
+        active = ActiveWeights.of(group, self.masks, self.chain.device)
         found = self.journal.get(name)
         known = found or self.journal.get(f"{name}-halved")
         while known is not None and streams.halvings < known.facts["halvings"]:
@@ -166,7 +162,7 @@ class Cascade:
         if found is not None:
             report = LayerReport.from_dict(found.facts["report"])
             self.on_progress(Progress(place, self.total, report.name, report=report))
-            return report, active.scatter(found.tensors["w"].to(self.device))
+            return report, active.scatter(found.tensors["w"].to(self.chain.device))
 
         def shrink() -> None:
             if processes() > 1:  # the others wait for what this one cannot compute
@@ -203,9 +199,9 @@ class Cascade:
         record, group = f"layer-{place:04d}", segment.group
         joint = group.kind == "joint"
         self.on_progress(Progress(place, self.total, group.name))
-        active = ActiveWeights.of(group, self.masks, self.device)
+        active = ActiveWeights.of(group, self.masks, self.chain.device)
         judge = len(streams.pruned) - 1
-        state = self.journal.get_state(record, self.device) if joint else None
+        state = self.journal.get_state(record, self.chain.device) if joint else None
         done = state.result.steps if state else 0
         if pattern is not None:
             first, steps = 0, self.gradual_steps
@@ -215,7 +211,7 @@ class Cascade:
             first, steps = 0, self.layer_steps(judge)
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
         order = [(first + i, (place * steps + i) % judge) for i in range(done, steps)]
-        batches = Batches(segment, self.dense, active, streams, self.config, self.device, order)
+        batches = Batches(segment, self.dense, active, streams, self.config, order)
         held_out = batches.objective(judge)
         own = {name: self.chain.weight(name).detach() for name in active.masks}
         w = active.gather(own)

@@ -73,7 +73,7 @@ def measure_sensitivities(
     """
     chain, images, config = evidence.network, evidence.images, evidence.config
     assert images is not None
-    fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, chain.device, left, on_stage)
+    fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, left, on_stage)
     given = fit_criterion(replace(evidence, config=fitted), left, on_stage)
     return in_smaller_batches(
         lambda fitting: layer_sensitivities(fitting, candidates, flops, config.repair_steps, on_layer), given, on_stage

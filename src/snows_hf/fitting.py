@@ -58,13 +58,12 @@ def find_batches(
     images: Tensor,
     masks: Masks,
     config: PruneConfig,
-    device: torch.device,
     memory: float | None,
     left: int | None,
     on_stage: Callable[[str], None],
 ) -> PruneConfig:
     """Settings whose batches fit: those of an earlier run with the same budget, else of :func:`fit_batches`."""
-    hardware = describe_hardware(device)
+    hardware = describe_hardware(chain.device)
     known = journal.get("batches")
     if known is not None:
         config = config.updated(batch_size=known.facts["size"], factor_entries=known.facts["factor_entries"])
@@ -74,7 +73,7 @@ def find_batches(
                 "the result may differ"
             )
     if known is None or known.facts["memory"] != memory:
-        config = from_main(lambda: fit_batches(chain, images, masks, config, device, left, on_stage, processes()))
+        config = from_main(lambda: fit_batches(chain, images, masks, config, left, on_stage, processes()))
     entries = config.solver.factor_entries
     journal.put("batches", size=config.batch_size, factor_entries=entries, memory=memory, hardware=hardware)
     return config
@@ -86,7 +85,6 @@ def fit_sensitivity(
     weights: dict[str, Tensor],
     candidates: Sequence[Candidate],
     config: PruneConfig,
-    device: torch.device,
     left: int | None,
     on_stage: Callable[[str], None],
 ) -> PruneConfig:
@@ -97,7 +95,7 @@ def fit_sensitivity(
     """
     densest = min((c for c in candidates if c is not None), key=lambda candidate: candidate.sparsity)
     masks = choose_masks(weights, densest, "magnitude")  # of any criterion's size
-    return fit_batches(chain, images[:2], masks, config.updated(joint_steps=0), device, left, on_stage)
+    return fit_batches(chain, images[:2], masks, config.updated(joint_steps=0), left, on_stage)
 
 
 def fit_criterion(evidence: Evidence, left: int | None, on_stage: Callable[[str], None]) -> Evidence:
@@ -111,8 +109,7 @@ def fit_criterion(evidence: Evidence, left: int | None, on_stage: Callable[[str]
         return evidence
     chain, config = evidence.network, evidence.config
     whole = config.updated(joint_steps=1, gradual=0.0, curvature="hessian", preconditioner="none")
-    device = chain.device
-    fitted = fit_batches(chain, images[:2], dict(evidence.everything.masks), whole, device, left, on_stage)
+    fitted = fit_batches(chain, images[:2], dict(evidence.everything.masks), whole, left, on_stage)
     return replace(evidence, config=config.updated(batch_size=fitted.batch_size))
 
 
@@ -121,7 +118,6 @@ def fit_batches(
     images: Tensor,
     masks: Masks,
     config: PruneConfig,
-    device: torch.device,
     left: int | None,
     on_stage: Callable[[str], None],
     sharing: int = 1,
@@ -133,11 +129,11 @@ def fit_batches(
     Raises:
         ConfigError: not even one image fits.
     """
-    if device.type == "cuda":
-        free = int(0.8 * torch.cuda.mem_get_info(device)[0])
+    if chain.device.type == "cuda":
+        free = int(0.8 * torch.cuda.mem_get_info(chain.device)[0])
     else:
         free = (available() // local_processes() if left is None else left) // 2
-    each = bytes_per_image(chain, images, masks, config, device)
+    each = bytes_per_image(chain, images, masks, config)
     if config.solver.preconditioner == "gram":
         groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
         groups = [masks] if config.joint_steps else groups
@@ -165,10 +161,10 @@ def fit_batches(
     return config.updated(batch_size=fitting)
 
 
-def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig, device: torch.device) -> int:
+def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig) -> int:
     """Most that a product of any layer's objective needs in memory per image of a batch: what its graphs keep, and of
     every output the target, residual, tangent and cotangent. ``images`` holds two."""
-    start: State = (images.to(device),)
+    start: State = (images.to(chain.device),)
     state, segments = start, []
     todo = masked_operations(chain, masks)
     with frozen(chain.model):
@@ -194,6 +190,6 @@ def _outputs(segment: Segment, state: State) -> list[Tensor]:
 
 def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -> Expansion:
     targets = _outputs(segment, state)
-    active = ActiveWeights.of(segment.group, masks, targets[0].device)
+    active = ActiveWeights.of(segment.group, masks, segment.chain.device)
     w = active.within(segment.chain)
     return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)

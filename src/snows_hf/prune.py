@@ -199,11 +199,9 @@ def prune(
             network.to(solver_dtype)
             begin, final = find_first_masks(journal, evidence, choice, left, on_stage)
             del evidence  # all weights once more, on the device
-            config = find_batches(journal, chain, images[:2], begin.masks, config, target, memory, left, on_stage)
+            config = find_batches(journal, chain, images[:2], begin.masks, config, memory, left, on_stage)
             on_stage(f"Pruning {len(layers)} layers to {pattern}")
-            reports = prune_chain(
-                chain, images, begin.masks, config, target, on_progress, begin.weights, journal, final
-            )
+            reports = prune_chain(chain, images, begin.masks, config, on_progress, begin.weights, journal, final)
             for name in restore_untouched(network, original, masks):
                 on_stage(f"{name}: weights beyond the range of {original[name].dtype} became its largest number")
             pruned = measure("pruned")

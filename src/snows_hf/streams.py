@@ -117,21 +117,20 @@ class Batches:
     active: ActiveWeights
     streams: Streams
     config: PruneConfig
-    device: torch.device
     order: Sequence[tuple[int, int]]
 
     def objective(self, index: int, step: int | None = None) -> KStepObjective:
         """That of one batch at a step: there images may be augmented, and half precision may do. None: as it is."""
         joint = self.segment.group.kind == "joint"
         part = share(self.streams.size(index))
-        pruned: State = send_to_device(self.streams.pruned[index].get(), self.device)
+        pruned: State = send_to_device(self.streams.pruned[index].get(), self.segment.chain.device)
         source = pruned
         if self.config.augment and joint and step is not None:  # elsewhere what comes in is not images
             source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
         elif self.config.targets == "dense":
             source = self.streams.dense[index].get()
         with torch.no_grad(), holding(self.segment.chain, self.dense):
-            targets = self.segment.outputs(send_to_device(source, self.device))
+            targets = self.segment.outputs(send_to_device(source, self.segment.chain.device))
         solver = self.config.solver
         return KStepObjective(
             self.segment,
