@@ -71,12 +71,10 @@ def measure_sensitivities(
         ConfigError: not even one image fits.
         MemoryLimitError: a single image is too much.
     """
-    chain, images, config = evidence.network, evidence.images, evidence.config
-    assert images is not None
-    fitted = fit_sensitivity(chain, images, dict(evidence.weights), candidates, config, left, on_stage)
-    given = fit_criterion(replace(evidence, config=fitted), left, on_stage)
+    steps = evidence.config.repair_steps
+    given = fit_criterion(fit_sensitivity(evidence, candidates, left, on_stage), left, on_stage)
     return in_smaller_batches(
-        lambda fitting: layer_sensitivities(fitting, candidates, flops, config.repair_steps, on_layer), given, on_stage
+        lambda fitting: layer_sensitivities(fitting, candidates, flops, steps, on_layer), given, on_stage
     )
 
 

@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .journal import Journal
 from .masks import Evidence, Masks, choose_masks
 from .masks.scores import needs_labels
-from .memory import Images, available, saved_bytes
+from .memory import available, saved_bytes
 from .objective import ActiveWeights, KStepObjective, Segment
 from .preconditioner import factor_bytes
 from .solver import Expansion
@@ -80,22 +80,19 @@ def find_batches(
 
 
 def fit_sensitivity(
-    chain: Chain,
-    images: Tensor | Images,
-    weights: dict[str, Tensor],
-    candidates: Sequence[Candidate],
-    config: PruneConfig,
-    left: int | None,
-    on_stage: Callable[[str], None],
-) -> PruneConfig:
-    """:func:`fit_batches` for layers that are repaired one by one, under the candidate that keeps most.
+    evidence: Evidence, candidates: Sequence[Candidate], left: int | None, on_stage: Callable[[str], None]
+) -> Evidence:
+    """Evidence, with images, whose batches fit where layers are repaired one by one, under the candidate that keeps
+    most.
 
     Raises:
         ConfigError: not even one image fits.
     """
     densest = min((c for c in candidates if c is not None), key=lambda candidate: candidate.sparsity)
-    masks = choose_masks(weights, densest, "magnitude")  # of any criterion's size
-    return fit_batches(chain, images[:2], masks, config.updated(joint_steps=0), left, on_stage)
+    masks = choose_masks(dict(evidence.weights), densest, "magnitude")  # of any criterion's size
+    images, config = evidence.images, evidence.config.updated(joint_steps=0)
+    assert images is not None
+    return replace(evidence, config=fit_batches(evidence.network, images[:2], masks, config, left, on_stage))
 
 
 def fit_criterion(evidence: Evidence, left: int | None, on_stage: Callable[[str], None]) -> Evidence:
