@@ -17,13 +17,12 @@ from solver import BATCH_SIZE, OURS, Setting
 from torch import Tensor
 
 from snows_hf.adapters import frozen
-from snows_hf.config import SolverConfig, preset
-from snows_hf.objective import KStepObjective, Segment
-from snows_hf.preconditioner import RowPreconditioner
-from snows_hf.solver import Expansion
-from snows_hf.solver.cg import cg
-from snows_hf.solver.newton import Step, newton_step, step_along
-from snows_hf.streams import masked_operations
+from snows_hf.method.cg import cg
+from snows_hf.method.newton import Expansion, Step, newton_step, step_along
+from snows_hf.method.objective import KStepObjective, Segment
+from snows_hf.method.preconditioner import RowPreconditioner
+from snows_hf.method.streams import masked_operations
+from snows_hf.settings import SolverConfig, preset
 
 
 Stepper = Callable[[KStepObjective, Tensor, SolverConfig], Step | None]

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from snows_hf.accuracy import logits_of
 from snows_hf.adapters import Chain, build_chain, frozen
-from snows_hf.cascade import prune_chain
-from snows_hf.config import PruneConfig
-from snows_hf.masks import NM, choose_masks
+from snows_hf.adapters.base import logits_of
+from snows_hf.masks import choose_masks
+from snows_hf.method.cascade import prune_chain
+from snows_hf.patterns import NM
+from snows_hf.settings import PruneConfig
 
 
 PATTERN = NM(2, 4)

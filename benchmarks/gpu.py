@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from snows_hf.adapters import Chain, build_chain, frozen
-from snows_hf.cascade import prune_chain
-from snows_hf.checks import find_device
-from snows_hf.config import PruneConfig, preset
-from snows_hf.describe import describe_hardware
-from snows_hf.fitting import fit_batches
-from snows_hf.masks import Evidence, Masks, choose, parse_pattern
-from snows_hf.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.masks import Evidence, choose
+from snows_hf.method.cascade import prune_chain
+from snows_hf.method.fitting import fit_batches
+from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.patterns import Masks, parse_pattern
+from snows_hf.runtime.device import describe_hardware, find_device
+from snows_hf.settings import PruneConfig, preset
 
 
 VIT_TI = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}

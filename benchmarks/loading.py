@@ -25,7 +25,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from snows_hf import build_chain, from_pretrained, pack
 from snows_hf.cli.sink import calm_libraries
 from snows_hf.hub.packed import PACKED_FILE
-from snows_hf.masks import NM
+from snows_hf.patterns import NM
 
 
 def sparse(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

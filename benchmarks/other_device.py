@@ -29,7 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import snows_hf
 from snows_hf.errors import SnowsError
 from snows_hf.masks.scores import criteria
-from snows_hf.progress import Progress
+from snows_hf.method.progress import Progress
 
 
 NAME = "elsewhere"
@@ -150,7 +150,7 @@ def jobs(there: torch.device, every_criterion: bool) -> None:
             ("finetune", lambda: snows_hf.finetune(cnn, DIGITS, output=root / "tuned-cnn", **small)),
             ("train", lambda: snows_hf.train("resnet20_cifar", DIGITS, "0.9", mask="synflow", warm_up_bn=2, **small)),
             ("train", lambda: snows_hf.train(VIT, DIGITS, "2:4", mask="hp", **small)),
-            ("bench", lambda: import_module("snows_hf.bench").bench(VIT)),
+            ("bench", lambda: import_module("snows_hf.jobs.bench").bench(VIT)),
         ]
         for name, run in runs:
             print(f"| {name} | {outcome(lambda run=run: run() and None)} |", flush=True)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from snows_hf.data import labelled_batches, open_images
+from snows_hf.data.images import labelled_batches, open_images
 from snows_hf.hub.load import load
-from snows_hf.probe import extract_features, fit_logistic, standardisation
+from snows_hf.jobs.probe import extract_features, fit_logistic, standardisation
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

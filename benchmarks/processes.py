@@ -30,7 +30,7 @@ def work(arguments: argparse.Namespace) -> None:
     """What each of the processes does: the prune, with every sum counted."""
     from snows_hf import prune
     from snows_hf.cli.prune import read_settings
-    from snows_hf.distributed import rank
+    from snows_hf.runtime.distributed import rank
 
     torch.set_num_threads(1)
     sums: list[int] = []

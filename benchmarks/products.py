@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from snows_hf.adapters import build_chain, frozen
-from snows_hf.masks import NM, choose_masks
-from snows_hf.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.masks import choose_masks
+from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.patterns import NM
 
 
 MODELS = {"vit_base_patch16_224": (3, (0, 1, 2, 3)), "resnet50": (30, (0, 20, 40))}

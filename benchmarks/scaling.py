@@ -28,10 +28,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from snows_hf.adapters import Chain, build_chain
-from snows_hf.cascade import prune_chain
-from snows_hf.config import PruneConfig, preset
-from snows_hf.masks import choose_masks, parse_pattern
-from snows_hf.streams import split_images
+from snows_hf.masks import choose_masks
+from snows_hf.method.cascade import prune_chain
+from snows_hf.method.streams import split_images
+from snows_hf.patterns import parse_pattern
+from snows_hf.settings import PruneConfig, preset
 
 
 # width, depth, images, most products per step

@@ -17,13 +17,14 @@ from paper_plain import CNN, VIT, Loss, plain_newton
 from torch import Tensor
 
 from snows_hf.adapters import Chain, build_chain, frozen
-from snows_hf.config import preset
-from snows_hf.data import calibration_images, open_images
+from snows_hf.data.images import calibration_images, open_images
 from snows_hf.hub.load import load
-from snows_hf.masks import Masks, choose_masks, parse_pattern
-from snows_hf.objective import ActiveWeights, KStepObjective, Segment
-from snows_hf.solver import NewtonState, newton
-from snows_hf.streams import masked_operations, split_images
+from snows_hf.masks import choose_masks
+from snows_hf.method.newton import NewtonState, newton
+from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.method.streams import masked_operations, split_images
+from snows_hf.patterns import Masks, parse_pattern
+from snows_hf.settings import preset
 
 
 OURS = {"passes": 5, "cg_max_iter": 20, "min_gain": 0.0}

@@ -45,7 +45,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from snows_hf.models.cifar_resnet import CifarResNet
+from snows_hf.adapters.cifar_resnet import CifarResNet
 
 
 @dataclass(frozen=True)

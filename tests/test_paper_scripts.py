@@ -11,7 +11,7 @@ import torch
 from tiny import cifar_resnet, images, magnitude_masks
 
 from snows_hf.adapters import build_chain
-from snows_hf.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "paper"

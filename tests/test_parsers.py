@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from snows_hf.cli.prune import default_output, read_settings
-from snows_hf.config import PruneConfig
-from snows_hf.data import split_revision
+from snows_hf.data.names import short_name, split_revision
 from snows_hf.errors import ConfigError, LoadError, PatternError, SnowsError
-from snows_hf.hub.load import library_of, load, read_config, short_name
-from snows_hf.journal import Journal
-from snows_hf.masks import parse_pattern
+from snows_hf.hub.load import library_of, load, read_config
+from snows_hf.patterns import parse_pattern
+from snows_hf.runtime.journal import Journal
+from snows_hf.settings import PruneConfig
 
 
 VALUES = st.recursive(

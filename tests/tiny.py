@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from snows_hf.adapters import Chain, State, build_chain, frozen
-from snows_hf.cascade import prune_chain
-from snows_hf.config import PruneConfig, SolverConfig
-from snows_hf.masks import NM, Masks, choose_masks
-from snows_hf.models.cifar_resnet import CifarResNet
-from snows_hf.objective import ActiveWeights, KStepObjective, Segment
-from snows_hf.progress import LayerReport
-from snows_hf.streams import split_images
+from snows_hf.adapters.cifar_resnet import CifarResNet
+from snows_hf.masks import choose_masks
+from snows_hf.method.cascade import prune_chain
+from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.method.progress import LayerReport
+from snows_hf.method.streams import split_images
+from snows_hf.patterns import NM, Masks
+from snows_hf.settings import PruneConfig, SolverConfig
 
 
 SIZE = 8  # images are 3 x 8 x 8

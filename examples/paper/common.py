@@ -20,11 +20,11 @@ from torch import Tensor
 
 import snows_hf
 from snows_hf.adapters import frozen
-from snows_hf.config import SolverConfig
 from snows_hf.hub.save import read_report
-from snows_hf.objective import KStepObjective
-from snows_hf.solver import Expansion, newton
-from snows_hf.streams import masked_operations
+from snows_hf.method.newton import Expansion, newton
+from snows_hf.method.objective import KStepObjective
+from snows_hf.method.streams import masked_operations
+from snows_hf.settings import SolverConfig
 
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -82,7 +82,7 @@ def pruned(given: argparse.Namespace, name: str, pattern: str, output: Path | No
         name: of the model, in :data:`MODELS`.
         pattern: as for ``snows-hf prune``.
         output: folder to save to, which then is the log: what is there already is not made again.
-        settings: of ``snows_hf.prune``, beyond images, seed and layers.
+        settings: of ``snows_hf.jobs.prune``, beyond images, seed and layers.
     """
     images = {"samples": given.images, "seed": given.seed, "layers": tuple(given.layers)}
     settings = images | AS_IN_THE_PAPER | settings

@@ -13,7 +13,7 @@ from functools import partial
 from common import each_layer, layer_arguments, number, table, timed_newton
 from solver import Setting
 
-from snows_hf.config import preset
+from snows_hf.settings import preset
 
 
 CAPS = (5, 10, 50, 100, 500)

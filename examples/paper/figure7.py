@@ -17,9 +17,9 @@ from common import Clock, Judge, each_layer, layer_arguments, number, table, tim
 from solver import Setting
 from torch import Tensor
 
-from snows_hf.config import preset
-from snows_hf.objective import KStepObjective
-from snows_hf.solver.newton import armijo
+from snows_hf.method.newton import armijo
+from snows_hf.method.objective import KStepObjective
+from snows_hf.settings import preset
 
 
 METHODS = ("ours", "newton", "fisher")

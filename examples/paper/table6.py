@@ -16,8 +16,8 @@ from torch import nn
 
 import snows_hf  # noqa: F401  registers the CIFAR ResNets with timm
 from snows_hf.adapters import build_chain
-from snows_hf.flops import count_flops
-from snows_hf.masks import parse_pattern
+from snows_hf.adapters.flops import count_flops
+from snows_hf.patterns import parse_pattern
 
 
 ROWS = [

@@ -1,5 +1,7 @@
 """One tree of errors. Each message says what was expected, what came, where, and what to do about it."""
 
+from collections.abc import Sequence
+
 
 class SnowsError(Exception):
     """Base of every error that this package raises on purpose.
@@ -59,3 +61,8 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """Another library's message, for use within one of ours: on one line, and not too long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]} …"
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, for a message."""
+    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])

@@ -16,9 +16,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import Dinov2Config, Dinov2ForImageClassification, Swinv2Config, Swinv2ForImageClassification
 
 from snows_hf.adapters import Chain, Group, Operation, State, base, build_chain, register, supported
-from snows_hf.checks import check_chain
+from snows_hf.adapters.check import check_chain
+from snows_hf.adapters.cifar_resnet import CifarResNet
 from snows_hf.errors import AdapterError
-from snows_hf.models.cifar_resnet import CifarResNet
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import snows_hf
-from snows_hf.accuracy import logits_of
 from snows_hf.adapters import build_chain
+from snows_hf.adapters.base import logits_of
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import Swinv2Config, Swinv2ForImageClassification, ViTModel
 
 
-JOB = import_module("snows_hf.prune")  # the module: the package has a function of that name
+JOB = import_module("snows_hf.jobs.prune")  # the module: the package has a function of that name
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from snows_hf import __version__
-from snows_hf.masks import NM
+from snows_hf.patterns import NM
 
 
 QUICK = ("--data", DIGITS, "--samples", 64, "--k", 1)

@@ -71,7 +71,7 @@ def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name:
 
 
 def test_a_file_size_limit(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = import_module("snows_hf.prune")
+    job = import_module("snows_hf.jobs.prune")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_checkpoint(*arguments: object) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from embedded import DIGITS, RESNET, VIT, tensors_of
 
-from snows_hf.masks import NM
 from snows_hf.masks.scores import criteria, needs_labels
+from snows_hf.patterns import NM
 
 
 QUICK = ("--data", DIGITS, "--samples", 40, "--k", 1, "--json")

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from embedded import DIGITS, NO_HUB, VIT, tensors_of
 
-from snows_hf.checks import find_device
+from snows_hf.runtime.device import find_device
 
 
 SETTINGS = "layer_steps: 2\njoint_steps: 3\nbatch_size: 7\n"  # 7 divides neither by 2 nor the images
@@ -22,7 +22,7 @@ FULL = """
 import os, sys
 import torch
 from snows_hf.cli import main
-from snows_hf.objective import KStepObjective
+from snows_hf.method.objective import KStepObjective
 
 def expand(objective, w):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
@@ -36,7 +36,7 @@ sys.exit(main())
 ALONE = """
 import os
 import torch.distributed
-from snows_hf.distributed import share
+from snows_hf.runtime.distributed import share
 from snows_hf.errors import ProcessError
 
 torch.distributed.init_process_group("gloo")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from embedded import DIGITS, RESNET, VIT, pruned, tensors_of
 
-from snows_hf.accuracy import Accuracy
+from snows_hf.data.accuracy import Accuracy
 from snows_hf.hub.repack import pack
-from snows_hf.report import LogAxis, class_changes, row_zeros, strip
+from snows_hf.jobs.report import LogAxis, class_changes, row_zeros, strip
 
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
@@ -245,7 +245,7 @@ def test_every_retraining_is_told(run, made: Path) -> None:
 
 def test_a_failed_report_leaves_the_result(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sys.modules["snows_hf.report"], "HTML_FILE", "missing/report.html"
+        sys.modules["snows_hf.jobs.report"], "HTML_FILE", "missing/report.html"
     )  # a place that cannot be written
     options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--no-update", "--output", "a b", "--report")
     result = run("prune", VIT, *options, "--eval-data", DIGITS)

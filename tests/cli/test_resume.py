@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from snows_hf import prune
 from snows_hf.errors import ConfigError
-from snows_hf.masks import NM
-from snows_hf.progress import Progress
+from snows_hf.method.progress import Progress
+from snows_hf.patterns import NM
 
 
 QUICK = {"data": str(DIGITS), "samples": 32, "k": 1}

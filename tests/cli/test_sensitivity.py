@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from embedded import DIGITS, RESNET, VIT, tensors_of, write_tensors
 
-from snows_hf.masks import NM
+from snows_hf.patterns import NM
 
 
 QUICK = ("--data", DIGITS, "--samples", 32, "--k", 1, "--json")

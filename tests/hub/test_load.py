@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from snows_hf import build_chain, finetune, from_pretrained, load, prune
+from snows_hf.data.names import short_name
 from snows_hf.errors import LoadError
-from snows_hf.hub.load import find_folder, library_of, short_name
+from snows_hf.hub.load import find_folder, library_of
 
 
 @pytest.mark.parametrize(

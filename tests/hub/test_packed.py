@@ -32,7 +32,7 @@ from snows_hf.hub.packed import (
     write_packed,
 )
 from snows_hf.hub.repack import pack, unpack
-from snows_hf.masks import NM
+from snows_hf.patterns import NM
 
 
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

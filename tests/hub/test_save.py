@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from snows_hf import load, prune
 from snows_hf.errors import SaveError
-from snows_hf.hub.save import check_output, whole_folder
-from snows_hf.masks import NM
+from snows_hf.patterns import NM
+from snows_hf.runtime.files import check_output, whole_folder
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from snows_hf.errors import ConfigError, MaskError, PatternError, SnowsError
-from snows_hf.masks import NM, Evidence, Unstructured, choose_masks, load_masks, split_by_fit
+from snows_hf.masks import Evidence, choose_masks, load_masks, split_by_fit
 from snows_hf.masks.scores import criteria, register_criterion
 from snows_hf.masks.scores.base import _CRITERIA
+from snows_hf.patterns import NM, Unstructured
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

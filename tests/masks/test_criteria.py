@@ -18,8 +18,9 @@ from torch import nn
 
 import snows_hf
 from snows_hf.errors import MaskError, NumericsError
-from snows_hf.masks import choose, parse_pattern
+from snows_hf.masks import choose
 from snows_hf.masks.scores import criteria, needs_labels
+from snows_hf.patterns import parse_pattern
 
 
 @st.composite

@@ -17,7 +17,7 @@ from snows_hf.masks.scores import criterion
 from snows_hf.masks.scores.fisher import fisher
 from snows_hf.masks.scores.hutchinson import PROBES, estimate, on_k_step_loss, on_task_loss
 from snows_hf.masks.scores.synflow import schedule
-from snows_hf.objective import ActiveWeights, KStepObjective, Segment
+from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 
 
 MAKES = [linears, convolutions]

@@ -8,11 +8,12 @@ from networks import convolutions, evidence, images_for, linears
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from snows_hf.masks import NM, Unstructured, choose, parse_pattern
+from snows_hf.masks import choose
 from snows_hf.masks.evidence import matrix, unmatrix
 from snows_hf.masks.scores.obc import damped, nm_kept, refit, unstructured_kept
 from snows_hf.masks.scores.sparsegpt import BLOCK, sweep
 from snows_hf.masks.scores.swap import refined, swaps
+from snows_hf.patterns import NM, Unstructured, parse_pattern
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

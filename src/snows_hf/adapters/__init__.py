@@ -1,16 +1,9 @@
-"""Adapters: where an architecture's layers and K-step operations are. Importing this package registers all of them."""
+"""Adapters: where an architecture's layers and K-step operations are, one file a family."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
-from .base import Chain, Group, Operation, State, build_chain, register, supported
+from .base import Chain, Group, Operation, State, build_chain, logits_of, register, supported
 from .frozen import frozen
-from .offload import Logits, offloaded
-from .vit import recorded_attention
+from .offload import Logits, offloaded, place
 
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "Chain",
@@ -20,8 +13,9 @@ __all__ = [
     "State",
     "build_chain",
     "frozen",
+    "logits_of",
     "offloaded",
-    "recorded_attention",
+    "place",
     "register",
     "supported",
 ]

@@ -5,6 +5,10 @@ An architecture is one file beside this one: a function that cuts a model into o
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +109,7 @@ _BUILDERS: dict[type[nn.Module], tuple[Builder, str]] = {}
 def register(*classes: type[nn.Module], family: str) -> Callable[[Builder], Builder]:
     """Decorator: ``builder(model)`` cuts models of these classes (exact or derived) into operations.
 
-    ``family`` picks their settings in :data:`snows_hf.config.PRESETS`.
+    ``family`` picks their settings in :data:`snows_hf.settings.PRESETS`.
     """
 
     def add(builder: Builder) -> Builder:
@@ -116,8 +120,16 @@ def register(*classes: type[nn.Module], family: str) -> Callable[[Builder], Buil
     return add
 
 
+@cache
+def _register_all() -> None:
+    """Imports every file beside this one: only now, since they need the libraries whole."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        import_module(f"{__package__}.{module.name}")
+
+
 def supported() -> list[str]:
     """Names of the model classes that have an adapter."""
+    _register_all()
     return sorted({f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in _BUILDERS})
 
 
@@ -127,6 +139,7 @@ def build_chain(model: nn.Module) -> Chain:
     Raises:
         AdapterError: no adapter knows the model's class, or its parts are not what the adapter expects.
     """
+    _register_all()
     for cls in type(model).__mro__:
         if cls in _BUILDERS:
             builder, family = _BUILDERS[cls]
@@ -161,3 +174,9 @@ def _check_groups(chain: Chain) -> None:
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
     """Live name of every submodule."""
     return {module: name for name, module in model.named_modules()}
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (n, classes), whichever way the library wraps them."""
+    output = model(images)
+    return output if isinstance(output, Tensor) else output.logits

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import BeitForImageClassification
 
 from ..errors import AdapterError
+from .attention import attention, split_heads
 from .base import Operation, State, module_names, register
-from .vit import TransformerBlock, attention, split_heads, timm_block, transformers_block
+from .vit import TransformerBlock, timm_block, transformers_block
 
 
 def _sum(*biases: Tensor | None) -> Tensor | None:

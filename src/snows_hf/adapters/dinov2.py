@@ -10,8 +10,9 @@ from torch import Tensor, cat, nn
 from transformers import Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification
 
 from ..errors import AdapterError
+from .attention import attention, split_heads
 from .base import Operation, State, module_names, register
-from .vit import TransformerBlock, attention, split_heads, transformers_block
+from .vit import TransformerBlock, transformers_block
 
 
 def _block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:

@@ -97,3 +97,26 @@ def offloaded(chain: Chain, images: Tensor, device: torch.device) -> Chain:
         operations.append(replace(operation, run=Offloaded(operation.run, runner, tuple(read), device)))
     chain.model.train(training)
     return Chain(chain.model, operations, chain.family, device)
+
+
+ROOM_FOR_WEIGHTS = 7
+"""What a device needs for weights, over the model's own bytes: SparseGPT's masks take 6.5 times (docs/results.md)."""
+
+
+def place(
+    chain: Chain, images: Tensor, device: torch.device, offload: bool | None, on_stage: Callable[[str], None]
+) -> Chain:
+    """The chain with its model on ``device``; or one that computes there while the model stays on the CPU, where
+    ``offload`` says so, or, for None, where a CUDA device has not ``ROOM_FOR_WEIGHTS`` times its bytes.
+
+    Args:
+        images: one or more, to see what each operation reads.
+    """
+    size = sum(tensor.nbytes for tensor in chain.model.state_dict().values())
+    if offload is None and device.type == "cuda":
+        offload = size * ROOM_FOR_WEIGHTS > torch.cuda.mem_get_info(device)[0]
+    if not offload:
+        chain.model.to(device)
+        return chain
+    on_stage(f"Weights of {size / 1e9:.2g} GB stay in main memory, and come to {device} operation by operation")
+    return offloaded(chain, images, device)

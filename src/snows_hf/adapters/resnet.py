@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import ResNetForImageClassification
 
 from ..errors import AdapterError
-from ..models.cifar_resnet import CifarResNet
 from .base import Group, Operation, State, module_names, register
+from .cifar_resnet import CifarResNet
 
 
 Function = Callable[[Tensor], Tensor]

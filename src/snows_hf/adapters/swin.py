@@ -15,8 +15,9 @@ from transformers import SwinForImageClassification
 from transformers.models.swin import modeling_swin
 
 from ..errors import AdapterError
+from .attention import attention, split_heads
 from .base import Group, Operation, State, module_names, register
-from .vit import TransformerBlock, attention, split_heads, timm_block, transformers_block
+from .vit import TransformerBlock, timm_block, transformers_block
 
 
 def _merging(downsample: Any, names: dict[nn.Module, str], grid: tuple[int, int] | None = None) -> Operation:

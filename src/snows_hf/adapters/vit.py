@@ -6,12 +6,9 @@ operation that reads them, as batch norms are in CNNs (A.3.2).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from timm.layers import Mlp
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 
 from ..errors import AdapterError
+from .attention import attention, split_heads
 from .base import Group, Operation, State, module_names, register
 
 
@@ -55,42 +53,6 @@ class TransformerBlock:
             lambda s: (s[1] + self.mlp3(s[0]),),
             Group(self.mlp3_name, (f"{self.mlp3_name}.weight",), "mlp3"),
         )
-
-
-_RECORD: ContextVar[list[Tensor] | None] = ContextVar("_RECORD", default=None)
-
-
-@contextmanager
-def recorded_attention() -> Iterator[list[Tensor]]:
-    """For the time of the block, the attention probabilities (n, …, heads, tokens, tokens) of every transformer block
-    that is run through its chain are appended to the list, whatever the architecture."""
-    record: list[Tensor] = []
-    token = _RECORD.set(record)
-    try:
-        yield record
-    finally:
-        _RECORD.reset(token)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(scale·q kᵀ + bias) v for (n, …, heads, tokens, d), heads merged to (n, …, tokens, heads·d).
-
-    Written out because fused attention has neither a double backward nor a forward-mode rule.
-    """
-    scores = (q * scale) @ k.transpose(-2, -1)
-    weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
-    if (record := _RECORD.get()) is not None:
-        record.append(weights)
-    return (weights @ v).transpose(-3, -2).flatten(-2)
-
-
-def split_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (n, …, heads, tokens, d) of a transformers attention, from tokens (n, …, tokens, width)."""
-    q, k, v = (
-        linear(x).unflatten(-1, (-1, attn.head_dim)).transpose(-3, -2)
-        for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
-    return q, k, v
 
 
 def transformers_block(

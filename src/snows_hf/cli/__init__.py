@@ -5,8 +5,8 @@ import sys
 import typer
 
 from ..errors import MemoryLimitError, SnowsError, one_line
-from ..memory import out_of_memory
-from ..version import __version__
+from ..runtime.memory import out_of_memory
+from ..runtime.version import __version__
 from . import (
     attention,
     bench,

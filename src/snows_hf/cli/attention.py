@@ -22,7 +22,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Draw the attention maps of Vision Transformers side by side: dense, mask alone, pruned."""
-    from ..attention import attention
+    from ..jobs.attention import attention
 
     sink = open_sink(as_json, quiet)
     result = attention(
@@ -42,8 +42,8 @@ def command(
 
 def show(sink: Sink, result: dict[str, Any]) -> None:
     """Similarity to the first model's maps for people, and where the picture is."""
-    from ..attention import KINDS
-    from ..hub.load import distinct_names
+    from ..data.names import distinct_names
+    from ..jobs.attention import KINDS
 
     first, *others = distinct_names([row["model"] for row in result["models"]])
     if others:

@@ -19,7 +19,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Time a 2:4 checkpoint with dense and with sparse kernels. Exit code 0 also where there are no such kernels."""
-    from ..bench import bench
+    from ..jobs.bench import bench
 
     sink = open_sink(as_json, quiet)
     try:

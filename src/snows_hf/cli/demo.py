@@ -25,7 +25,7 @@ def command(
         raise typer.BadParameter("expected vit or resnet", param_hint="--model")
     import torch
 
-    from ..prune import prune
+    from ..jobs.prune import prune
 
     # Such small matrices gain nothing from a second thread, and where other programs use the processor threads that
     # wait for each other cost many times the work itself.

@@ -14,7 +14,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Measure a checkpoint's top-1 and top-5 accuracy, dense or pruned."""
-    from ..evaluate import evaluate
+    from ..jobs.evaluate import evaluate
 
     sink = open_sink(as_json, quiet)
     accuracy = evaluate(model, data, split=split, device=device, revision=revision, on_stage=sink.stage)

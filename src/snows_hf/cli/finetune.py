@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import FinetuneConfig
+from ..settings import FinetuneConfig
 from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Model, Output, Quiet, Restart, Revision
 from .sink import Sink, open_sink
 
@@ -47,7 +47,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Retrain a pruned checkpoint with its zeros held. Interrupted, the same command goes on."""
-    from ..finetune import finetune
+    from ..jobs.finetune import finetune
 
     sink = open_sink(as_json, quiet)
     result = finetune(

@@ -18,8 +18,8 @@ def command(
 ) -> None:
     """Show a checkpoint's prunable layers, and prove its sparsity pattern on the weights; exit with 1 where it is not
     held."""
-    from ..data import shortened
-    from ..inspect import inspect
+    from ..errors import shortened
+    from ..jobs.inspect import inspect
 
     sink = open_sink(as_json, quiet)
     result = inspect(model, operations, revision)

@@ -23,7 +23,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Fit a linear classifier on the frozen features of each model: what they transfer to other classes."""
-    from ..probe import probe
+    from ..jobs.probe import probe
 
     sink = open_sink(as_json, quiet)
     result = probe(
@@ -43,7 +43,7 @@ def command(
 
 def show(sink: Sink, result: dict[str, Any]) -> None:
     """The table for people; differences are to the first model, on the same images."""
-    from ..hub.load import distinct_names
+    from ..data.names import distinct_names
 
     rows = []
     names = distinct_names([row["model"] for row in result["models"]])

@@ -5,7 +5,7 @@ from types import TracebackType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ..progress import Progress as CascadeProgress
+from ..method.progress import Progress as CascadeProgress
 from .sink import Sink
 
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from ..config import PruneConfig, SolverConfig
-from ..distributed import from_main
 from ..errors import ConfigError, SaveError, SnowsError, one_line
+from ..runtime.distributed import from_main
+from ..settings import PruneConfig, SolverConfig
 from .options import DataSplit, Device, EvalData, EvalSplit, Json, Model, Private, Quiet, Restart, Revision, given
 from .progress import LayerProgress
 from .push import push_and_show
@@ -95,8 +95,8 @@ def command(
     settings |= given(layers=tuple(layers) if layers else None, permute=permute)
 
     from ..hub.push import check_push
-    from ..prune import prune
-    from ..report import report as make_page
+    from ..jobs.prune import prune
+    from ..jobs.report import report as make_page
 
     sink = open_sink(as_json, quiet)
     if push_to is not None:
@@ -164,7 +164,7 @@ def command(
 
 def default_output(model: str, pattern: str) -> Path:
     """``google/vit-base-patch16-224``, ``2:4`` → ``vit-base-patch16-224-2to4``; ``1:4,2:4`` → ``…-1to4-2to4``."""
-    from ..hub.load import short_name
+    from ..data.names import short_name
 
     name = short_name(model).rpartition("/")[2] or "model"
     suffix = pattern.replace(":", "to").replace(",", "-")

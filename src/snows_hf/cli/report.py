@@ -28,7 +28,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Write a page about a pruned checkpoint: what was lost, where, what is saved."""
-    from ..report import report
+    from ..jobs.report import report
 
     sink = open_sink(as_json, quiet)
     result = report(
@@ -55,7 +55,7 @@ def compare_command(
     quiet: Quiet = False,
 ) -> None:
     """Set several pruned checkpoints side by side: accuracy, loss, size, operations, time."""
-    from ..report import compare
+    from ..jobs.report import compare
 
     sink = open_sink(as_json, quiet)
     result = compare(models, output=output, on_stage=sink.stage)

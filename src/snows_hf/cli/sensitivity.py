@@ -32,8 +32,8 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Measure what each layer costs the network under each pattern, all other layers dense."""
-    from ..allocation import Sensitivity
-    from ..sensitivity import DEFAULT_PATTERNS, check_plot, plot_sensitivity, sensitivity
+    from ..jobs.sensitivity import DEFAULT_PATTERNS, check_plot, plot_sensitivity, sensitivity
+    from ..masks.allocation import Sensitivity
 
     sink = open_sink(as_json, quiet)
     if plot is not None:

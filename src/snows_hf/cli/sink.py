@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..distributed import rank
 from ..errors import SnowsError
+from ..runtime.distributed import rank
 
 
 @dataclass

@@ -45,7 +45,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Prune an untrained network and train it with the mask fixed."""
-    from ..train import train
+    from ..jobs.train import train
 
     sink = open_sink(as_json, quiet)
     report = train(

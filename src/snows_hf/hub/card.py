@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .load import Checkpoint, local_folder
+from ..data.names import local_folder
+from .load import Checkpoint
 from .save import retrainings
 
 

@@ -10,8 +10,8 @@ import timm
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
-from ..data import Name
+from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
+from ..data.names import Name
 from ..errors import LoadError
 from .load import Checkpoint, find_folder, library_errors, library_of, of_timm, of_transformers, read_config, tried
 

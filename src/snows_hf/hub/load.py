@@ -3,12 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from os import fspath
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .. import models  # noqa: F401  registers the CIFAR ResNets with timm
-from ..data import Name, Preprocess
+from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
+from ..data.images import Preprocess
+from ..data.names import Name, local_folder
 from ..errors import LoadError, NumericsError, SnowsError, one_line
-from ..remote import hub_errors
+from ..runtime.remote import hub_errors
 from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, read_packed
 
@@ -57,27 +57,6 @@ class Checkpoint:
     preprocess: Preprocess
     processor: Any
     class_names: tuple[str, ...] | None
-
-
-def local_folder(source: Name) -> Path | None:
-    """The folder that a model's name means, whether or not it exists; None for a repository on the Hub."""
-    source = fspath(source)
-    folder = Path(expanduser(source.removeprefix("local-dir:")))
-    if source.startswith("hf-hub:"):
-        return None
-    return folder if folder.exists() or source.startswith(("local-dir:", ".", "/", "~")) else None
-
-
-def short_name(source: Name) -> str:
-    """A Hub id as it is; of a folder only the last part, so that what is published names no path of the machine."""
-    folder = local_folder(source)
-    return fspath(source).removeprefix("hf-hub:") if folder is None else folder.resolve().name
-
-
-def distinct_names(sources: Sequence[str]) -> list[str]:
-    """Short names to tell several models apart by, or what was asked for, where two would have the same."""
-    names = [short_name(source) for source in sources]
-    return names if len({*names}) == len({*sources}) else list(sources)
 
 
 def find_folder(source: Name, revision: str | None = None) -> Path:
@@ -256,6 +235,11 @@ def load(source: Name, revision: str | None = None, trial: bool = True) -> Check
                 f"Weight {name} of {source} holds NaN or infinite values.", "The checkpoint is damaged."
             )
     return tried(checkpoint) if trial else checkpoint
+
+
+def from_pretrained(source: Name, revision: str | None = None) -> Checkpoint:
+    """Loads a checkpoint, packed or not, from the Hub or a folder: see :func:`load`."""
+    return load(source, revision, trial=False)
 
 
 @torch.no_grad()

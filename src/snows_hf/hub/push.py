@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import SaveError
-from ..remote import hub_errors
+from ..runtime.remote import hub_errors
 from .card import PLACEHOLDER
 from .load import check_weights, library_of, read_config
 from .repack import weight_files

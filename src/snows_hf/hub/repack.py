@@ -15,12 +15,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import Name
+from ..data.names import Name
 from ..errors import LoadError, one_line
+from ..runtime.files import check_output, whole_folder, write_json
 from .card import PLACEHOLDER
 from .load import find_folder
 from .packed import PACKED_FILE, check_packed, opened, read_packed, write_packed
-from .save import check_output, whole_folder, write_json
 
 
 DENSE_FILE = "model.safetensors"

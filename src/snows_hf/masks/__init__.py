@@ -1,23 +1,8 @@
-"""Patterns, criteria and masks."""
+"""Which weights stay: criteria, what they may look at, and how a pattern is shared out among the layers."""
 
-from .choose import Masks, choose, choose_masks, load_masks, split_by_fit
+from .choose import choose, choose_masks, load_masks, split_by_fit
 from .evidence import Evidence
-from .pattern import NM, Pattern, PerLayer, Unstructured, parse_candidates, parse_pattern
 from .scores import Choice
 
 
-__all__ = [
-    "NM",
-    "Choice",
-    "Evidence",
-    "Masks",
-    "Pattern",
-    "PerLayer",
-    "Unstructured",
-    "choose",
-    "choose_masks",
-    "load_masks",
-    "parse_candidates",
-    "parse_pattern",
-    "split_by_fit",
-]
+__all__ = ["Choice", "Evidence", "choose", "choose_masks", "load_masks", "split_by_fit"]

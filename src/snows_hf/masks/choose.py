@@ -9,14 +9,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import PruneConfig
 from ..errors import MaskError, PatternError
+from ..patterns import NM, Masks, Pattern, Unstructured
+from ..settings import PruneConfig
 from .evidence import Evidence
-from .pattern import NM, Pattern, Unstructured
 from .scores import Choice, criterion
-
-
-Masks = dict[str, Tensor]
 
 
 def split_by_fit(weights: Mapping[str, Tensor], pattern: Pattern) -> tuple[list[str], list[str]]:

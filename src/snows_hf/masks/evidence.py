@@ -11,13 +11,13 @@ from torch.autograd import grad
 
 from ..adapters.base import Chain, State
 from ..adapters.frozen import frozen
-from ..config import PruneConfig
 from ..errors import MaskError, NumericsError
-from ..memory import Images, Kept, Shelf
-from ..objective import ActiveWeights, KStepObjective, Segment
-from ..preconditioner import gram
-from ..solver.newton import Expansion
-from .pattern import Pattern
+from ..method.newton import Expansion
+from ..method.objective import ActiveWeights, KStepObjective, Segment
+from ..method.preconditioner import gram
+from ..patterns import Pattern
+from ..runtime.memory import Images, Kept, Shelf
+from ..settings import PruneConfig
 
 
 GRAM_ENTRIES = 2**26

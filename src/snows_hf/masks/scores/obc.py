@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...patterns import NM
 from ..evidence import Evidence, matrix, unmatrix
-from ..pattern import NM
 from .base import Choice, register_criterion
 
 

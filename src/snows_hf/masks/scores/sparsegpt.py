@@ -8,8 +8,8 @@ feed each block what the pruned ones before it give. Unstructured, every layer l
 import torch
 from torch import Tensor
 
+from ...patterns import NM
 from ..evidence import Evidence
-from ..pattern import NM
 from .base import Choice, register_criterion
 from .obc import Kept, layer_by_layer
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...patterns import NM
 from ..evidence import Evidence
-from ..pattern import NM
 from .base import Choice, register_criterion
 from .obc import Kept, chunks, layer_by_layer, refit, support, system
 from .sparsegpt import sweep

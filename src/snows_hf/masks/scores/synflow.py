@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...adapters import build_chain
 from ...adapters.frozen import frozen
+from ...patterns import NM, Pattern, PerLayer
 from ..evidence import Evidence
-from ..pattern import NM, Pattern, PerLayer
 from .base import register_criterion
 
 

@@ -7,8 +7,8 @@ position, and of a grouped one the channels are those of the row's own group.
 import torch
 from torch import Tensor
 
+from ...patterns import NM
 from ..evidence import Evidence, matrix, unmatrix
-from ..pattern import NM
 from .base import register_criterion
 
 

@@ -1,0 +1,370 @@
+"""Images from a Hub dataset, an image folder or a folder of parquet, through the model's own preprocessing."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from os import fspath
+from os.path import expanduser  # unlike Path's, it leaves a ~name that is nobody's as it is
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import PIL.Image
+import torch
+from datasets import ClassLabel, Image, Value
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from ..errors import DataError, one_line, shortened
+from ..runtime.remote import hub_errors
+from .names import Name, split_revision
+
+
+Preprocess = Callable[[Sequence[Any]], Tensor]
+"""RGB PIL images → pixel values (n, 3, height, width)."""
+
+
+Rows = list[tuple[int, dict[str, Any]]]
+"""Rows of a dataset with their numbers."""
+
+T = TypeVar("T")
+
+STREAMS = 128
+"""Places in a streamed dataset (row groups of its files) that images are drawn from at a time, for it may be in the
+order of its classes; local data are shuffled whole."""
+
+CHUNK = 64
+"""Calibration images that are decoded and preprocessed together."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """One split of a dataset.
+
+    Attributes:
+        name: as the user wrote it.
+        split: name of the split.
+        rows: a datasets ``Dataset`` or ``IterableDataset`` whose image column is not decoded yet.
+        image_column: name of the image column.
+        label_column: name of the label column, or None.
+        class_names: names of the data's classes by label, or None where the data does not say.
+    """
+
+    name: str
+    split: str
+    rows: Any
+    image_column: str
+    label_column: str | None
+    class_names: tuple[str, ...] | None
+
+    @property
+    def size(self) -> int | None:
+        """Number of images, or None for a stream."""
+        return None if isinstance(self.rows, datasets.IterableDataset) else len(self.rows)
+
+
+def open_images(name: Name, split: str) -> ImageSource:
+    """Opens a split of ``name``: an existing folder (images by class, or parquet), or else a Hub dataset
+    (``USER/NAME`` or ``USER/NAME@REVISION``), streamed; in offline mode as the cache has it.
+
+    Raises:
+        DataError: nothing there, no such split, no image column, or no access.
+    """
+    name = fspath(name)
+    local = Path(expanduser(name))
+    if local.is_file():
+        raise DataError(f"Data {name} is a file.", "Give the folder that holds it, or a Hub dataset as USER/NAME.")
+    repository, revision = split_revision(name)
+    if not local.exists() and (name.startswith((".", "/", "~")) or repository.count("/") != 1):
+        raise DataError(f"Data folder {name} does not exist.", "Give a folder, or a Hub dataset as USER/NAME.")
+    rows = _load_folder(name, local) if local.exists() else _load_from_hub(repository, revision)
+    if split not in rows:
+        raise DataError(f"Data {name} has no split {split!r}.", f"It has {', '.join(rows)}.")
+    return describe_rows(name, split, rows[split])
+
+
+def _load_folder(name: str, folder: Path) -> Any:
+    try:
+        return datasets.load_dataset(str(folder))
+    except (datasets.exceptions.DataFilesNotFoundError, FileNotFoundError) as error:
+        raise DataError(
+            f"Data folder {name} holds no images.", "Expected image files in one folder per class, or parquet."
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"Data folder {name} cannot be read as a dataset: {one_line(error)}",
+            "Expected image files in one folder per class, or parquet.",
+        ) from error
+
+
+def _load_from_hub(name: str, revision: str | None) -> Any:
+    with hub_errors(DataError, "dataset", name, revision), _unreadable(f"Dataset {name}"):
+        if constants.HF_HUB_OFFLINE:
+            return _load_offline(name, revision)
+        # Downloads nothing, and says at once what datasets says after many retries.
+        snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[])
+        return datasets.load_dataset(name, revision=revision, streaming=True)
+
+
+def _load_offline(name: str, revision: str | None) -> Any:
+    try:
+        return datasets.load_dataset(snapshot_download(name, repo_type="dataset", revision=revision))
+    except LocalEntryNotFoundError as error:
+        try:
+            return datasets.load_dataset(name, revision=revision)  # what datasets itself prepared earlier
+        except (OSError, ValueError, datasets.exceptions.DatasetsError):
+            raise error from None
+
+
+@contextmanager
+def _unreadable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, HFValidationError):
+        raise  # the Hub's, or the connection's
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{what} cannot be read: {one_line(error)}") from error
+
+
+def describe_rows(name: str, split: str, rows: Any) -> ImageSource:
+    """Finds the image and label columns of a datasets ``Dataset`` or ``IterableDataset``.
+
+    Raises:
+        DataError: no image column.
+    """
+    features = rows.features or {}
+    image = next((column for column, kind in features.items() if isinstance(kind, Image)), None)
+    if image is None:
+        raise DataError(f"Data {name} ({split}) has no image column; its columns are {', '.join(features)}.")
+    labels = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
+    if not labels:
+        labels = [c for c in ("label", "labels") if isinstance(features.get(c), Value)]
+    # Data sets with coarse and fine classes: the finer ones are what classifiers are trained on.
+    label = max(labels, key=lambda column: getattr(features[column], "num_classes", 0), default=None)
+    names = tuple(features[label].names) if label and isinstance(features[label], ClassLabel) else None
+    return ImageSource(name, split, rows.cast_column(image, Image(decode=False)), image, label, names)
+
+
+def calibration_chunks(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Iterator[Tensor]:
+    """``samples`` images drawn at random, fewer where there are fewer, in preprocessed chunks (c, 3, height, width).
+
+    Raises:
+        DataError: no image at all, or an unreadable one.
+    """
+    for pictures, _ in _drawn(source, samples, seed):
+        yield preprocess(pictures)
+
+
+def calibration_images(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Tensor:
+    """All of :func:`calibration_chunks` in one tensor (n, 3, height, width)."""
+    return torch.cat(list(calibration_chunks(source, samples, seed, preprocess)))
+
+
+def calibration_examples(
+    source: ImageSource, samples: int, seed: int, preprocess: Preprocess
+) -> tuple[Tensor, Tensor]:
+    """The images of :func:`calibration_images`, and the data's own labels (n,).
+
+    Raises:
+        DataError: also where there are no labels, or they are no numbers.
+    """
+    check_labels(source, "the mask criterion")
+    images, labels = zip(*labelled_chunks(source, samples, seed, preprocess), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def labelled_chunks(
+    source: ImageSource, samples: int, seed: int, preprocess: Preprocess
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The chunks of :func:`calibration_chunks` with the data's own labels: (c, 3, height, width) and (c,).
+
+    Raises:
+        DataError: no image, no label column, labels that are no numbers, or an unreadable image.
+    """
+    check_labels(source, "training")
+    for pictures, rows in _drawn(source, samples, seed):
+        labels = torch.tensor([_label(row, source, i) for i, row in rows])
+        yield preprocess(pictures), labels
+
+
+def check_labels(source: ImageSource, what: str) -> None:
+    """Makes sure that a split has labels, for ``what`` needs them.
+
+    Raises:
+        DataError: it has none.
+    """
+    if source.label_column is None:
+        raise DataError(
+            f"Data {source.name} ({source.split}) has no labels, which {what} needs.",
+            "Expected one folder per class, or a column 'label'.",
+        )
+
+
+def _drawn(source: ImageSource, samples: int, seed: int) -> Iterator[tuple[list[PIL.Image.Image], Rows]]:
+    """Decoded images and their numbered rows, some at a time."""
+    rows: Iterable[tuple[int, dict[str, Any]]]
+    if source.size is None:
+        rows = enumerate(_stream(source, _shuffled(source, seed).take(samples)))
+    else:
+        order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+        rows = ((i, source.rows[i]) for i in order)
+    empty = True
+    for chunk in _chunks(rows, CHUNK):
+        empty = False
+        yield [_decode(row, source, i) for i, row in chunk], chunk
+    if empty:
+        raise DataError(f"Data {source.name} ({source.split}) is empty.")
+
+
+def drawn_labelled(source: ImageSource, samples: int | None, seed: int) -> tuple[ImageSource, Tensor]:
+    """``samples`` images drawn at random, or all for None, that can be read again and again by number, and the data's
+    own labels (n,). They stay encoded: on disk, or those of a stream in memory.
+
+    Raises:
+        DataError: no image, no label column, labels that are no numbers, or all of a stream.
+    """
+    check_labels(source, "training")
+    if source.size is not None:
+        order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples]
+        rows = source.rows.select(order.tolist())
+    elif samples is None:
+        raise DataError(
+            f"Data {source.name} ({source.split}) is streamed from the Hub.",
+            "Give --samples, the images to take of it.",
+        )
+    else:
+        taken = _stream(source, _shuffled(source, seed).take(samples))
+        rows = datasets.Dataset.from_list(list(taken), features=source.rows.features)
+    if len(rows) == 0:
+        raise DataError(f"Data {source.name} ({source.split}) is empty.")
+    labels = [
+        _label({str(source.label_column): value}, source, i) for i, value in enumerate(rows[source.label_column])
+    ]
+    return replace(source, rows=rows), torch.tensor(labels)
+
+
+def pictures(source: ImageSource, numbers: Iterable[int]) -> list[PIL.Image.Image]:
+    """The images of these numbers, decoded, of a source that is no stream."""
+    return [_decode(source.rows[i], source, i) for i in numbers]
+
+
+def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images of a split in order, with the data's own labels: (b, 3, height, width) and (b,).
+
+    Raises:
+        DataError: no label column, labels that are no numbers, or an unreadable image.
+    """
+    check_labels(source, "measuring accuracy")
+    for chunk in _chunks(enumerate(_stream(source, source.rows)), batch_size):
+        labels = [_label(row, source, i) for i, row in chunk]
+        yield preprocess([_decode(row, source, i) for i, row in chunk]), torch.tensor(labels)
+
+
+def _shuffled(source: ImageSource, seed: int) -> Any:
+    return source.rows.reshard().shuffle(seed=seed, buffer_size=1000, max_buffer_input_shards=STREAMS)
+
+
+def _stream(source: ImageSource, rows: Iterable[T]) -> Iterator[T]:
+    if source.size is not None:
+        yield from rows
+        return
+    with hub_errors(DataError, "dataset", source.name), _unreadable(f"Data {source.name} ({source.split})"):
+        yield from rows
+
+
+def _chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
+
+
+def _label(row: dict[str, Any], source: ImageSource, position: int) -> int:
+    label = row[str(source.label_column)]
+    if not isinstance(label, int):
+        raise DataError(
+            f"Image number {position} of {source.name} ({source.split}) has the label {label!r}; expected the number "
+            "of a class."
+        )
+    return label
+
+
+def _decode(row: dict[str, Any], source: ImageSource, position: int) -> PIL.Image.Image:
+    value = row[source.image_column] or {"path": None, "bytes": None}
+    try:
+        image = Image().decode_example(value)
+        # Pillow would clip 16-bit greys at 255, which turns all but the darkest into white.
+        grey = image.point(lambda v: v / 257, "L") if image.mode.startswith("I;16") else image
+        return grey.convert("RGB")
+    except (OSError, ValueError, SyntaxError, TypeError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(
+            f"Image {value.get('path') or f'number {position}'} of {source.name} ({source.split}) cannot be read: "
+            f"{one_line(error)}",
+            "Remove or replace it.",
+        ) from error
+
+
+def label_map(
+    data_names: Sequence[str] | None, model_names: Sequence[str] | None, num_classes: int, source: str
+) -> Tensor:
+    """Class of the model for each label of the data, (data classes,).
+
+    Names are matched exactly, then without case, then through ImageNet's synset identifiers. Labels without names are
+    the model's own. Where there are as many as the model has, and no name stands at another place, numbers are matched
+    in their order; other names are the model's own if the model's say nothing (LABEL_0, class 0) or nine in ten are
+    the same.
+
+    Raises:
+        DataError: the classes cannot be matched.
+    """
+    own = torch.arange(num_classes)
+    if data_names is None:
+        return own
+    folded = [_folded(name) for name in model_names or ()], [_folded(name) for name in data_names]
+    candidates: list[tuple[Sequence[str], Sequence[str]]] = [(model_names or (), data_names), folded]
+    if num_classes == 1000:
+        candidates.append((ImageNetInfo().label_names(), data_names))
+    elsewhere = False
+    for names, wanted in candidates:
+        if list(names) == list(wanted):
+            return own
+        # A name that stands for two classes (ImageNet has two cranes) decides nothing.
+        count = Counter(names)
+        index = {name: i for i, name in enumerate(names) if count[name] == 1}
+        if all(name in index for name in wanted):
+            return torch.tensor([index[name] for name in wanted])
+        elsewhere |= any(index.get(name, i) != i for i, name in enumerate(wanted))
+    if len(data_names) == num_classes and not elsewhere:
+        if all(name.isdecimal() for name in data_names):  # folders come in alphabetical order, 10 before 2
+            return torch.tensor([int(name) for name in data_names]).argsort().argsort()
+        same = sum(name == other for name, other in zip(*folded, strict=False))
+        if same >= 0.9 * num_classes or all(re.fullmatch(r"(label|class) ?\d+", name) for name in folded[0]):
+            return own
+    raise DataError(
+        f"The {len(data_names)} classes of {source} ({shortened(data_names)}) cannot be matched to the model's "
+        f"{num_classes} classes ({shortened(model_names or ['unnamed'])}).",
+        "Give the data's classes (folders, or the names of the labels) the model's names; or, if the model's are "
+        "wrong, correct them in the config.json of a copy of it.",
+    )
+
+
+def to_classes(labels: Tensor, classes: Tensor, source: ImageSource) -> Tensor:
+    """Labels of the data (n,) → the model's classes (n,), by a :func:`label_map`.
+
+    Raises:
+        DataError: a label that the map has not.
+    """
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(
+            f"Data {source.name} ({source.split}): a label lies outside 0 … {len(classes) - 1}; "
+            "images without a label cannot be scored."
+        )
+    return classes[labels]
+
+
+def _folded(name: str) -> str:
+    return name.casefold().replace("_", " ").strip()

@@ -1,0 +1,253 @@
+"""Attention maps of a dense model, its mask alone and what SNOWS makes of it, side by side (the paper's Figure 4)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import Chain, build_chain, frozen
+from ..adapters.attention import recorded_attention
+from ..data.images import Preprocess, calibration_images, open_images
+from ..data.names import Name, distinct_names
+from ..errors import AdapterError, ConfigError
+from ..hub.load import load
+from ..reports.describe import describe_data
+from ..runtime.device import find_device
+from ..runtime.files import check_file, write_whole
+from ..settings import check_seed
+
+
+BATCH = 8
+"""Images whose attention is held at once: ViT-B/16 at 224 pixels needs 22 MB for one."""
+
+KINDS = {"last": "last layer", "rollout": "rollout"}
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """How much attention goes to each patch: of the last layer, and rolled out over all; both (n, rows, columns)."""
+
+    last: Tensor
+    rollout: Tensor
+
+
+def attention(
+    models: Name | Sequence[Name],
+    data: Name,
+    *,
+    output: str | Path,
+    split: str = "test",
+    images: int = 4,
+    samples: int = 64,
+    seed: int = 0,
+    device: str = "auto",
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Draws the attention maps of Vision Transformers on the same images, and compares them with the first model's.
+
+    Args:
+        models: Hub ids or folders; the others are compared with the first.
+        data: images: Hub data set, image folder or folder of parquet.
+        output: PNG file to write, which must not exist.
+        split: of ``data``.
+        images: number of images to draw.
+        samples: images over which the similarity is averaged; those that are drawn are the first of them.
+        seed: decides which images.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        on_stage: called with a line of text when a new stage begins.
+
+    Returns:
+        ``models``, a list with ``last`` and ``rollout``, each the mean ``correlation`` (Pearson's) and ``cosine`` of
+        the model's maps with the first model's (None for the first); ``images``, ``samples``, ``patches``, ``data``,
+        ``output``.
+
+    Raises:
+        SnowsError: bad settings, a model without such attention, models whose maps differ in size, or an output that
+            cannot be written.
+    """
+    names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
+    if not names or images < 1:
+        raise ConfigError(f"{len(names)} models and {images} images: expected at least one of each.")
+    check_seed(seed)
+    output = Path(output)
+    check_png(output)
+    target = find_device(device)
+    source = open_images(data, split)
+
+    found: list[AttentionMaps] = []
+    shown = torch.empty(0)
+    for name in names:
+        on_stage(f"Loading {name}")
+        checkpoint = load(name)
+        chain = build_chain(checkpoint.model.to(target, torch.float32))
+        pixels = calibration_images(source, max(samples, images), seed, checkpoint.preprocess)
+        on_stage(f"Computing its attention on {len(pixels)} images of {data} ({split})")
+        parts = [attention_maps(chain, batch.to(target)) for batch in pixels.split(BATCH)]
+        maps = AttentionMaps(torch.cat([p.last for p in parts]).cpu(), torch.cat([p.rollout for p in parts]).cpu())
+        found.append(maps)
+        if maps.last.shape != found[0].last.shape:
+            raise ConfigError(
+                f"{name} has maps of {describe_grid(maps)} patches, and {names[0]} of {describe_grid(found[0])}.",
+                "Compare models of the same patch and image size.",
+            )
+        if name == names[0]:
+            shown = displayable(pixels[:images], checkpoint.preprocess)
+    alike = {kind: [similarity(getattr(m, kind), getattr(found[0], kind)) for m in found] for kind in KINDS}
+    on_stage(f"Drawing {output}")
+    draw(shown, distinct_names(names), found, {kind: [s[0] for s in alike[kind]] for kind in KINDS}, output)
+    return {
+        "models": [
+            {"model": name}
+            | {
+                kind: {
+                    "correlation": float(alike[kind][i][0].mean()) if i else None,
+                    "cosine": float(alike[kind][i][1].mean()) if i else None,
+                }
+                for kind in KINDS
+            }
+            for i, name in enumerate(names)
+        ],
+        "images": len(shown),
+        "samples": len(found[0].last),
+        "patches": list(found[0].last.shape[1:]),
+        "data": describe_data(data, split),
+        "seed": seed,
+        "output": str(output),
+    }
+
+
+def describe_grid(maps: AttentionMaps) -> str:
+    return "{}x{}".format(*maps.last.shape[1:])
+
+
+@torch.no_grad()
+def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
+    """Where a Vision Transformer looks: attention from the class token to the patches, the mean over heads; where
+    there is no class token, from all patches.
+
+    ``rollout`` is Abnar and Zuidema's (2020): the product over the layers of ½(A + I), A being the mean over heads.
+
+    Args:
+        chain: of the model.
+        images: preprocessed, (n, 3, height, width).
+
+    Raises:
+        AdapterError: a model without attention, or with attention within windows.
+    """
+    with frozen(chain.model), recorded_attention() as record:
+        chain.logits(images)
+    what = type(chain.model).__name__
+    if not record:
+        raise AdapterError(f"{what} has no attention to draw.", "Attention maps are for Vision Transformers.")
+    layers = [weights.mean(-3) for weights in record]  # (n, tokens, tokens)
+    if layers[0].ndim != 3:
+        raise AdapterError(
+            f"{what} attends within windows, so that no token sees the whole image.",
+            "Attention maps are for Vision Transformers with attention over all tokens.",
+        )
+    rows, columns = patch_grid(chain.model, images, layers[0].shape[-1])
+    identity = torch.eye(layers[0].shape[-1]).to(layers[0])
+    rolled = identity
+    for weights in layers:
+        rolled = (weights + identity) / 2 @ rolled
+    extra = layers[0].shape[-1] - rows * columns
+
+    def to_map(weights: Tensor) -> Tensor:
+        looking = weights[:, 0] if extra else weights.mean(1)
+        return looking[:, extra:].unflatten(1, (rows, columns))
+
+    return AttentionMaps(to_map(layers[-1]), to_map(rolled))
+
+
+def patch_grid(model: nn.Module, images: Tensor, tokens: int) -> tuple[int, int]:
+    """Rows and columns of patches, by the convolution that makes them. Class token and registers come before them.
+
+    Raises:
+        AdapterError: no convolution, or fewer tokens than patches.
+    """
+    patch = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if patch is not None:
+        rows, columns = (images.shape[2 + i] // patch.stride[i] for i in (0, 1))
+        if rows * columns <= tokens:
+            return rows, columns
+    raise AdapterError(
+        f"The {tokens} tokens of {type(model).__name__} are no patches of a {tuple(images.shape)} image."
+    )
+
+
+def similarity(maps: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Pearson's correlation and the cosine of two maps (n, rows, columns), each (n,)."""
+    a, b = maps.flatten(1).double(), reference.flatten(1).double()
+    centred = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-20)
+    return centred, F.cosine_similarity(a, b, dim=1, eps=1e-20)
+
+
+def displayable(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Preprocessed images (n, 3, height, width) as colours between 0 and 1, (n, height, width, 3).
+
+    What preprocessing makes of black and of white undoes its normalisation, whichever library does it.
+    """
+    ends = [PIL.Image.new("RGB", (pixels.shape[3], pixels.shape[2]), colour) for colour in ("black", "white")]
+    black, white = preprocess(ends).mean((-2, -1))[..., None, None]
+    return ((pixels - black) / (white - black)).clamp(0, 1).movedim(1, -1)
+
+
+def check_png(output: Path) -> None:
+    """Refuses, before any work is done, a file that could not be written, and a machine without matplotlib.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the name does not end in .png.
+        SaveError: the file exists, or its folder does not.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError("Drawing needs matplotlib.", "Install it: pip install 'snows-hf[viz]'.") from None
+    check_file(output, ".png")
+
+
+def draw(
+    images: Tensor, names: Sequence[str], maps: Sequence[AttentionMaps], alike: dict[str, list[Tensor]], output: Path
+) -> None:
+    """Writes the PNG: a row for each image; all models' maps of one kind share a scale.
+
+    Args:
+        images: colours (n, height, width, 3).
+        names: of the models.
+        maps: of each model, of n images or more.
+        alike: correlations with the first model's map, by kind and model, each (n or more,).
+        output: the file.
+
+    Raises:
+        SaveError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    ratios = [1.0]
+    for _ in KINDS:
+        ratios += [0.1, *[1.0] * len(names)]  # a gap, and the models
+    figure = Figure(figsize=(1.7 * sum(ratios), 1.95 * len(images) + 0.6), layout="constrained")
+    axes = figure.subplots(len(images), len(ratios), squeeze=False, width_ratios=ratios)
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(image.numpy())
+        for k, (kind, title) in enumerate(KINDS.items()):
+            gap = 1 + k * (1 + len(names))
+            axes[row, gap].set_axis_off()
+            own = [getattr(m, kind)[row] for m in maps]
+            for i, (name, values) in enumerate(zip(names, own, strict=True)):
+                axis = axes[row, gap + 1 + i]
+                axis.imshow(values.numpy(), vmin=0, vmax=max(float(v.max()) for v in own), cmap="viridis")
+                if row == 0:
+                    axis.set_title(f"{title}\n{name}", fontsize=8)
+                if i:
+                    axis.set_xlabel(f"r = {float(alike[kind][i][row]):.3f}", fontsize=8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    write_whole(output, lambda path: figure.savefig(path, dpi=150, format="png"))

@@ -1,0 +1,181 @@
+"""Latency and throughput of a 2:4 model with dense and with sparse kernels."""
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import logits_of
+from ..data.names import Name
+from ..errors import ConfigError
+from ..hub.load import load
+from ..runtime.device import describe_hardware, find_device
+from ..runtime.memory import out_of_memory
+from .accelerate import accelerate, device_obstacle, linear_layers, obstacle
+
+
+WARM_UP = 10
+REPEATS = 50
+SECONDS = 1.0
+"""A figure is the median of up to ``REPEATS`` runs, in about this time, after ``WARM_UP`` runs that do not count."""
+
+
+def bench(
+    source: Name,
+    batch_sizes: Sequence[int] = (1, 4, 16, 64, 256),
+    dtype: str = "float16",
+    device: str = "auto",
+    revision: str | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Measures a checkpoint's forward pass on random images, dense and after :func:`snows_hf.accelerate`.
+
+    Returns:
+        ``supported``, and ``reason`` where it is False (nothing is timed then); ``sparse_layers`` (that qualify by
+        type, shape and pattern), ``dense_layers`` with reasons; ``batches`` with milliseconds, images per second and
+        ``ratio`` (dense over sparse time: above 1 sparse is faster), or ``failed`` where memory does not suffice;
+        ``layers`` with the same for each sparse layer at ``layers_batch``, the largest for which there is memory;
+        ``difference``, the largest between dense and sparse logits over the largest logit.
+
+    Raises:
+        SnowsError: bad settings, or no such checkpoint.
+    """
+    if dtype not in ("float16", "bfloat16"):
+        raise ConfigError(f"dtype {dtype!r}: the 2:4 kernels take float16 or bfloat16.")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError(f"Batch sizes {list(batch_sizes)}: expected whole numbers from 1 on.")
+    target = find_device(device)
+    on_stage(f"Loading {source}")
+    checkpoint = load(source, revision)
+    model = checkpoint.model.to(target, getattr(torch, dtype)).requires_grad_(False)
+    reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
+    result: dict[str, Any] = {
+        "source": checkpoint.source,
+        "device": describe_hardware(target),
+        "dtype": dtype,
+        "supported": True,
+        "reason": None,
+        "sparse_layers": [name for name, reason in reasons.items() if reason is None],
+        "dense_layers": {name: reason for name, reason in reasons.items() if reason is not None},
+        "batches": [],
+        "layers": [],
+        "layers_batch": None,
+        "difference": None,
+    }
+    reason = device_obstacle(target)
+    if reason is None and not result["sparse_layers"]:
+        reason = "no Linear layer of this model can run sparse"
+    if reason is not None:
+        return result | {"supported": False, "reason": reason}
+    sparse = deepcopy(model)
+    done = accelerate(sparse)
+    result |= {"sparse_layers": list(done.sparse), "dense_layers": done.dense}
+    if not done.sparse:
+        return result | {"supported": False, "reason": "torch refuses every layer: see dense_layers"}
+    _, *size = checkpoint.preprocess([PIL.Image.new("RGB", (64, 64))]).shape
+    return result | compare(model, sparse, done.sparse, tuple(size), batch_sizes, on_stage)
+
+
+@torch.inference_mode()
+def compare(
+    dense: nn.Module,
+    sparse: nn.Module,
+    layers: Sequence[str],
+    size: tuple[int, ...],
+    batch_sizes: Sequence[int],
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Times two versions of a model, as a whole at each batch size, and the named layers at the largest that fits.
+
+    Args:
+        dense: on its device, in its type.
+        sparse: the same network with other kernels.
+        layers: names of Linear layers that differ.
+        size: of an image, (3, height, width).
+        batch_sizes: at which the whole model is timed.
+        on_stage: called with a line of text when a batch size begins.
+    """
+    weight = next(dense.parameters())
+
+    def random_images(count: int) -> Tensor:
+        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+        return images.to(weight.device, weight.dtype)
+
+    batches: list[dict[str, Any]] = []
+    for count in batch_sizes:
+        on_stage(f"Timing batches of {count}")
+        times = if_it_fits(lambda n: versus(dense, sparse, random_images(n)), count)
+        if times is None:
+            batches.append({"batch": count, "failed": "out of memory"})
+            continue
+        rate = {f"{which}_images_per_s": 1000 * count / times[f"{which}_ms"] for which in ("dense", "sparse")}
+        batches.append({"batch": count, **times, **rate})
+    on_stage("Timing single layers")
+    # They may need more memory than the whole: the inputs of all of them are kept.
+    for count in sorted((row["batch"] for row in batches if "failed" not in row), reverse=True):
+        found = if_it_fits(lambda n: compare_layers(dense, sparse, layers, random_images(n)), count)
+        if found is not None:
+            return {"batches": batches, "layers_batch": count, **found}
+    return {"batches": batches, "layers_batch": None, "layers": [], "difference": None}
+
+
+def compare_layers(dense: nn.Module, sparse: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Any]:
+    """Times of the named layers on what they get of the images, and the difference of the logits."""
+    inputs: dict[str, Tensor] = {}
+    pairs: dict[str, tuple[Any, Any]] = {
+        name: (dense.get_submodule(name), sparse.get_submodule(name)) for name in layers
+    }
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
+        for name, (layer, _) in pairs.items()
+    ]
+    try:
+        expected = logits_of(dense, images).float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    difference = float((logits_of(sparse, images).float() - expected).abs().max() / expected.abs().max())
+    rows = [
+        {"name": name, "shape": list(pairs[name][0].weight.shape), **versus(*pairs[name], x)}
+        for name, x in inputs.items()
+    ]
+    return {"layers": rows, "difference": difference}
+
+
+def if_it_fits(run: Callable[[int], dict[str, Any]], count: int) -> dict[str, Any] | None:
+    """What a run with this number of images returns; None where memory does not suffice."""
+    try:
+        return run(count)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+
+
+def versus(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, float]:
+    """Times of both on one input, and dense over sparse."""
+    dense_ms, sparse_ms = (time_ms(partial(module, x), x.device) for module in (dense, sparse))
+    return {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "ratio": dense_ms / sparse_ms}
+
+
+def time_ms(run: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a run in milliseconds, the device's work included."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":  # kernels run on after their launch
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    for _ in range(WARM_UP):
+        once()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < REPEATS and sum(times) < SECONDS):
+        times.append(once())
+    return 1000 * sorted(times)[len(times) // 2]

@@ -1,0 +1,54 @@
+"""Layer collapse: masks through which a layer can no longer be reached, and with it perhaps the whole network."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..adapters import build_chain, frozen
+from ..adapters.base import Chain
+from ..patterns import Masks
+from .scores.synflow import positive
+
+
+EMPTY = "no weight is left"
+CUT = "weights are left, but no path from the images to the logits leads through them"
+
+
+def find_collapse(chain: Chain, masks: Masks, images: Tensor) -> tuple[dict[str, str], bool]:
+    """Parameters that the masks have cut off, each with the reason, and whether the logits still depend on the images.
+
+    A weight lies on a path if it has a gradient in the network of absolute weights without shifts (SynFlow's), on an
+    input that is positive everywhere: there nothing cancels and every ReLU is open. In float64.
+
+    Args:
+        chain: of the network, its weights as they are without the masks.
+        masks: by parameter name.
+        images: one image (1, 3, h, w), for its shape.
+    """
+    model = copy.deepcopy(chain.model).double()
+    positive(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and not name.endswith("bias") and not parameter.any():
+            parameter.data.fill_(
+                1.0
+            )  # norms that begin at zero, as the last of a residual branch may: a start, no cut
+    other = build_chain(model)
+    generator = torch.Generator().manual_seed(0)
+    x = (0.5 + torch.rand(images.shape, generator=generator, dtype=torch.float64)).to(images.device).requires_grad_()
+    weights = {
+        name: (other.weight(name).detach() * mask.to(images.device)).requires_grad_() for name, mask in masks.items()
+    }
+    with frozen(model):
+        logits = other.outputs((x,), 0, len(other.operations), dict(weights))[-1]
+    gradients = torch.autograd.grad(logits.sum(), [x, *weights.values()], allow_unused=True)
+    reached: Mapping[str, Tensor | None] = dict(zip(weights, gradients[1:], strict=True))
+    cut = {}
+    for name, mask in masks.items():
+        gradient = reached[name]
+        if not mask.any():
+            cut[name] = EMPTY
+        elif gradient is None or not (gradient * mask.to(gradient.device)).any():
+            cut[name] = CUT
+    return cut, gradients[0] is not None and bool(gradients[0].any())

@@ -1,0 +1,30 @@
+"""Variations of images that a network should take as it takes the images: mirrored and shifted."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..runtime.distributed import Share, whole
+
+
+def augmented(images: Tensor, seed: int, share: Share | None = None, crop: float = 0.125, flip: bool = True) -> Tensor:
+    """Each image mirrored left to right or not, and shifted along both axes; its border is reflected.
+
+    Args:
+        images: (n, c, h, w).
+        seed: decides which image goes where.
+        share: which images of a batch these are; each comes out as it would among all of them.
+        crop: the most that an image shifts, as a share of its shorter side: 4 pixels of 32, as usual for CIFAR (He et
+            al., 2015, section 4.2).
+        flip: mirror half of the images.
+    """
+    share = share or whole(len(images))
+    generator = torch.Generator().manual_seed(seed)
+    h, w = images.shape[2:]
+    most = int(crop * min(h, w))
+    mirrored = (torch.rand(share.total, generator=generator) < 0.5 * flip)[share.start : share.stop]
+    offsets = torch.randint(2 * most + 1, (share.total, 2), generator=generator)[share.start : share.stop].tolist()
+    images = torch.where(mirrored[:, None, None, None].to(images.device), images.flip(3), images)
+    padded = F.pad(images, (most,) * 4, mode="reflect")
+    shifted = [image[:, i : i + h, j : j + w] for image, (i, j) in zip(padded, offsets, strict=True)]
+    return torch.stack(shifted).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,172 @@
+"""The K-step objective (Eq. 3/6) of one batch, as a function of a layer's active weights.
+
+L(w) = Σ_k mean((Y^{l+k} − f^{l:l+k}(X^l, w))²) for k = 0 … K: the paper's squared norms, each divided by its number of
+entries, so that no operation outweighs another by size and λ means the same for every batch size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from ..adapters.base import Chain, Group, State
+from ..runtime.distributed import Share, whole
+from .newton import Expansion
+from .preconditioner import FACTOR_ENTRIES, recorded, row_preconditioner
+
+
+@dataclass(frozen=True)
+class ActiveWeights:
+    """The m weights of a group that its masks keep, as one flat vector w.
+
+    Attributes:
+        masks: parameter name → bool mask of the parameter's shape, for the pruned parameters of the group.
+    """
+
+    masks: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, group: Group, masks: Mapping[str, Tensor], device: torch.device) -> "ActiveWeights":
+        """Those of a group, by the masks that there are for its parameters."""
+        return cls({name: masks[name].to(device) for name in group.parameters if name in masks})
+
+    @property
+    def size(self) -> int:
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+    def gather(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Full weights → w (m,), where the masks are."""
+        return torch.cat([weights[name].to(mask.device)[mask] for name, mask in self.masks.items()])
+
+    def within(self, chain: Chain) -> Tensor:
+        """w (m,) of the weights that the chain's model has now, detached."""
+        return self.gather({name: chain.weight(name).detach() for name in self.masks})
+
+    def scatter(self, w: Tensor) -> dict[str, Tensor]:
+        """w (m,) → full weights, zero where masked; differentiable."""
+        parts = w.split([int(mask.sum()) for mask in self.masks.values()])
+        return {
+            name: torch.zeros_like(mask, dtype=w.dtype).masked_scatter(mask, part)
+            for (name, mask), part in zip(self.masks.items(), parts, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Segment:
+    """f^{l:l+k} for k = 0 … K: operations ``start`` up to ``stop``, with K capped at K_max, the last operation."""
+
+    chain: Chain
+    group: Group
+    start: int
+    stop: int
+
+    @classmethod
+    def cut(cls, chain: Chain, index: int, k: int) -> "Segment":
+        """The segment of the group that acts in operation ``index``, for K = ``k``."""
+        group = chain.operations[index].group
+        assert group is not None
+        return cls(chain, group, index, min(index + k + 1, len(chain.operations)))
+
+    def outputs(self, state: State, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """The K + 1 outputs from the state before operation ``start``; ``weights`` replace the group's own."""
+        return self.chain.outputs(state, self.start, self.stop, dict(weights or {}))
+
+
+class KStepObjective:
+    """Value and second-order expansion of Eq. 6 on one batch.
+
+    Args:
+        segment: the operations whose outputs are compared.
+        active: the weights that may move.
+        state: what enters the layer in the pruned network.
+        targets: Y^{l+k}, one tensor per operation of the segment.
+        curvature: ``hessian`` or ``gauss-newton``.
+        preconditioner: ``gram`` (see preconditioner.py) or ``none``.
+        damping: λ, which the preconditioner shares with the system it is for.
+        relative: divide each operation's mean squared error by the variance of its targets.
+        emphasis: e of the weights ((k + 1) / (K + 1))ᵉ that the operations have; 0 weighs all alike, as Eq. 3 does.
+        share: which images of the batch ``state`` and ``targets`` hold; value and expansion are those of the whole
+            batch. None: all of them.
+        factor_entries: most numbers in the preconditioner's factors of one parameter.
+        autocast: matrix products and convolutions of the segment, and of its derivatives, are in bfloat16.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        active: ActiveWeights,
+        state: State,
+        targets: Sequence[Tensor],
+        curvature: str,
+        preconditioner: str = "none",
+        damping: float = 0.0,
+        relative: bool = False,
+        emphasis: float = 0.0,
+        share: Share | None = None,
+        factor_entries: int = FACTOR_ENTRIES,
+        autocast: bool = False,
+    ) -> None:
+        self.segment, self.active, self.state, self.targets = segment, active, state, targets
+        self.curvature, self.preconditioner, self.damping = curvature, preconditioner, damping
+        self.share, self.factor_entries = share or whole(len(state[0])), factor_entries
+        self.autocast = autocast
+        self.weights = [
+            self._weight(y, relative) * (place / len(targets)) ** emphasis for place, y in enumerate(targets, start=1)
+        ]
+
+    def _weight(self, y: Tensor, relative: bool) -> float:
+        """One over the entries of an operation's targets in the whole batch, and over their variance."""
+        variance = self.share.variance(y) + 1e-12 if relative else 1.0
+        return self.share.weight / (y[0].numel() * self.share.total * variance)
+
+    def _outputs(self, w: Tensor) -> list[Tensor]:
+        with torch.autocast(w.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.segment.outputs(self.state, self.active.scatter(w))
+
+    @torch.no_grad()
+    def value(self, w: Tensor) -> float:
+        """L(w)."""
+        return float(self.share.sum(self._loss(self._outputs(w))))
+
+    def _loss(self, outputs: Sequence[Tensor]) -> Tensor:
+        # Sums are no numbers for half precision: its largest is 65,504, and bfloat16 has three digits.
+        wide = torch.promote_types(outputs[0].dtype, torch.float32)
+        terms = zip(self.weights, outputs, self.targets, strict=True)
+        squares = (c * (o - y).to(wide).square().sum() for c, o, y in terms)
+        return sum(squares, start=torch.zeros((), device=outputs[0].device))
+
+    def expand(self, w: Tensor) -> Expansion:
+        """Value, gradient and curvature product at w (Eq. 4, 5, 7), on graphs that are built once and kept."""
+        w = w.detach().requires_grad_()
+        with recorded(self.segment.chain, self.active.masks) as seen:
+            outputs = self._outputs(w)
+        total, loss = self.share.sum, self._loss(outputs)
+        # Outputs that w does not reach (a shortcut's convolution beside it) have no part in the derivatives.
+        residuals = [t for t in zip(self.weights, outputs, self.targets, strict=True) if t[1].requires_grad]
+        moving = [(2 * c, o) for c, o, _ in residuals]
+        precondition = None
+        if self.preconditioner == "gram":
+            given = self.damping, self.share, self.factor_entries
+            precondition = row_preconditioner(self.active.masks, seen, moving, *given)
+        if self.curvature == "hessian":
+            (gradient,) = grad(loss, w, create_graph=True)
+
+            def hessian(p: Tensor) -> Tensor:
+                return total(grad(gradient, w, p, retain_graph=True)[0])
+
+            return Expansion(float(total(loss.detach())), total(gradient.detach()), hessian, precondition)
+
+        # Jᵀu is linear in u, so its derivative along u is J at any u: the tangent pass by reverse mode alone, over a
+        # graph that is built once per batch, where forward mode would run the primal again for every product. At u of
+        # the residuals, Jᵀu is the gradient besides.
+        f = [o for _, o in moving]
+        u = [(2 * c * (o - y)).detach().requires_grad_() for c, o, y in residuals]
+        (gradient,) = grad(f, w, u, create_graph=True)
+
+        def gauss_newton(p: Tensor) -> Tensor:
+            Jp = grad(gradient, u, p, retain_graph=True)
+            return total(grad(f, w, [h * t for (h, _), t in zip(moving, Jp, strict=True)], retain_graph=True)[0])
+
+        return Expansion(float(total(loss.detach())), total(gradient.detach()), gauss_newton, precondition)

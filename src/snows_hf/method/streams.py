@@ -1,0 +1,162 @@
+"""Two streams of activations side by side: what the dense network computes, and what the network pruned so far does.
+
+The first gives the targets, the second enters each layer. With dense targets every layer also repairs what earlier
+ones broke; with cascaded targets (the paper's) the dense layer runs on the pruned stream.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from ..adapters import Chain, Group, State
+from ..patterns import Masks
+from ..runtime.distributed import share
+from ..runtime.memory import Images, Kept, Shelf, halves, in_parts
+from ..settings import PruneConfig
+from .augment import augmented
+from .objective import ActiveWeights, KStepObjective, Segment
+
+
+@dataclass
+class Streams:
+    """Activations before one operation, per batch of images (of this process's share of them): of the dense network,
+    and of the one pruned so far.
+
+    They rest on a shelf (memory.py). The last batch only judges. ``halvings``: how often batches were halved.
+    """
+
+    shelf: Shelf
+    dense: list[Kept]
+    pruned: list[Kept]
+    batches: list[slice]
+    halvings: int = 0
+
+    @classmethod
+    def start(cls, images: Tensor | Images, batches: Sequence[slice], shelf: Shelf) -> "Streams":
+        parts = [(batch.start, share(batch.stop - batch.start)) for batch in batches]
+        states = [shelf.keep((images[first + part.start : first + part.stop],)) for first, part in parts]
+        return cls(shelf, states, list(states), list(batches))
+
+    def size(self, index: int) -> int:
+        """Images of a batch, of all processes together."""
+        return self.batches[index].stop - self.batches[index].start
+
+    @property
+    def largest(self) -> int:
+        """Images of the largest batch."""
+        return max(map(self.size, range(len(self.batches))))
+
+    def halve(self) -> None:
+        """Cuts every batch in two; of the one that judges, only the first half stays."""
+        parts = [part for batch in self.batches for part in halves(batch)]
+        for which in ("dense", "pruned"):
+            states = []
+            for batch, kept in zip(self.batches, getattr(self, which), strict=True):
+                state = kept.get()
+                states += [
+                    self.shelf.keep(tuple(t[part.start - batch.start : part.stop - batch.start] for t in state))
+                    for part in halves(batch)
+                ]
+            setattr(self, which, states[: len(states) + 1 - len(halves(self.batches[-1]))])
+        self.batches = parts[: len(parts) + 1 - len(halves(self.batches[-1]))]
+        self.halvings += 1
+
+    @torch.no_grad()
+    def advance(self, run: Callable[[State], State], which: str, device: torch.device) -> None:
+        """Moves one stream through an operation, batch by batch."""
+        states: list[Kept] = getattr(self, which)
+
+        def there_and_back(state: State) -> State:
+            return send_to_device(run(send_to_device(state, device)), torch.device("cpu"))
+
+        for i in range(len(states)):
+            states[i] = self.shelf.keep(in_parts(there_and_back, states[i].get()))
+
+
+def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
+    """n calibration images as slices: mini-batches of at most ``batch_size``, and last the held-out batch.
+
+    Batches are of equal size but for one image. No more than ``batch_size`` images judge. A single image serves as
+    both batch and judge.
+    """
+    judges = min(max(1, round(held_out * n)), max(n - 1, 1), batch_size)
+    learners = max(n - judges, 1)
+    count = -(-learners // batch_size)
+    ends = [learners * i // count for i in range(count + 1)]
+    return [*(slice(*pair) for pair in pairwise(ends)), slice(n - judges, n)]
+
+
+@contextmanager
+def holding(chain: Chain, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """For the time of the block the chain's model computes with ``weights``; nothing is copied."""
+    own = {name: chain.weight(name).data for name in weights}
+    for name, weight in weights.items():
+        chain.weight(name).data = weight
+    try:
+        yield
+    finally:
+        for name, weight in own.items():
+            chain.weight(name).data = weight
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The objectives of one layer, each made when its turn comes and freed after.
+
+    ``dense``: weights that stand in for the model's own where targets are computed. ``order``: of steps, and the batch
+    of each.
+    """
+
+    segment: Segment
+    dense: Mapping[str, Tensor]
+    active: ActiveWeights
+    streams: Streams
+    config: PruneConfig
+    order: Sequence[tuple[int, int]]
+
+    def objective(self, index: int, step: int | None = None) -> KStepObjective:
+        """That of one batch at a step: there images may be augmented, and half precision may do. None: as it is."""
+        joint = self.segment.group.kind == "joint"
+        part = share(self.streams.size(index))
+        pruned: State = send_to_device(self.streams.pruned[index].get(), self.segment.chain.device)
+        source = pruned
+        if self.config.augment and joint and step is not None:  # elsewhere what comes in is not images
+            source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
+        elif self.config.targets == "dense":
+            source = self.streams.dense[index].get()
+        with torch.no_grad(), holding(self.segment.chain, self.dense):
+            targets = self.segment.outputs(send_to_device(source, self.segment.chain.device))
+        solver = self.config.solver
+        return KStepObjective(
+            self.segment,
+            self.active,
+            pruned,
+            targets,
+            solver.curvature,
+            solver.preconditioner,
+            solver.damping,
+            relative=self.config.weighting == "relative",
+            emphasis=self.config.emphasis if joint else 0.0,
+            share=part,
+            factor_entries=solver.factor_entries,
+            autocast=self.config.autocast and step is not None,
+        )
+
+    def __iter__(self) -> Iterator[KStepObjective]:
+        return (self.objective(index, step) for step, index in self.order)
+
+
+def masked_operations(chain: Chain, masks: Masks) -> list[int]:
+    """Operations whose group has a mask."""
+    return [i for i, group in chain.groups() if any(name in masks for name in group.parameters)]
+
+
+def whole_network(chain: Chain, masks: Masks, name: str = "all layers") -> Segment:
+    """The network from its images on, with all pruned weights as one group."""
+    names = tuple(name for _, group in chain.groups() for name in group.parameters if name in masks)
+    return Segment(chain, Group(name, names, "joint"), 0, len(chain.operations))

@@ -1,0 +1,143 @@
+"""Several processes on the same work, as `accelerate launch` starts them; alone, everything here does nothing.
+
+Each has its :class:`Share` of every batch. What is a sum over images is summed over processes, so that all of them
+solve the same systems, of the whole batch, and come to the same weights.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed
+from torch import Tensor
+
+from ..errors import ProcessError, SnowsError, one_line
+from .memory import out_of_memory
+
+
+T = TypeVar("T")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A call that needs all processes.
+
+    Raises:
+        ProcessError: another of them has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise ProcessError(
+            f"Another process has ended, and this one cannot go on alone: {one_line(error)}",
+            "Its own message says why. The same command goes on from what is finished.",
+        ) from error
+
+
+def processes() -> int:
+    """How many work together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, also before they have met; 0 is the main process."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def local_processes() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes() > 1 else 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """Images ``start`` to ``stop`` of a batch of ``total``: what one process has.
+
+    Attributes:
+        weight: 1, or 0 for a process that a small batch leaves without an image: it borrows one, which counts nothing.
+        alone: there are no others to sum with.
+    """
+
+    total: int
+    start: int
+    stop: int
+    weight: float = 1.0
+    alone: bool = True
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Σ tensor over the processes, the same on all; half precision is summed in float32.
+
+        Raises:
+            ProcessError: another of them has ended.
+        """
+        if self.alone:
+            return tensor
+        total = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True).contiguous()
+        with together():
+            torch.distributed.all_reduce(total)
+        return total.to(tensor.dtype)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the whole batch, of ``tensor``'s that are means over the images of each process."""
+        return self.sum(tensor * (self.weight * (self.stop - self.start) / self.total))
+
+    def variance(self, y: Tensor) -> float:
+        """The variance of all entries of a tensor that has the images along its first dimension; of entries that do
+        not vary, their mean square, and 1 where all are zero."""
+        n = y[0].numel() * self.total
+        if n == 1:
+            variance = 0.0
+        elif self.alone:
+            variance = float(y.to(torch.promote_types(y.dtype, torch.float32)).var())
+        else:
+            mean = self.mean(y.double().mean())
+            variance = float(self.mean((y.double() - mean).square().mean())) * n / (n - 1)
+        return variance or float(self.mean(y.double().square().mean())) or 1.0
+
+
+def whole(total: int) -> Share:
+    """All images of a batch, with nobody to share them with."""
+    return Share(total, 0, total)
+
+
+def own_part(total: int) -> slice:
+    """This process's part of so many things: as many as any other's, but for one."""
+    n, place = processes(), rank()
+    return slice(total * place // n, total * (place + 1) // n) if n > 1 else slice(0, total)
+
+
+def share(total: int) -> Share:
+    """This process's part of a batch."""
+    if processes() == 1:
+        return whole(total)
+    own = own_part(total)
+    if own.start < own.stop:
+        return Share(total, own.start, own.stop, alone=False)
+    start = min(own.start, total - 1)
+    return Share(total, start, start + 1, weight=0.0, alone=False)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What ``make`` gives on the main process, on all of them; an error of ours there is raised on all of them.
+
+    Raises:
+        ProcessError: another process has ended.
+    """
+    if processes() == 1:
+        return make()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = make()
+        except SnowsError as error:
+            outcome[1] = error
+    with together():
+        torch.distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    made: T = outcome[0]
+    return made

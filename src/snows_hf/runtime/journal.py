@@ -1,0 +1,288 @@
+"""Finished work that outlives its process: records in a hidden folder beside the output, until the result is whole.
+
+A record is a safetensors file named by its own SHA-256, too. It is written under another name, synced and renamed, so
+that it is there in whole or not at all; one whose checksum is wrong is made again.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ConfigError, SaveError, one_line
+from ..method.cg import CGStatus
+from ..method.newton import NewtonResult, NewtonState, NewtonStatus
+from .distributed import from_main
+from .files import checksum, sync, work_folder
+
+
+RUN = "run"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was kept under one name: tensors, and whatever JSON holds."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Records by name in ``folder``; with None it forgets everything. Only the main process reads and writes."""
+
+    folder: Path | None = None
+
+    def get(self, name: str) -> Record | None:
+        """The record of this name, on the CPU; None where there is none, or none that is whole."""
+        return from_main(lambda: self._read(name))
+
+    def put(self, name: str, tensors: Mapping[str, Tensor] | None = None, **facts: Any) -> None:
+        """Keeps a record in the place of the one that has its name; it is on the disk when this returns.
+
+        Raises:
+            SaveError: the disk is full or refuses.
+        """
+        from_main(lambda: self._write(name, tensors or {}, facts))
+
+    def once(self, name: str, make: Callable[[], Record]) -> Record:
+        """The record of this name; where there is none, what ``make`` gives on the main process is kept and given."""
+        record = self.get(name)
+        if record is None:
+            record = from_main(make)
+            self.put(name, record.tensors, **record.facts)
+        return record
+
+    def names(self) -> list[str]:
+        """Names of the records, whole or not, in alphabetical order."""
+        paths = self.folder.glob("*.*.safetensors") if self.folder else ()
+        return from_main(lambda: sorted({path.name.partition(".")[0] for path in paths}))
+
+    def put_state(self, name: str, state: NewtonState) -> None:
+        """Keeps where Algorithm 2 is, and its last state but one, should this one turn out damaged."""
+        tensors = {"w": state.w, "mean": state.mean, "best": state.result.w}
+        tensors = {key: tensor for key, tensor in tensors.items() if key == "w" or tensor is not state.w}
+        counts = {key: value for key, value in vars(state.result).items() if key != "w"}
+        steps = f"{name}-step-{state.result.steps:06d}"
+        self.put(steps, tensors, result=counts, milestone=state.milestone, stale=state.stale)
+        for older in [step for step in self.names() if step.startswith(f"{name}-step-") and step <= steps][:-2]:
+            self.drop(older)
+
+    def get_state(self, name: str, device: torch.device) -> NewtonState | None:
+        """The last state that was kept."""
+        for step in reversed(self.names()):
+            if not step.startswith(f"{name}-step-") or (record := self.get(step)) is None:
+                continue
+            tensors = {key: tensor.to(device) for key, tensor in record.tensors.items()}
+            w = tensors["w"]
+            counts = record.facts["result"]
+            counts["status"] = NewtonStatus(counts["status"])
+            counts["cg_statuses"] = [CGStatus(status) for status in counts["cg_statuses"]]
+            result = NewtonResult(tensors.get("best", w), **counts)
+            return NewtonState(w, tensors.get("mean", w), result, record.facts["milestone"], record.facts["stale"])
+        return None
+
+    def drop(self, prefix: str) -> None:
+        """Removes all records whose names begin so."""
+
+        def remove() -> None:
+            for path in self._paths(f"{prefix}*"):
+                path.unlink()
+
+        from_main(remove)
+
+    def _paths(self, pattern: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{pattern}.*.safetensors")) if self.folder else []
+
+    def _read(self, name: str) -> Record | None:
+        for path in self._paths(name):
+            try:
+                if checksum(path) == path.name.split(".")[1]:
+                    with safe_open(path, "pt") as file:
+                        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dictionary
+                        return Record(tensors, facts_of(file.metadata()))
+            except (OSError, SafetensorError, ValueError):
+                pass  # it is removed, and made again
+            path.unlink(missing_ok=True)
+        return None
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
+        temporary = self.folder / f"{name}.tmp"
+        try:
+            # Cloned: safetensors takes no tensors that share memory, as tied weights do, or a best and a mean.
+            on_cpu = {
+                key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for key, tensor in tensors.items()
+            }
+            save_file(on_cpu, temporary, {"facts": json.dumps(facts)})
+            sync(temporary)
+            path = self.folder / f"{name}.{checksum(temporary)}.safetensors"
+            older = [other for other in self._paths(name) if other != path]
+            temporary.rename(path)
+            sync(self.folder)
+            for other in older:
+                other.unlink()
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise SaveError(
+                f"Finished work cannot be kept in {self.folder}: {one_line(error)}.",
+                "What was finished before is kept: make room, and repeat the command to go on from there.",
+            ) from error
+
+
+@contextmanager
+def open_journal(
+    output: Path | None, run: dict[str, Any], restart: bool = False, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Journal]:
+    """The journal of a run whose result goes to ``output``; None keeps no journal.
+
+    It is gone after a block that ends well, and after one that fails with nothing finished.
+
+    Args:
+        output: folder of the result.
+        run: everything that decides what the records hold, as JSON would give it back.
+        restart: forget what an earlier run has left.
+        say: called with a line of text about work that is kept.
+
+    Raises:
+        SaveError: the folder cannot be made, or another run has it.
+        ConfigError: the earlier run was another one.
+    """
+    if output is None:
+        yield Journal()
+        return
+    folder = work_folder(output)
+    lock = FileLock(folder / "lock")
+    journal = Journal(folder)
+
+    def enter() -> None:
+        _take(folder, lock, output)
+        try:
+            if restart:
+                _clear(folder)
+            _check_same(journal, run, output)
+            journal._write(RUN, {}, run)
+        except BaseException:
+            _leave(folder, lock, keep=bool(_finished(folder)))
+            raise
+
+    from_main(enter)
+    if found := journal.names()[:-1]:  # all but RUN
+        layers = sum(re.fullmatch(r"layer-\d+", name) is not None for name in found)
+        finished = f", with {layers} layers finished" if layers else ""
+        say(f"Going on where an earlier run was broken off{finished}")
+    whole = False
+    try:
+        yield journal
+        whole = True
+    finally:
+        keep = not whole and bool(_finished(folder))
+        if keep:
+            say(f"What is finished is kept in {folder}: the same command goes on from there")
+        if lock.is_locked:
+            _leave(folder, lock, keep)
+
+
+def _take(folder: Path, lock: FileLock, output: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SaveError(
+            f"Output {output} is being made by another run.", "Wait until it has ended, or choose another --output."
+        ) from None
+    except OSError as error:
+        raise SaveError(
+            f"Output {output} cannot be written: {error.strerror or error}.", "Choose another --output."
+        ) from error
+
+
+def _leave(folder: Path, lock: FileLock, keep: bool) -> None:
+    if not keep:  # before the lock is given back: nobody else can be in there
+        shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+
+
+def _finished(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.*.safetensors") if path.name.partition(".")[0] not in (RUN, "batches")]
+
+
+def _check_same(journal: Journal, run: dict[str, Any], output: Path) -> None:
+    found = journal._read(RUN)
+    if found is None and journal.folder is not None:
+        _clear(journal.folder)  # records of nobody knows what
+    if found is None or found.facts == json.loads(json.dumps(run)):
+        return
+    old, new = _flat(found.facts), _flat(json.loads(json.dumps(run)))
+    changed = [
+        f"{key} was {_brief(old.get(key))} and is {_brief(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    raise ConfigError(
+        f"An earlier run into {output} was broken off, and this is another one: {'; '.join(changed)}.",
+        "Repeat that run's command to finish it, choose another --output, or give --restart to begin anew.",
+    )
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _brief(value: Any) -> str:
+    # Digests: the beginning tells them apart.
+    return f"{value[:8]} …" if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def facts_of(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: there are none.
+    """
+    facts = json.loads((metadata or {}).get("facts", ""))
+    if not isinstance(facts, dict):
+        raise ValueError("no facts")
+    return facts
+
+
+class Digest:
+    """SHA-256 of tensors, one after the other: types, shapes and bits."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, tensor: Tensor, name: str = "") -> None:
+        self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        self._hash.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def text(self) -> str:
+        return self._hash.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors."""
+    digest = Digest()
+    for name, tensor in tensors.items():
+        digest.add(tensor, name)
+    return digest.text()

@@ -1,0 +1,99 @@
+"""What the Hub refuses, and how it fails, in this package's words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+
+from ..errors import SnowsError, one_line
+
+
+REACH = "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder."
+TOKEN = "set HF_TOKEN or run `hf auth login`"
+SETTINGS = "https://huggingface.co/settings/tokens"
+
+
+@contextmanager
+def hub_errors(
+    error_class: type[SnowsError], kind: str, name: str, revision: str | None = None, writing: bool = False
+) -> Iterator[None]:
+    """Turns what the Hub's clients raise within the block into one message that says what to do.
+
+    Args:
+        error_class: what is raised instead.
+        kind: ``model`` or ``dataset``.
+        name: id of the repository.
+        revision: that was asked for.
+        writing: whether this is a push.
+    """
+    try:
+        yield
+    # httpx's errors are not OSErrors; huggingface_hub hides those of its upload threads in RuntimeErrors.
+    except (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError) as error:
+        raise error_class(*explain(error, kind, name, revision, writing)) from error
+
+
+def explain(
+    error: BaseException, kind: str, name: str, revision: str | None = None, writing: bool = False
+) -> tuple[str, str]:
+    """What happened, and what the user can do about it. Never shows a token."""
+    what = f"{kind.capitalize()} {name}"
+    while error.__cause__ is not None and isinstance(error, LocalEntryNotFoundError | RuntimeError):
+        error = error.__cause__  # those two only say that something else went wrong
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+        return f"{what} is gated.", f"Accept its licence on {page}, then {TOKEN} of an account that may read it."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{what} has no revision {revision or 'main'!r}.", "Give a branch, a tag or a commit."
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"Writing to {name} on the Hub needs a token, and there is none.", _get_a_token("with write access")
+    if isinstance(error, RepositoryNotFoundError | HFValidationError) and not writing:
+        return (
+            f"{what} is neither a folder here nor a {kind if kind == 'dataset' else 'repository'} on the Hub.",
+            f"Check the spelling; for a private {kind} {TOKEN}.",
+        )
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        fetch = f"hf download {name}{' --repo-type dataset' if kind == 'dataset' else ''}"
+        return (
+            f"{what} is no folder here, offline mode is on, and the cache does not hold all of it.",
+            f"Unset HF_HUB_OFFLINE, or run `{fetch}` while there is a connection.",
+        )
+    if status == 401:
+        return "The Hub does not accept the token that it was sent.", _get_a_token()
+    if status == 403:
+        return f"The Hub forbids this for {name}: {_shown(error)}", _get_a_token(f"with access to {name}")
+    if status == 429:
+        return f"The Hub limits the number of requests (429), at {kind} {name}.", "Wait some minutes and repeat it."
+    if status is not None and status >= 500:
+        return f"The Hub is out of order ({status}), at {kind} {name}.", "Nothing was lost: repeat it later."
+    if writing:
+        return (
+            f"{what} cannot be pushed to the Hub: {_shown(error)}",
+            "Check the name and the connection, and repeat it.",
+        )
+    return (
+        f"{what} is no folder here, is not whole in the cache, and cannot be read from the Hub: {_shown(error)}",
+        REACH,
+    )
+
+
+def _get_a_token(rights: str = "") -> str:
+    return f"Make one {f'{rights} ' if rights else ''}on {SETTINGS}, then {TOKEN}."
+
+
+def _shown(error: BaseException) -> str:
+    text = one_line(error)
+    token = get_token()  # a malformed header is quoted in the message about it
+    return text.replace(token, "…") if token else text
