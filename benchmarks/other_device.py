@@ -29,7 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import snows_hf
 from snows_hf.errors import SnowsError
 from snows_hf.masks.scores import criteria
-from snows_hf.method.progress import Progress
+from snows_hf.method.records import Progress
 
 
 NAME = "elsewhere"

@@ -14,7 +14,7 @@ from snows_hf.adapters.cifar_resnet import CifarResNet
 from snows_hf.masks import choose_masks
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
-from snows_hf.method.progress import LayerReport
+from snows_hf.method.records import LayerReport
 from snows_hf.method.streams import split_images
 from snows_hf.patterns import NM, Masks
 from snows_hf.settings import PruneConfig, SolverConfig

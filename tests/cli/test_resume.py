@@ -14,10 +14,10 @@ import pytest
 import torch
 from embedded import DIGITS, NO_HUB, RESNET, VIT, copy_of, tensors_of, write_tensors
 from safetensors.torch import save_file
+from snows_hf.method.records import Progress
 
 from snows_hf import prune
 from snows_hf.errors import ConfigError
-from snows_hf.method.progress import Progress
 from snows_hf.patterns import NM
 
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import tiny
 import torch
+from snows_hf.method.records import Progress
 from torch import nn
 
 from snows_hf.adapters import build_chain, frozen
 from snows_hf.method.cascade import prune_chain
-from snows_hf.method.progress import Progress
 from snows_hf.method.streams import split_images
 
 

@@ -7,6 +7,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from snows_hf.method.records import Progress
 from torch import Tensor
 
 from snows_hf.adapters import build_chain, frozen
@@ -16,7 +17,6 @@ from snows_hf.method.cascade import prune_chain
 from snows_hf.method.gradual import surplus, thinned, thinning_step
 from snows_hf.method.objective import ActiveWeights, KStepObjective
 from snows_hf.method.preconditioner import RowBlocks
-from snows_hf.method.progress import Progress
 from snows_hf.method.streams import whole_network
 from snows_hf.patterns import NM, PerLayer, Unstructured
 from snows_hf.runtime.journal import Journal

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from snows_hf.method.records import LayerReport, Progress
 from torch import Tensor, nn
 
 from snows_hf.adapters import build_chain
 from snows_hf.errors import MemoryLimitError
 from snows_hf.jobs.prune import restore_untouched
 from snows_hf.method.cascade import prune_chain
-from snows_hf.method.progress import LayerReport, Progress
 from snows_hf.method.streams import Streams
 from snows_hf.runtime.distributed import share, whole
 from snows_hf.runtime.journal import Journal

@@ -3,12 +3,13 @@
 An architecture is one file beside this one: a function that cuts a model into operations, and ``@register``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from ..errors import AdapterError
 State = tuple[Tensor, ...]
 """What flows between operations: first the output that Eq. 3 compares, then what later operations still need
 (the residual stream, say). Every tensor has the images along its first dimension."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Operation:
     name: str
     run: Callable[[State], State]
     group: Group | None = None
+
+
+@torch.no_grad()
+def run_operation(operation: Operation, state: Any) -> Any:
+    """The state after an operation, without a graph."""
+    return operation.run(state)
 
 
 class Chain(nn.Module):
@@ -78,6 +88,21 @@ class Chain(nn.Module):
             state = operation.run(state)
             outputs.append(state[0])
         return outputs
+
+    def walk(
+        self, flow: T, advance: Callable[[Operation, T], T] | None = None, stop: int | None = None
+    ) -> Iterator[tuple[int, Operation, T]]:
+        """Every operation up to ``stop``, in forward order, with its place and what flows into it.
+
+        Args:
+            flow: what enters the first operation: a state, or whatever ``advance`` takes.
+            advance: what leaves an operation, of what enters it; asked for once the caller is done with that. None:
+                the state after it, without a graph.
+            stop: number of operations; all for None.
+        """
+        for place, operation in enumerate(self.operations[:stop]):
+            yield place, operation, flow
+            flow = (advance or run_operation)(operation, flow)
 
     def logits(self, images: Tensor) -> Tensor:
         """The model's logits (n, classes) for preprocessed images (n, 3, height, width), through the chain."""

@@ -4,6 +4,7 @@ are on the device while it runs, and for as long as a graph that it is part of n
 accelerate's hooks do the like for a module that is called; an operation may read a weight of a module without that.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .base import Chain, State
+from ..runtime.run import Run
+from .base import Chain, Operation, State
 
 
 class Reads(TorchFunctionMode):
@@ -88,13 +90,17 @@ def offloaded(chain: Chain, images: Tensor, device: torch.device) -> Chain:
         for name, tensor in kind(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
     state: State = (images.to(chain.weight(chain.groups()[0][1].parameters[0])),)
-    operations = []
-    chain.model.eval()
-    for operation in chain.operations:
+    operations: list[Operation] = []
+
+    def note(operation: Operation, state: State) -> State:
         with Reads() as reads:
             state = operation.run(state)
         read = dict.fromkeys(name for tensor in reads.tensors for name in names.get(id(tensor), ()))
         operations.append(replace(operation, run=Offloaded(operation.run, runner, tuple(read), device)))
+        return state
+
+    chain.model.eval()
+    deque(chain.walk(state, note), maxlen=0)  # for what is noted
     chain.model.train(training)
     return Chain(chain.model, operations, chain.family, device)
 
@@ -103,20 +109,18 @@ ROOM_FOR_WEIGHTS = 7
 """What a device needs for weights, over the model's own bytes: SparseGPT's masks take 6.5 times (docs/results.md)."""
 
 
-def place(
-    chain: Chain, images: Tensor, device: torch.device, offload: bool | None, on_stage: Callable[[str], None]
-) -> Chain:
-    """The chain with its model on ``device``; or one that computes there while the model stays on the CPU, where
+def place(run: Run, chain: Chain, images: Tensor, offload: bool | None) -> Chain:
+    """The chain with its model on the run's device; or one that computes there while the model stays on the CPU, where
     ``offload`` says so, or, for None, where a CUDA device has not ``ROOM_FOR_WEIGHTS`` times its bytes.
 
     Args:
         images: one or more, to see what each operation reads.
     """
     size = sum(tensor.nbytes for tensor in chain.model.state_dict().values())
-    if offload is None and device.type == "cuda":
-        offload = size * ROOM_FOR_WEIGHTS > torch.cuda.mem_get_info(device)[0]
+    if offload is None and run.device.type == "cuda":
+        offload = size * ROOM_FOR_WEIGHTS > torch.cuda.mem_get_info(run.device)[0]
     if not offload:
-        chain.model.to(device)
+        chain.model.to(run.device)
         return chain
-    on_stage(f"Weights of {size / 1e9:.2g} GB stay in main memory, and come to {device} operation by operation")
-    return offloaded(chain, images, device)
+    run.say(f"Weights of {size / 1e9:.2g} GB stay in main memory, and come to {run.device} operation by operation")
+    return offloaded(chain, images, run.device)

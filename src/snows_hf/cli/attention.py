@@ -7,6 +7,7 @@ import typer
 
 from .options import DataSplit, Device, Json, Models, Quiet
 from .sink import Sink, open_sink
+from .watch import Watch
 
 
 def command(
@@ -25,17 +26,18 @@ def command(
     from ..jobs.attention import attention
 
     sink = open_sink(as_json, quiet)
-    result = attention(
-        models,
-        data,
-        output=output,
-        split=split,
-        images=images,
-        samples=samples,
-        seed=seed,
-        device=device,
-        on_stage=sink.stage,
-    )
+    with Watch(sink) as watch:
+        result = attention(
+            models,
+            data,
+            output=output,
+            split=split,
+            images=images,
+            samples=samples,
+            seed=seed,
+            device=device,
+            **watch.told,
+        )
     show(sink, result)
     sink.json(result)
 

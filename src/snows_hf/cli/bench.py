@@ -7,6 +7,7 @@ import typer
 from ..errors import ConfigError
 from .options import Device, Json, Model, Quiet, Revision
 from .sink import Sink, open_sink
+from .watch import Watch
 
 
 def command(
@@ -26,7 +27,8 @@ def command(
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
         raise ConfigError(f"Batch sizes {batch_sizes!r}: expected numbers with commas, as in 1,16,256.") from None
-    result = bench(model, sizes, dtype, device, revision, sink.stage)
+    with Watch(sink) as watch:
+        result = bench(model, sizes, dtype, device, revision, **watch.told)
     show(sink, result)
     sink.json(result)
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from .options import Json, Output, Quiet
-from .progress import LayerProgress
 from .prune import show_report
 from .sink import open_sink
+from .watch import Watch
 
 
 def command(
@@ -31,7 +31,7 @@ def command(
     # wait for each other cost many times the work itself.
     torch.set_num_threads(1)
     sink = open_sink(as_json, quiet)
-    with as_file(files("snows_hf") / "embedded") as embedded, LayerProgress(sink) as progress:
+    with as_file(files("snows_hf") / "embedded") as embedded, Watch(sink) as watch:
         digits = str(embedded / "digits")
         result = prune(
             str(embedded / f"{model}_digits"),
@@ -39,8 +39,7 @@ def command(
             data=digits,
             eval_data=digits,
             output=output,
-            on_progress=progress.update,
-            on_stage=sink.stage,
+            **watch.told,
         )
     show_report(sink, result.report)
     sink.text("Try next:")

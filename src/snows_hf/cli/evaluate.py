@@ -2,6 +2,7 @@
 
 from .options import DataSplit, Device, Json, Labelled, Model, Quiet, Revision
 from .sink import open_sink
+from .watch import Watch
 
 
 def command(
@@ -17,7 +18,8 @@ def command(
     from ..jobs.evaluate import evaluate
 
     sink = open_sink(as_json, quiet)
-    accuracy = evaluate(model, data, split=split, device=device, revision=revision, on_stage=sink.stage)
+    with Watch(sink) as watch:
+        accuracy = evaluate(model, data, split=split, device=device, revision=revision, **watch.told)
     sink.text(
         f"{model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % on {accuracy.images} images of {data} "
         f"({split})"

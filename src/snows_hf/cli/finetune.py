@@ -7,6 +7,7 @@ import typer
 from ..settings import FinetuneConfig
 from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Model, Output, Quiet, Restart, Revision
 from .sink import Sink, open_sink
+from .watch import Watch
 
 
 DEFAULT = FinetuneConfig()
@@ -50,33 +51,34 @@ def command(
     from ..jobs.finetune import finetune
 
     sink = open_sink(as_json, quiet)
-    result = finetune(
-        model,
-        data,
-        output=output,
-        data_split=data_split,
-        eval_data=eval_data,
-        eval_split=eval_split,
-        teacher=teacher,
-        device=device,
-        revision=revision,
-        restart=restart,
-        on_stage=sink.stage,
-        epochs=epochs,
-        minutes=minutes,
-        lr=lr,
-        decay=decay,
-        decay_every=decay_every,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        crop=crop,
-        flip=flip,
-        distillation=distillation,
-        temperature=temperature,
-        samples=samples,
-        seed=seed,
-    )
+    with Watch(sink) as watch:
+        result = finetune(
+            model,
+            data,
+            output=output,
+            data_split=data_split,
+            eval_data=eval_data,
+            eval_split=eval_split,
+            teacher=teacher,
+            device=device,
+            revision=revision,
+            restart=restart,
+            epochs=epochs,
+            minutes=minutes,
+            lr=lr,
+            decay=decay,
+            decay_every=decay_every,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            crop=crop,
+            flip=flip,
+            distillation=distillation,
+            temperature=temperature,
+            samples=samples,
+            seed=seed,
+            **watch.told,
+        )
     show(sink, result.report)
     sink.json(result.report)
 

@@ -6,6 +6,7 @@ import typer
 
 from .options import Device, EvalSplit, Json, Models, Quiet
 from .sink import Sink, open_sink
+from .watch import Watch
 
 
 def command(
@@ -26,17 +27,18 @@ def command(
     from ..jobs.probe import probe
 
     sink = open_sink(as_json, quiet)
-    result = probe(
-        models,
-        data,
-        train_split=train_split,
-        eval_data=eval_data,
-        test_split=test_split,
-        samples=samples,
-        seed=seed,
-        device=device,
-        on_stage=sink.stage,
-    )
+    with Watch(sink) as watch:
+        result = probe(
+            models,
+            data,
+            train_split=train_split,
+            eval_data=eval_data,
+            test_split=test_split,
+            samples=samples,
+            seed=seed,
+            device=device,
+            **watch.told,
+        )
     show(sink, result)
     sink.json(result)
 

@@ -14,9 +14,9 @@ from ..errors import ConfigError, SaveError, SnowsError, one_line
 from ..runtime.distributed import from_main
 from ..settings import PruneConfig, SolverConfig
 from .options import DataSplit, Device, EvalData, EvalSplit, Json, Model, Private, Quiet, Restart, Revision, given
-from .progress import LayerProgress
 from .push import push_and_show
 from .sink import Sink, open_sink, shown
+from .watch import Watch
 
 
 def command(
@@ -102,7 +102,7 @@ def command(
     if push_to is not None:
         check_push(push_to, private)
     output = default_output(model, pattern) if output is None else output
-    with LayerProgress(sink) as progress:
+    with Watch(sink) as watch:
         result = prune(
             model,
             pattern,
@@ -119,8 +119,7 @@ def command(
             update=not no_update,
             restart=restart,
             format=format,
-            on_progress=progress.update,
-            on_stage=sink.stage,
+            **watch.told,
             **settings,
         )
     show_report(sink, result.report)

@@ -7,6 +7,7 @@ import typer
 
 from .options import DataSplit, Device, Json, Model, Quiet, Revision, given
 from .sink import open_sink, shown
+from .watch import Watch
 
 
 def command(
@@ -33,32 +34,25 @@ def command(
 ) -> None:
     """Measure what each layer costs the network under each pattern, all other layers dense."""
     from ..jobs.sensitivity import DEFAULT_PATTERNS, check_plot, plot_sensitivity, sensitivity
-    from ..masks.allocation import Sensitivity
 
     sink = open_sink(as_json, quiet)
     if plot is not None:
         check_plot(plot)
 
-    def on_layer(row: Sensitivity) -> None:
-        sink.stage(f"{row.layer} at {shown(str(row.pattern))}: {row.loss:.3g}")
-
-    result = sensitivity(
-        model,
-        patterns or DEFAULT_PATTERNS,
-        data=data,
-        data_split=data_split,
-        device=device,
-        revision=revision,
-        on_layer=on_layer,
-        on_stage=sink.stage,
-        **given(
-            samples=samples,
-            mask=mask,
-            repair_steps=repair_steps,
-            seed=seed,
-            layers=tuple(layers) if layers else None,
-        ),
-    )
+    settings = given(samples=samples, mask=mask, repair_steps=repair_steps, seed=seed)
+    settings |= given(layers=tuple(layers) if layers else None)
+    patterns = patterns or DEFAULT_PATTERNS
+    with Watch(sink) as watch:
+        result = sensitivity(
+            model,
+            patterns,
+            data=data,
+            data_split=data_split,
+            device=device,
+            revision=revision,
+            **watch.told,
+            **settings,
+        )
     losses = [{c["pattern"]: c["loss"] for c in layer["candidates"]} for layer in result["layers"]]
     sink.table(
         ["layer", "weights", *map(shown, result["patterns"])],

@@ -6,6 +6,7 @@ import typer
 
 from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Output, Quiet, Revision, given
 from .sink import open_sink
+from .watch import Watch
 
 
 def command(
@@ -48,20 +49,21 @@ def command(
     from ..jobs.train import train
 
     sink = open_sink(as_json, quiet)
-    report = train(
-        source,
-        data,
-        pattern,
-        output=output,
-        data_split=data_split,
-        eval_data=eval_data,
-        eval_split=eval_split,
-        device=device,
-        revision=revision,
-        on_stage=sink.stage,
-        **given(mask=mask, allocation=allocation, layer_cap=layer_cap, warm_up_bn=warm_up_bn, epochs=epochs),
-        **given(lr=lr, schedule=schedule, batch_size=batch_size, samples=samples, seed=seed),
-    ).report
+    with Watch(sink) as watch:
+        report = train(
+            source,
+            data,
+            pattern,
+            output=output,
+            data_split=data_split,
+            eval_data=eval_data,
+            eval_split=eval_split,
+            device=device,
+            revision=revision,
+            **watch.told,
+            **given(mask=mask, allocation=allocation, layer_cap=layer_cap, warm_up_bn=warm_up_bn, epochs=epochs),
+            **given(lr=lr, schedule=schedule, batch_size=batch_size, samples=samples, seed=seed),
+        ).report
     for name, reason in report["collapse"]["layers"].items():
         sink.text(f"Layer collapse: {name}: {reason}.")
     if not report["collapse"]["connected"]:

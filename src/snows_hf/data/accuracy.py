@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters.base import logits_of
 from ..errors import DataError
 from ..runtime.memory import Tensors, in_parts
+from ..runtime.run import Run
 from .images import ImageSource, Preprocess, label_map, labelled_batches, to_classes
 
 
@@ -38,6 +39,7 @@ def accuracy_of(
     preprocess: Preprocess,
     class_names: tuple[str, ...] | None = None,
     batch_size: int = 64,
+    run: Run | None = None,
 ) -> Accuracy:
     """Top-1 and top-5 accuracy of a classifier on all images of a split.
 
@@ -51,13 +53,15 @@ def accuracy_of(
     top1 = top5 = images = 0
     confusion: Counter[str] = Counter()
 
-    def run(state: Tensors) -> Tensors:
+    def classify(state: Tensors) -> Tensors:
         return (logits_of(model, state[0].to(parameter.device, parameter.dtype)),)
 
+    batches = labelled_batches(source, preprocess, batch_size)
+    count = None if source.size is None else -(-source.size // batch_size)
     model.eval()
     try:
-        for pixels, labels in labelled_batches(source, preprocess, batch_size):
-            (logits,) = in_parts(run, (pixels,))
+        for pixels, labels in (run or Run()).track(batches, f"Batches of {source.name} ({source.split})", count):
+            (logits,) = in_parts(classify, (pixels,))
             if classes is None:
                 classes = label_map(source.class_names, class_names, logits.shape[1], source.name)
             ranked = logits.float().topk(min(5, logits.shape[1])).indices.cpu()

@@ -54,7 +54,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         "source": report["source"],
         "architecture": checkpoint.config.get("architecture", ""),
         "licence": licence,
-        "layers": [layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_masked" in layer],
+        "layers": [layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_start" in layer],
     }
     save_card("card_template.md", folder, data, checkpoint, report, **values)
 
@@ -121,7 +121,7 @@ def licence_of(folder: Path) -> dict[str, str]:
 
 def bar_of(layer: dict[str, Any]) -> str:
     """The share of the mask's error that is left, as a bar."""
-    before, after = layer["loss_masked"], layer["loss_pruned"]
+    before, after = layer["loss_start"], layer["loss_pruned"]
     if not before or after is None:
         return ""
     return "█" * max(1, round(BAR * min(1.0, after / before)))

@@ -18,8 +18,8 @@ from ..data.names import Name, distinct_names
 from ..errors import AdapterError, ConfigError
 from ..hub.load import load
 from ..reports.describe import describe_data
-from ..runtime.device import find_device
 from ..runtime.files import check_file, write_whole
+from ..runtime.run import Progress, Run
 from ..settings import check_seed
 
 
@@ -48,6 +48,7 @@ def attention(
     seed: int = 0,
     device: str = "auto",
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Draws the attention maps of Vision Transformers on the same images, and compares them with the first model's.
 
@@ -61,6 +62,7 @@ def attention(
         seed: decides which images.
         device: ``auto``, ``cpu`` or ``cuda``.
         on_stage: called with a line of text when a new stage begins.
+        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
 
     Returns:
         ``models``, a list with ``last`` and ``rollout``, each the mean ``correlation`` (Pearson's) and ``cosine`` of
@@ -77,18 +79,19 @@ def attention(
     check_seed(seed)
     output = Path(output)
     check_png(output)
-    target = find_device(device)
+    run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     source = open_images(data, split)
 
     found: list[AttentionMaps] = []
     shown = torch.empty(0)
     for name in names:
-        on_stage(f"Loading {name}")
+        run.say(f"Loading {name}")
         checkpoint = load(name)
-        chain = build_chain(checkpoint.model.to(target, torch.float32))
+        chain = build_chain(checkpoint.model.to(run.device, torch.float32))
         pixels = calibration_images(source, max(samples, images), seed, checkpoint.preprocess)
-        on_stage(f"Computing its attention on {len(pixels)} images of {data} ({split})")
-        parts = [attention_maps(chain, batch.to(target)) for batch in pixels.split(BATCH)]
+        run.say(f"Computing its attention on {len(pixels)} images of {data} ({split})")
+        batches = run.track(pixels.split(BATCH), "Batches of attention maps", -(-len(pixels) // BATCH))
+        parts = [attention_maps(chain, batch.to(run.device)) for batch in batches]
         maps = AttentionMaps(torch.cat([p.last for p in parts]).cpu(), torch.cat([p.rollout for p in parts]).cpu())
         found.append(maps)
         if maps.last.shape != found[0].last.shape:
@@ -99,7 +102,7 @@ def attention(
         if name == names[0]:
             shown = displayable(pixels[:images], checkpoint.preprocess)
     alike = {kind: [similarity(getattr(m, kind), getattr(found[0], kind)) for m in found] for kind in KINDS}
-    on_stage(f"Drawing {output}")
+    run.say(f"Drawing {output}")
     draw(shown, distinct_names(names), found, {kind: [s[0] for s in alike[kind]] for kind in KINDS}, output)
     return {
         "models": [

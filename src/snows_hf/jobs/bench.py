@@ -14,8 +14,9 @@ from ..adapters.base import logits_of
 from ..data.names import Name
 from ..errors import ConfigError
 from ..hub.load import load
-from ..runtime.device import describe_hardware, find_device
+from ..runtime.device import describe_hardware
 from ..runtime.memory import out_of_memory
+from ..runtime.run import Progress, Run
 from .accelerate import accelerate, device_obstacle, linear_layers, obstacle
 
 
@@ -32,6 +33,7 @@ def bench(
     device: str = "auto",
     revision: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Measures a checkpoint's forward pass on random images, dense and after :func:`snows_hf.accelerate`.
 
@@ -49,14 +51,14 @@ def bench(
         raise ConfigError(f"dtype {dtype!r}: the 2:4 kernels take float16 or bfloat16.")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"Batch sizes {list(batch_sizes)}: expected whole numbers from 1 on.")
-    target = find_device(device)
-    on_stage(f"Loading {source}")
+    run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
+    run.say(f"Loading {source}")
     checkpoint = load(source, revision)
-    model = checkpoint.model.to(target, getattr(torch, dtype)).requires_grad_(False)
+    model = checkpoint.model.to(run.device, getattr(torch, dtype)).requires_grad_(False)
     reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
     result: dict[str, Any] = {
         "source": checkpoint.source,
-        "device": describe_hardware(target),
+        "device": describe_hardware(run.device),
         "dtype": dtype,
         "supported": True,
         "reason": None,
@@ -67,7 +69,7 @@ def bench(
         "layers_batch": None,
         "difference": None,
     }
-    reason = device_obstacle(target)
+    reason = device_obstacle(run.device)
     if reason is None and not result["sparse_layers"]:
         reason = "no Linear layer of this model can run sparse"
     if reason is not None:
@@ -78,27 +80,27 @@ def bench(
     if not done.sparse:
         return result | {"supported": False, "reason": "torch refuses every layer: see dense_layers"}
     _, *size = checkpoint.preprocess([PIL.Image.new("RGB", (64, 64))]).shape
-    return result | compare(model, sparse, done.sparse, tuple(size), batch_sizes, on_stage)
+    return result | compare(run, model, sparse, done.sparse, tuple(size), batch_sizes)
 
 
 @torch.inference_mode()
 def compare(
+    run: Run,
     dense: nn.Module,
     sparse: nn.Module,
     layers: Sequence[str],
     size: tuple[int, ...],
     batch_sizes: Sequence[int],
-    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """Times two versions of a model, as a whole at each batch size, and the named layers at the largest that fits.
 
     Args:
+        run: is told.
         dense: on its device, in its type.
         sparse: the same network with other kernels.
         layers: names of Linear layers that differ.
         size: of an image, (3, height, width).
         batch_sizes: at which the whole model is timed.
-        on_stage: called with a line of text when a batch size begins.
     """
     weight = next(dense.parameters())
 
@@ -107,15 +109,14 @@ def compare(
         return images.to(weight.device, weight.dtype)
 
     batches: list[dict[str, Any]] = []
-    for count in batch_sizes:
-        on_stage(f"Timing batches of {count}")
+    for count in run.track(batch_sizes, "Timing batches", len(batch_sizes), "of {}".format):
         times = if_it_fits(lambda n: versus(dense, sparse, random_images(n)), count)
         if times is None:
             batches.append({"batch": count, "failed": "out of memory"})
             continue
         rate = {f"{which}_images_per_s": 1000 * count / times[f"{which}_ms"] for which in ("dense", "sparse")}
         batches.append({"batch": count, **times, **rate})
-    on_stage("Timing single layers")
+    run.say("Timing single layers")
     # They may need more memory than the whole: the inputs of all of them are kept.
     for count in sorted((row["batch"] for row in batches if "failed" not in row), reverse=True):
         found = if_it_fits(lambda n: compare_layers(dense, sparse, layers, random_images(n)), count)

@@ -1,6 +1,7 @@
 """The calibration images: read, and run through the model once."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..masks.scores import needs_labels
 from ..runtime.distributed import local_processes
 from ..runtime.journal import Digest
 from ..runtime.memory import Images, Shelf, available
+from ..runtime.run import Run
 from ..settings import PruneConfig
 
 
@@ -21,17 +23,32 @@ DEFAULT_DATA = "timm/mini-imagenet"
 """Calibration images where none are named: 50,000 images of ImageNet's training set, openly on the Hub."""
 
 
-def read_calibration(
-    source: ImageSource, config: PruneConfig, checkpoint: Checkpoint, dtype: torch.dtype, left: int | None = None
-) -> tuple[Images, Tensor | None, Digest]:
-    """The calibration images, the data's own labels (n,) if the mask criterion needs them, and the images' digest.
+@dataclass(frozen=True)
+class Calibration:
+    """Images that a model is pruned with.
 
-    They rest on a shelf with room for a quarter of the ``left`` bytes of a budget, or for half of what is free.
+    Attributes:
+        source: where they come from.
+        images: preprocessed, in the type that the solver computes in.
+        labels: the data's own (n,), if the mask criterion needs them.
+        digest: of the images as they were read.
+    """
+
+    source: ImageSource
+    images: Images
+    labels: Tensor | None
+    digest: Digest
+
+
+def calibrate(run: Run, source: ImageSource, config: PruneConfig, checkpoint: Checkpoint) -> Calibration:
+    """Reads the calibration images, onto a shelf with room for a quarter of what is left of a budget, or for half of
+    what is free.
 
     Raises:
         DataError: no image, an unreadable one, or no labels where there must be.
     """
-    shelf = Shelf(available() / 2 / local_processes() if left is None else left / 4)
+    run.say(f"Reading {config.samples} images of {source.name}")
+    shelf = Shelf(available() / 2 / local_processes() if run.left is None else run.left / 4)
     images, labels, digest = Images(shelf), list[Tensor](), Digest()
     given = source, config.samples, config.seed, checkpoint.preprocess
     chunks: Iterable[tuple[Tensor, Tensor | None]] = ((chunk, None) for chunk in calibration_chunks(*given))
@@ -40,11 +57,14 @@ def read_calibration(
         chunks = labelled_chunks(*given)
     for chunk, own in chunks:
         # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
-        images.append(chunk.to(dtype, memory_format=torch.channels_last))
+        images.append(chunk.to(run.dtype, memory_format=torch.channels_last))
         digest.add(chunk)
         if own is not None:
             labels.append(own)
-    return images, torch.cat(labels) if labels else None, digest
+        run.tell("Reading images", len(images), config.samples)
+    if len(images) < config.samples:
+        run.say(f"{source.name} ({source.split}) has only {len(images)} images: all of them are used")
+    return Calibration(source, images, torch.cat(labels) if labels else None, digest)
 
 
 def class_labels(labels: Tensor, source: ImageSource, checkpoint: Checkpoint, classes: int) -> Tensor:
@@ -56,13 +76,7 @@ def class_labels(labels: Tensor, source: ImageSource, checkpoint: Checkpoint, cl
     return to_classes(labels, label_map(source.class_names, checkpoint.class_names, classes, source.name), source)
 
 
-def first_pass(
-    chain: Chain,
-    images: Images,
-    labels: Tensor | None,
-    source: ImageSource,
-    checkpoint: Checkpoint,
-) -> tuple[dict[str, int], Tensor | None]:
+def first_pass(chain: Chain, calibration: Calibration, checkpoint: Checkpoint) -> tuple[dict[str, int], Tensor | None]:
     """Makes sure that the adapter computes what the model does.
 
     Returns:
@@ -72,10 +86,11 @@ def first_pass(
         AdapterError: it does not.
         DataError: the classes cannot be matched.
     """
+    images = calibration.images
     check_chain(chain, images[:2])
     flops = count_flops(chain, images[:1])
-    if labels is None:
+    if calibration.labels is None:
         return flops, None
     with torch.no_grad():
         classes = chain.logits(images[:1].to(chain.device)).shape[1]
-    return flops, class_labels(labels, source, checkpoint, classes)
+    return flops, class_labels(calibration.labels, calibration.source, checkpoint, classes)

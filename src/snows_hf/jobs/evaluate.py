@@ -6,7 +6,7 @@ from ..data.accuracy import Accuracy, accuracy_of
 from ..data.images import open_images
 from ..data.names import Name
 from ..hub.load import load
-from ..runtime.device import find_device
+from ..runtime.run import Progress, Run
 
 
 def evaluate(
@@ -17,6 +17,7 @@ def evaluate(
     device: str = "auto",
     revision: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Accuracy:
     """Measures top-1 and top-5 accuracy on all images of a split.
 
@@ -27,13 +28,15 @@ def evaluate(
         device: ``auto``, ``cpu`` or ``cuda``.
         revision: of the model on the Hub.
         on_stage: called with a line of text when a new stage begins.
+        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
 
     Raises:
         SnowsError: no such model or data, no labels, or labels that do not match the model's classes.
     """
-    target = find_device(device)
-    on_stage(f"Loading {model}")
+    run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
+    run.say(f"Loading {model}")
     checkpoint = load(model, revision)
     source = open_images(data, split)
-    on_stage(f"Measuring it on {data} ({split})")
-    return accuracy_of(checkpoint.model.to(target), source, checkpoint.preprocess, checkpoint.class_names)
+    run.say(f"Measuring it on {data} ({split})")
+    network = checkpoint.model.to(run.device)
+    return accuracy_of(network, source, checkpoint.preprocess, checkpoint.class_names, run=run)

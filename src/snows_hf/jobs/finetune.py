@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import fspath
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..adapters import build_chain
 from ..adapters.base import logits_of
-from ..data.accuracy import accuracy_of
 from ..data.images import ImageSource, drawn_labelled, open_images, pictures
 from ..data.names import Name, short_name
 from ..errors import ConfigError, NumericsError
@@ -24,12 +23,14 @@ from ..hub.load import Checkpoint, buffers_follow_weights, load
 from ..hub.save import read_report, retrainings, save_checkpoint
 from ..method.augment import augmented
 from ..reports.describe import describe_data
-from ..runtime.device import describe_hardware, find_reproducible
+from ..runtime.device import describe_hardware
 from ..runtime.files import check_output, whole_folder
-from ..runtime.journal import Journal, digest_of, open_journal
+from ..runtime.journal import digest_of
+from ..runtime.run import Progress, Run
 from ..runtime.version import __version__, versions
 from ..settings import FinetuneConfig
 from .calibration import class_labels
+from .measure import measure
 from .prune import PruneResult
 from .request import check_apart
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
@@ -48,6 +49,7 @@ def finetune(
     revision: str | None = None,
     restart: bool = False,
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     **settings: Any,
 ) -> PruneResult:
     """Retrains a pruned checkpoint on labelled images; weights that are zero stay zero.
@@ -69,17 +71,18 @@ def finetune(
         revision: of the model on the Hub.
         restart: begin anew where an earlier call was broken off.
         on_stage: called with a line of text when a new stage begins, and after each epoch.
+        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
         **settings: by the names of FinetuneConfig.
 
     Raises:
         SnowsError: bad settings, model, data or output; a loss that is not finite.
     """
-    config = FinetuneConfig().updated(**settings)
-    target, output = find_reproducible(device), Path(output)
+    config, output = FinetuneConfig().updated(**settings), Path(output)
     check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     check_output(output, size=0)
+    run = Run.begin(device, reproducible=True, on_stage=on_stage, on_progress=on_progress)
 
-    on_stage(f"Loading {model}")
+    run.say(f"Loading {model}")
     checkpoint = load(model, revision)
     pruning = read_report(checkpoint.folder)
     network = checkpoint.model
@@ -89,69 +92,78 @@ def finetune(
     # Weights, momentum and a second copy of both while they are replaced.
     check_output(output, 4 * sum(tensor.numel() * 4 for tensor in network.state_dict().values()))
     tutor = load(teacher) if teacher is not None else None
-
     source, labels = drawn_labelled(open_images(data, data_split), config.samples, config.seed)
     if len(labels) < 2:
         raise ConfigError(f"{data} ({data_split}) has one image.", "Retraining needs at least two.")
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
-    run = {
+    description = {
         "settings": config.to_dict(),
         "data": [fspath(data), data_split, len(labels)],
         "model": digest_of(network.state_dict()),
         "teacher": digest_of(tutor.model.state_dict()) if tutor else None,
     }
-    with open_journal(output, run, restart, on_stage) as journal:
+
+    with run.recorded(output, description, restart) as run:
         check_output(output, size=0)  # another run may have been here until a moment ago
-
-        def measure() -> dict[str, Any] | None:
-            if evaluation is None:
-                return None
-            on_stage(f"Measuring it on {eval_data} ({eval_split})")
-            return accuracy_of(network, evaluation, checkpoint.preprocess, checkpoint.class_names).to_dict()
-
-        network.to(target)
-        before = measure()
-        labels = match(checkpoint, tutor, source, labels, target)
+        network.to(run.device)
+        before = measure(run, "pruned", network, checkpoint, evaluation)
+        labels = match(checkpoint, tutor, source, labels, run.device)
         network.to(torch.float32)
-        student = Student(checkpoint, zeros, tutor, source, labels, target)
-        trained = train(student, config, journal, on_stage)
-        with torch.no_grad():
-            for name, tensor in network.state_dict(keep_vars=True).items():
-                tensor.data = tensor.data.to(dtypes[name])
-                if not tensor.isfinite().all():
-                    raise NumericsError(
-                        f"Weight {name} has become NaN or infinite.", "Lower --lr, and give --restart."
-                    )
-            buffers_follow_weights(network)
-        after = measure()
+        trained = train(run, Student(checkpoint, zeros, tutor, source, labels, run.device), config)
+        cast_back(network, dtypes)
+        after = measure(run, "retrained", network, checkpoint, evaluation)
         network.to("cpu")
-
-        report = pruning | {
-            "name": output.resolve().name,
-            "earlier_finetunes": retrainings(pruning),
-            "finetune": {
-                "model": short_name(model),
-                "teacher": short_name(teacher) if teacher is not None else None,
-                "data": describe_data(data, data_split),
-                "images": len(labels),
-                "eval_data": describe_data(eval_data, eval_split),
-                "before": before,
-                "after": after,
-                **trained,
-                "mask_unchanged": all(torch.equal(chain.weight(name) == 0, zero) for name, zero in zeros.items()),
-                "settings": config.to_dict(),
-                "device": str(target),
-                "hardware": describe_hardware(target),
-                "versions": versions(torch),
-            },
+        retraining = trained | {
+            "model": short_name(model),
+            "teacher": short_name(teacher) if teacher is not None else None,
+            "data": describe_data(data, data_split),
+            "images": len(labels),
+            "eval_data": describe_data(eval_data, eval_split),
+            "before": before,
+            "after": after,
+            "mask_unchanged": all(torch.equal(chain.weight(name) == 0, zero) for name, zero in zeros.items()),
+            "settings": config.to_dict(),
+            "device": str(run.device),
+            "hardware": describe_hardware(run.device),
+            "versions": versions(torch),
         }
-        on_stage(f"Saving to {output}")
-        epochs = sum(made["epochs"] for made in retrainings(report))
-        summary = {**checkpoint.config.get("snows", {}), "version": __version__, "finetuned_epochs": epochs}
-        with whole_folder(output, journal.folder) as folder:
-            save_checkpoint(checkpoint, folder, summary, report)
-            write_card(checkpoint, folder, report)
-        return PruneResult(network, output, {"output": str(output), **report})
+        run.say(f"Saving to {output}")
+        return PruneResult(network, output, save(run, checkpoint, output, pruning, retraining))
+
+
+@torch.no_grad()
+def cast_back(network: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Every tensor in the type that its checkpoint has it in.
+
+    Raises:
+        NumericsError: one is not finite.
+    """
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(dtypes[name])
+        if not tensor.isfinite().all():
+            raise NumericsError(f"Weight {name} has become NaN or infinite.", "Lower --lr, and give --restart.")
+    buffers_follow_weights(network)
+
+
+def save(
+    run: Run, checkpoint: Checkpoint, output: Path, pruning: dict[str, Any], retraining: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes the retrained model with its card and report; gives the report.
+
+    Raises:
+        SaveError: the disk is full or refuses.
+    """
+    report = pruning | {
+        "name": output.resolve().name,
+        "earlier_finetunes": retrainings(pruning),
+        "finetune": retraining,
+    }
+    epochs = sum(made["epochs"] for made in retrainings(report))
+    summary = {**checkpoint.config.get("snows", {}), "version": __version__, "finetuned_epochs": epochs}
+    with whole_folder(output, run.journal.folder) as folder:
+        save_checkpoint(checkpoint, folder, summary, report)
+        write_card(checkpoint, folder, report)
+    return {"output": str(output), **report}
 
 
 @dataclass(frozen=True)
@@ -208,19 +220,13 @@ def match(
     return class_labels(labels, source, checkpoint, classes)
 
 
-def train(
-    student: Student,
-    config: FinetuneConfig,
-    journal: Journal,
-    on_stage: Callable[[str], None] = lambda stage: None,
-) -> dict[str, Any]:
+def train(run: Run, student: Student, config: FinetuneConfig) -> dict[str, Any]:
     """SGD with momentum until the epochs, or the minutes, are over; the model is left in evaluation mode.
 
     Args:
+        run: is told; its journal keeps the state after each epoch, and from one that is there the training goes on.
         student: its model is changed in place.
         config: settings.
-        journal: keeps the state after each epoch; from one that is there the training goes on.
-        on_stage: called with a line of text after each epoch.
 
     Returns:
         ``epochs`` run, ``planned``, ``seconds`` of training, ``losses`` by epoch (means over the training images).
@@ -233,10 +239,10 @@ def train(
     optimizer = sgd(model, config)
     done: dict[str, Any] = {"epochs": 0, "planned": config.epochs, "seconds": 0.0, "losses": []}
     with fixed(model, student.zeros):
-        if (record := journal.get("epoch")) is not None:
+        if (record := run.journal.get("epoch")) is not None:
             put_state(record.tensors, model, optimizer)
             done = record.facts
-            on_stage(f"Going on after epoch {done['epochs']} of {done['planned']}")
+            run.say(f"Going on after epoch {done['epochs']} of {done['planned']}")
         while done["epochs"] < done["planned"]:
             latest = done["seconds"] / max(1, done["epochs"])
             if config.minutes and done["seconds"] + latest > 60 * config.minutes and done["epochs"]:
@@ -248,15 +254,19 @@ def train(
             with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
                 torch.manual_seed(seed_of(config.seed, done["epochs"]))
                 model.train()
-                batches = batches_of(student, config, done["epochs"])
+                batches = run.track(
+                    batches_of(student, config, done["epochs"]),
+                    f"Batches of epoch {done['epochs'] + 1}/{done['planned']}",
+                    max(1, len(student.labels) // config.batch_size),
+                )
                 loss = train_epoch(batches, partial(loss_of, student, config), optimizer, done["epochs"] + 1)
             done["epochs"] += 1
             done["losses"].append(loss)
             done["seconds"] += time.perf_counter() - started
             if config.minutes and done["epochs"] == 1:  # the decay is spread over as many as there is time for
                 done["planned"] = min(config.epochs, max(1, int(60 * config.minutes / done["seconds"])))
-            journal.put("epoch", state_of(model, optimizer), **done)
-            on_stage(
+            run.journal.put("epoch", state_of(model, optimizer), **done)
+            run.say(
                 f"Epoch {done['epochs']}/{done['planned']}: learning rate {lr:.3g}, loss {loss:.4f}, "
                 f"{done['seconds']:.0f} s"
             )

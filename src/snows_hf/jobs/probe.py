@@ -23,8 +23,8 @@ from ..data.names import Name
 from ..errors import AdapterError, ConfigError, DataError, NumericsError
 from ..hub.load import load
 from ..reports.describe import describe_data
-from ..runtime.device import find_device
 from ..runtime.memory import Tensors, in_parts
+from ..runtime.run import Progress, Run
 from ..settings import check_seed
 from .request import check_apart
 
@@ -53,6 +53,7 @@ def probe(
     seed: int = 0,
     device: str = "auto",
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Fits a linear classifier on the frozen features of each model, and measures it on held-out images.
 
@@ -70,6 +71,7 @@ def probe(
         seed: of the draw and of the split.
         device: ``auto``, ``cpu`` or ``cuda``.
         on_stage: called with a line of text when a new stage begins.
+        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
 
     Returns:
         ``models``, a list with ``top1`` in per cent, ``interval`` (Wilson, 95 %), ``difference`` to the first and its
@@ -87,7 +89,7 @@ def probe(
     check_seed(seed)
     measured = data if eval_data is None else eval_data
     check_apart(data, train_split, measured, test_split, "Give --train-split or --test-split")
-    target = find_device(device)
+    run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     train, test = open_images(data, train_split), open_images(measured, test_split)
     for source in (train, test):
         check_labels(source, "a probe")
@@ -95,22 +97,25 @@ def probe(
     results: list[dict[str, Any]] = []
     first_hits: Tensor | None = None
     for name in names:
-        on_stage(f"Loading {name}")
+        run.say(f"Loading {name}")
         checkpoint = load(name)
-        checkpoint.model.to(target)
-        on_stage(f"Extracting its features of {data} ({train_split})")
+        checkpoint.model.to(run.device)
+        run.say(f"Extracting its features of {data} ({train_split})")
         chunks = (
             labelled_batches(train, checkpoint.preprocess, 256)
             if samples is None
             else labelled_chunks(train, samples, seed, checkpoint.preprocess)
         )
-        x, y = extract_features(checkpoint.model, chunks, train)
-        on_stage(f"Extracting its features of {measured} ({test_split})")
-        x_test, y_test = extract_features(checkpoint.model, labelled_batches(test, checkpoint.preprocess, 256), test)
+        x, y = extract_features(run, checkpoint.model, chunks, train)
+        run.say(f"Extracting its features of {measured} ({test_split})")
+        batches = labelled_batches(test, checkpoint.preprocess, 256)
+        x_test, y_test = extract_features(run, checkpoint.model, batches, test)
         y = to_classes(y, torch.arange(int(y.max()) + 1), train)  # refuses those that stand for no label
         y_test = classes_between(test, train, y_test)
-        on_stage(f"Fitting the probe on {len(y)} images")
-        hits, facts = fit_and_score(x.to(target), y.to(target), x_test.to(target), y_test.to(target), seed)
+        run.say(f"Fitting the probe on {len(y)} images")
+        hits, facts = fit_and_score(
+            x.to(run.device), y.to(run.device), x_test.to(run.device), y_test.to(run.device), seed
+        )
         if first_hits is None:
             first_hits = hits
         compared = len(results) > 0
@@ -147,11 +152,12 @@ def classes_between(test: ImageSource, train: ImageSource, y_test: Tensor) -> Te
 
 @torch.no_grad()
 def extract_features(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], source: ImageSource
+    run: Run, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], source: ImageSource
 ) -> tuple[Tensor, Tensor]:
     """What enters the classifier: features (n, d) in float32 on the CPU, and labels (n,).
 
     Args:
+        run: is told.
         model: in evaluation mode. The features of its several classifiers, where it has them, stand side by side.
         batches: pixel values (b, 3, height, width) and labels (b,).
         source: where they come from, for messages.
@@ -167,18 +173,18 @@ def extract_features(
     hooks: list[Any] = []
     features, labels = [], []
 
-    def run(state: Tensors) -> Tensors:
+    def extract(state: Tensors) -> Tensors:
         logits_of(model, state[0].to(parameter.device, parameter.dtype))
         return (torch.cat([entered[head] for head in heads], dim=1),)
 
     try:
-        for pixels, some in batches:
+        for pixels, some in run.track(batches, f"Batches of {source.name} ({source.split})"):
             if not heads:
                 heads = find_classifiers(model, pixels[:1].to(parameter.device, parameter.dtype))
                 hooks = [
                     head.register_forward_pre_hook(lambda m, args: entered.update({m: args[0]})) for head in heads
                 ]
-            features.append(in_parts(run, (pixels,))[0].float().cpu())
+            features.append(in_parts(extract, (pixels,))[0].float().cpu())
             labels.append(some)
     finally:
         for hook in hooks:

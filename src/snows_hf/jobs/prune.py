@@ -1,45 +1,45 @@
-"""The main job: load, read images, choose masks, cascade, measure, save."""
+"""The main job: load, calibrate, choose masks, solve, measure, save."""
 
-import hashlib
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..adapters import Logits, build_chain
-from ..adapters.check import select_layers
-from ..adapters.offload import place
-from ..data.accuracy import accuracy_of
+from ..adapters import Logits, place
 from ..data.images import open_images
 from ..data.names import Name
 from ..errors import ConfigError
 from ..hub.card import write_card
-from ..hub.load import Checkpoint, buffers_follow_weights, load
+from ..hub.load import Checkpoint
 from ..hub.repack import pack_into
 from ..hub.save import save_checkpoint
-from ..masks import Evidence, load_masks, split_by_fit
+from ..masks import Choice, Evidence, load_masks
 from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
 from ..masks.permutation import order_channels
 from ..method.cascade import prune_chain
 from ..method.fitting import find_batches
-from ..method.progress import LayerReport, Progress
-from ..patterns import NM, Masks
+from ..method.records import LayerReport
+from ..patterns import NM, Pattern
 from ..patterns.plan import Candidate, by_sensitivity, candidates_of, one_pattern, order_for
 from ..reports.describe import describe_data, describe_layers, describe_run, describe_size, finite
-from ..runtime.device import describe_hardware, find_reproducible
+from ..runtime.device import describe_hardware
 from ..runtime.distributed import from_main, processes
 from ..runtime.files import check_output, whole_folder
-from ..runtime.journal import Record, digest_of, open_journal
-from ..runtime.memory import check_memory, room
+from ..runtime.journal import digest_of
+from ..runtime.memory import Images, check_memory
+from ..runtime.run import Progress, Run
 from ..runtime.version import __version__
+from ..settings import PruneConfig
 from ..settings import preset as preset_for
-from .calibration import DEFAULT_DATA, first_pass, read_calibration
+from .calibration import DEFAULT_DATA, Calibration, calibrate, first_pass
+from .measure import measure
 from .request import check_apart, check_mask, find_dtype
+from .subject import Subject, load_subject
 
 
 FORMATS = ("safetensors", "packed")
@@ -52,6 +52,27 @@ class PruneResult:
     model: nn.Module
     output: Path | None
     report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is decided before any weight moves.
+
+    Attributes:
+        pattern: of all layers.
+        choice: masks of that pattern, and the weights of a criterion with an update of its own.
+        begin: masks that the solver begins with; those of ``choice``, unless they are to thin out.
+        final: the pattern that masks thin out to; None where they stay as they are.
+        flops: operations of every module on one image, by name.
+        facts: for the report.
+    """
+
+    pattern: Pattern
+    choice: Choice
+    begin: Choice
+    final: Pattern | None
+    flops: dict[str, int]
+    facts: dict[str, Any]
 
 
 def prune(
@@ -71,8 +92,8 @@ def prune(
     update: bool = True,
     restart: bool = False,
     format: str = "safetensors",
-    on_progress: Callable[[Progress], None] = lambda progress: None,
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     **settings: Any,
 ) -> PruneResult:
     """Prunes a checkpoint one-shot, and saves the result as an ordinary checkpoint, or packed.
@@ -100,174 +121,187 @@ def prune(
             with an update of its own (sparsegpt, obc, swap) makes of them.
         restart: begin anew where an earlier call was broken off.
         format: of the result: ``safetensors``, or ``packed``, which leaves out the zeros (see :func:`snows_hf.pack`).
-        on_progress: called as the cascade goes on.
-        on_stage: called with a line of text when a new stage begins.
+        on_stage: called with a line of text when a new stage begins, and for each layer that is done.
+        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
         **settings: changes to the preset, by the names of PruneConfig and SolverConfig.
 
     Raises:
         SnowsError: bad settings, model, data or output; see snows_hf.errors.
     """
     started = time.perf_counter()
-    asked = preset_for(preset, "", pattern).updated(**settings)  # bad settings, before anything is loaded
-    by_layer = by_sensitivity(asked)
-    candidates: list[Candidate] = candidates_of(asked) if by_layer else [one_pattern(asked)]
-    check_mask(asked.mask)
-    check_memory(memory)
-    order_for(asked, candidates)
-    solver_dtype = find_dtype(dtype)
-    if format not in FORMATS:
-        raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
-    target = find_reproducible(device)
-    data = data or DEFAULT_DATA
+
+    def configure(family: str) -> PruneConfig:
+        return preset_for(preset, family, pattern).updated(**settings)
+
+    data, folder = data or DEFAULT_DATA, Path(output) if output is not None else None
     check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
-    folder = Path(output) if output is not None else None
-    if folder is not None:
-        check_output(folder, size=0)
+    candidates = check_request(configure(""), memory, format, folder)
+    told = {"on_stage": on_stage, "on_progress": on_progress}
+    run = Run.begin(device, reproducible=True, dtype=find_dtype(dtype), memory=memory, **told)
 
-    on_stage(f"Loading {model}")
-    checkpoint = load(model, revision)
-    network = checkpoint.model
-    original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-    chain = build_chain(network)
-    config = preset_for(preset, chain.family, pattern).updated(**settings)
-    if folder is not None:
-        # The result, and what is kept on the way: the criterion's choice, weights of layers, two states of the joint
-        # solve.
-        size = sum(tensor.numel() * tensor.element_size() for tensor in original.values())
-        check_output(folder, size * (4 if config.joint_steps else 3))
-    layers = select_layers(chain, config.layers)
-    weights = {name: original[name] for group in layers for name in group.parameters}
-    for candidate in candidates:
-        if candidate is not None:
-            split_by_fit(weights, candidate)
-    if config.mask.endswith(".safetensors"):  # its faults, too, are better known before images are read
-        load_masks(Path(config.mask), weights, one_pattern(config))
-
-    on_stage(f"Reading {config.samples} calibration images of {data}")
-    source = open_images(data, data_split)
+    subject = load_subject(run, model, revision, configure, candidates)
+    check_disk_and_masks(subject, folder)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
-    left = room(memory)
-    images, labels, digest = read_calibration(source, config, checkpoint, solver_dtype, left)
-    if len(images) < config.samples:
-        on_stage(f"{data} ({data_split}) has only {len(images)} images: all of them are used")
+    run = run.with_room()
+    calibration = calibrate(run, open_images(data, data_split), subject.config, subject.checkpoint)
+    images = calibration.images
+    read = calibration.digest, calibration.labels
+    description = describe_run(subject.checkpoint, subject.original, subject.config, *read)
+    subject, permuted, ordered = permute(run, subject, images[:2], candidates)
+    description |= ordered | {"dtype": dtype, "device": run.device.type, "update": update, "processes": processes()}
 
-    run = describe_run(checkpoint, original, config, digest, labels)
-    permuted, order = {}, order_for(config, candidates)
-    if order is not None:
-        on_stage(f"Ordering channels for {order}")
-        permuted = order_channels(chain, order, images[:2], weights, target)
-        original = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-        weights = {name: original[name] for name in weights}
-        run |= {"order of channels": digest_of(weights)}  # records of layers belong to it
-    run |= {"dtype": dtype, "device": target.type, "update": update, "processes": processes()}
-    with open_journal(folder, run, restart, on_stage) as journal:
+    with run.recorded(folder, description, restart) as run:
         if folder is not None:
             from_main(lambda: check_output(folder, size=0))  # another run may have been here until a moment ago
-        resumed = len(journal.names()) > 1  # the description of the run is always there
-
-        def measure(what: str) -> dict[str, Any] | None:
-            if evaluation is None:
-                return None
-
-            def found() -> Record:
-                on_stage(f"Measuring the {what} model on {eval_data} ({eval_split})")
-                classifier = network if chain.offloaded is None else Logits(chain)
-                accuracy = accuracy_of(classifier, evaluation, checkpoint.preprocess, checkpoint.class_names)
-                return Record({}, accuracy.to_dict())
-
-            name = f"accuracy-{what}-{hashlib.sha256(repr((evaluation.name, eval_split)).encode()).hexdigest()[:8]}"
-            return journal.once(name, found).facts
-
-        chain = place(chain, images[:2], target, config.offload, on_stage)
-        dense = measure("dense")
-        network.to(solver_dtype)
-        flops, labels = first_pass(chain, images, labels, source, checkpoint)
-
-        first = next(candidate for candidate in candidates if candidate is not None)
-        evidence = Evidence(
-            {n: w.to(chain.weight(n).device) for n, w in weights.items()}, first, config, chain, images, labels
-        )
-        allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
-        if by_layer:
-            evidence, allocation = find_allocation(journal, evidence, candidates, flops, left, on_stage)
-        choice, criterion_seconds = find_choice(journal, evidence, left, on_stage)
-        masks, chosen = choice.masks, evidence.pattern
-        masked = pruned = None
+        resumed = len(run.journal.names()) > 1  # the description of the run is always there
+        chain = place(run, subject.chain, images[:2], subject.config.offload)
+        subject = replace(subject, chain=chain)
+        classifier = subject.network if chain.offloaded is None else Logits(chain)
+        accuracy = partial(measure, run, classifier=classifier, checkpoint=subject.checkpoint, data=evaluation)
+        report: dict[str, Any] = {"dense": accuracy("dense"), "masked": None, "pruned": None}
+        chosen = choose(run, subject, calibration, candidates, update)
         if evaluation is not None or not update:
-            chain.put(alone(choice, original))
-            restore_untouched(network, original, masks)
-            masked = pruned = measure("masked")
-
+            apply_alone(subject, chosen.choice)
+            report["masked"] = report["pruned"] = accuracy("masked")
         reports: list[LayerReport] = []
-        final = None
         if update:
-            chain.put({name: original[name] for name in masks})
-            network.to(solver_dtype)
-            begin, final = find_first_masks(journal, evidence, choice, left, on_stage)
-            del evidence  # all weights once more, on the device
-            config = find_batches(journal, chain, images[:2], begin.masks, config, memory, left, on_stage)
-            on_stage(f"Pruning {len(layers)} layers to {pattern}")
-            reports = prune_chain(chain, images, begin.masks, config, on_progress, begin.weights, journal, final)
-            for name in restore_untouched(network, original, masks):
-                on_stage(f"{name}: weights beyond the range of {original[name].dtype} became its largest number")
-            pruned = measure("pruned")
-        network.to("cpu")
-
-        report = describe_layers(checkpoint, chain, layers, masks, chosen, config, reports)
-        report |= describe_size(network, masks, flops) | {
+            subject, reports = solve(run, subject, chosen, images)
+            report["pruned"] = accuracy("pruned")
+        subject.network.to("cpu")
+        report |= describe(run, subject, chosen, reports) | {
             "update": update,
-            "allocation": allocation,
-            "permuted": {name: {"kept_before": b, "kept_after": a} for name, (b, a) in permuted.items()},
-            "criterion": {
-                "seconds": criterion_seconds,
-                "labels": labels is not None,
-                "own_update": bool(choice.weights),
-                "thinned_out_from": str(final.relaxed()) if final else None,
-                **choice.facts,
-            },
+            "permuted": permuted,
             "samples": len(images),
             "calibration_data": describe_data(data, data_split),
             "eval_data": describe_data(eval_data, eval_split),
-            "dense": dense,
-            "masked": masked,
-            "pruned": pruned,
-            "device": str(target),
-            "offloaded": chain.offloaded is not None,
-            "dtype": dtype,
-            "hardware": describe_hardware(target),
-            "processes": processes(),
             "resumed": resumed,
             "seconds": time.perf_counter() - started,
         }
-        report = finite(report)
-        if folder is None:
-            return PruneResult(network, None, {"output": None, **report})
-        on_stage(f"Saving to {output}")
-        report["name"] = folder.resolve().name
-        from_main(lambda: save(checkpoint, folder, journal.folder, report, packed=format == "packed"))
-        return PruneResult(network, folder, {"output": str(output), **report})
+        return finish(run, subject, folder, finite(report), format)
 
 
-@torch.no_grad()
-def restore_untouched(network: nn.Module, original: dict[str, Tensor], masks: Masks) -> list[str]:
-    """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned.
+def check_request(asked: PruneConfig, memory: float | None, format: str, folder: Path | None) -> list[Candidate]:
+    """Refuses what can be refused before anything is loaded.
 
     Returns:
-        Names of those with weights beyond the range of their dtype: these are now the largest that it has.
+        The patterns that a layer may have.
+
+    Raises:
+        SnowsError: settings that do not go together, or an output that cannot be written.
     """
-    beyond = []
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        source = original[name]
-        if name not in masks:
-            tensor.data = source.to(tensor.device)
-            continue
-        largest = torch.finfo(source.dtype).max
-        if float(tensor.abs().max()) > largest:
-            beyond.append(name)
-            tensor.data = tensor.data.double().clamp(-largest, largest)
-        tensor.data = tensor.data.to(source.dtype)
-    buffers_follow_weights(network)
-    return beyond
+    candidates: list[Candidate] = candidates_of(asked) if by_sensitivity(asked) else [one_pattern(asked)]
+    check_mask(asked.mask)
+    check_memory(memory)
+    order_for(asked, candidates)
+    if format not in FORMATS:
+        raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
+    if folder is not None:
+        check_output(folder, size=0)
+    return candidates
+
+
+def check_disk_and_masks(subject: Subject, folder: Path | None) -> None:
+    """Refuses what can be refused before images are read.
+
+    Raises:
+        MaskError: a mask file that is not for this model.
+        SaveError: the disk has no room.
+    """
+    config = subject.config
+    if folder is not None:
+        # The result, and what is kept on the way: the criterion's choice, weights of layers, two states of the joint
+        # solve.
+        check_output(folder, subject.size * (4 if config.joint_steps else 3))
+    if config.mask.endswith(".safetensors"):
+        load_masks(Path(config.mask), subject.weights, one_pattern(config))
+
+
+def permute(
+    run: Run, subject: Subject, images: Tensor, candidates: Sequence[Candidate]
+) -> tuple[Subject, dict[str, Any], dict[str, str]]:
+    """The subject with its channels in a better order for N:M, where that is asked for; what it gains, for the report;
+    and what records of layers depend on besides."""
+    order = order_for(subject.config, candidates)
+    if order is None:
+        return subject, {}, {}
+    run.say(f"Ordering channels for {order}")
+    gains = order_channels(subject.chain, order, images, subject.weights, run.device)
+    subject = subject.as_it_is()
+    permuted = {name: {"kept_before": before, "kept_after": after} for name, (before, after) in gains.items()}
+    return subject, permuted, {"order of channels": digest_of(subject.weights)}
+
+
+def choose(
+    run: Run, subject: Subject, calibration: Calibration, candidates: Sequence[Candidate], update: bool
+) -> Chosen:
+    """Patterns and masks of all layers, from the dense network, which computes in the run's type from here on."""
+    chain, config = subject.chain, subject.config
+    subject.network.to(run.dtype)
+    flops, labels = first_pass(chain, calibration, subject.checkpoint)
+    weights = {name: weight.to(chain.weight(name).device) for name, weight in subject.weights.items()}
+    first = next(candidate for candidate in candidates if candidate is not None)
+    evidence = Evidence(weights, first, config, chain, calibration.images, labels, run)
+    allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
+    if by_sensitivity(config):
+        evidence, allocation = find_allocation(evidence, candidates, flops)
+    choice, seconds = find_choice(evidence)
+    begin, final = find_first_masks(evidence, choice) if update else (choice, None)
+    criterion = {
+        "seconds": seconds,
+        "labels": labels is not None,
+        "own_update": bool(choice.weights),
+        "thinned_out_from": str(final.relaxed()) if final else None,
+        **choice.facts,
+    }
+    facts = {"allocation": allocation, "criterion": criterion}
+    return Chosen(evidence.pattern, choice, begin, final, flops, facts)
+
+
+def apply_alone(subject: Subject, choice: Choice) -> None:
+    """Makes the network what the criterion makes of it without SNOWS."""
+    subject.chain.put(alone(choice, subject.original))
+    subject.restore_untouched(choice.masks)
+
+
+def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[Subject, list[LayerReport]]:
+    """Algorithm 3 on the dense network, which is pruned, and in the checkpoint's own types, when it is done.
+
+    Returns:
+        The subject with the batches that fitted into memory, and what happened to each layer.
+    """
+    chain, masks = subject.chain, chosen.choice.masks
+    chain.put({name: subject.original[name] for name in masks})
+    subject.network.to(run.dtype)
+    config = find_batches(run, chain, images[:2], chosen.begin.masks, subject.config)
+    run.say(f"Pruning {len(subject.layers)} layers to {config.pattern}")
+    reports = prune_chain(chain, images, chosen.begin.masks, config, run, chosen.begin.weights, chosen.final)
+    for name in subject.restore_untouched(masks):
+        run.say(f"{name}: weights beyond the range of {subject.original[name].dtype} became its largest number")
+    return replace(subject, config=config), reports
+
+
+def describe(run: Run, subject: Subject, chosen: Chosen, reports: list[LayerReport]) -> dict[str, Any]:
+    """What the report says of the result itself."""
+    masks, chain = chosen.choice.masks, subject.chain
+    layers = describe_layers(subject.checkpoint, chain, subject.layers, masks, chosen.pattern, subject.config, reports)
+    device = {
+        "device": str(run.device),
+        "offloaded": chain.offloaded is not None,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "hardware": describe_hardware(run.device),
+        "processes": processes(),
+    }
+    return layers | describe_size(subject.network, masks, chosen.flops) | chosen.facts | device
+
+
+def finish(run: Run, subject: Subject, folder: Path | None, report: dict[str, Any], format: str) -> PruneResult:
+    """Saves the result where there is a folder for it."""
+    if folder is None:
+        return PruneResult(subject.network, None, {"output": None, **report})
+    run.say(f"Saving to {folder}")
+    report["name"] = folder.resolve().name
+    from_main(lambda: save(subject.checkpoint, folder, run.journal.folder, report, packed=format == "packed"))
+    return PruneResult(subject.network, folder, {"output": str(folder), **report})
 
 
 def save(checkpoint: Checkpoint, output: Path, work: Path | None, report: dict[str, Any], packed: bool) -> None:

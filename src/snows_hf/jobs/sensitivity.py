@@ -7,22 +7,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..adapters import build_chain
-from ..adapters.check import select_layers
 from ..adapters.offload import place
 from ..data.images import open_images
 from ..data.names import Name, short_name
 from ..errors import ConfigError, SaveError
-from ..hub.load import load
-from ..masks import Evidence, split_by_fit
+from ..masks import Evidence
 from ..masks.allocation import IMAGES, Sensitivity
 from ..masks.choices import measure_sensitivities
-from ..patterns import Unstructured, parse_candidates
+from ..patterns import NM, Unstructured, parse_candidates
 from ..reports.describe import describe_data, finite
-from ..runtime.device import find_device
+from ..runtime.run import Progress, Run
+from ..settings import PruneConfig
 from ..settings import preset as preset_for
-from .calibration import DEFAULT_DATA, first_pass, read_calibration
+from .calibration import DEFAULT_DATA, calibrate, first_pass
 from .request import check_mask, find_dtype
+from .subject import load_subject
 
 
 DEFAULT_PATTERNS = "0.5,0.6,0.7,0.8,0.9,0.95"
@@ -38,8 +37,8 @@ def sensitivity(
     dtype: str = "float32",
     revision: str | None = None,
     preset: str = "default",
-    on_layer: Callable[[Sensitivity], None] = lambda sensitivity: None,
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measures what each layer costs the network under each pattern, with all other layers dense.
@@ -54,8 +53,8 @@ def sensitivity(
         dtype: in which things are computed.
         revision: of the model on the Hub.
         preset: ``default`` or ``paper``.
-        on_layer: called with each measurement.
-        on_stage: called with a line of text when a new stage begins.
+        on_stage: called with a line of text when a new stage begins, and for each measurement.
+        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
         **settings: changes to the preset, by the names of PruneConfig and SolverConfig: ``mask``, ``repair_steps`` …
 
     Returns:
@@ -68,46 +67,50 @@ def sensitivity(
     """
     started = time.perf_counter()
     settings = {"samples": IMAGES, **settings}
-    asked = [candidate for candidate in parse_candidates(patterns) if candidate is not None]
-    candidates = [replace(c, scope="layer") if isinstance(c, Unstructured) else c for c in asked]
-    check_mask(preset_for(preset, "", patterns).updated(**settings).mask)
-    solver_dtype = find_dtype(dtype)
-    target_device = find_device(device)
+
+    def configure(family: str) -> PruneConfig:
+        return preset_for(preset, family, patterns).updated(**settings)
+
+    asked = configure("")
+    check_mask(asked.mask)
+    if asked.mask.endswith(".safetensors"):
+        raise ConfigError("A mask file says one sparsity for each layer; a sensitivity needs a mask criterion.")
+    candidates = candidates_by_layer(patterns)
+    run = Run.begin(device, dtype=find_dtype(dtype), on_stage=on_stage, on_progress=on_progress)
     name = data or DEFAULT_DATA
 
-    on_stage(f"Loading {model}")
-    checkpoint = load(model, revision)
-    chain = build_chain(checkpoint.model)
-    config = preset_for(preset, chain.family, patterns).updated(**settings)
-    if config.mask.endswith(".safetensors"):
-        raise ConfigError("A mask file says one sparsity for each layer; a sensitivity needs a mask criterion.")
-    layers = select_layers(chain, config.layers)
-    weights = {name: chain.weight(name).detach() for group in layers for name in group.parameters}
-    for candidate in candidates:
-        split_by_fit(weights, candidate)
-
-    on_stage(f"Reading {config.samples} images of {name}")
-    source = open_images(name, data_split)
-    images, labels, _ = read_calibration(source, config, checkpoint, solver_dtype)
-    chain.model.to(solver_dtype)
-    chain = place(chain, images[:2], target_device, config.offload, on_stage)
-    flops, labels = first_pass(chain, images, labels, source, checkpoint)
-    on_stage(f"Measuring {len(layers)} layers under {len(candidates)} patterns")
-    on_device = {name: chain.weight(name).detach() for name in weights}
-    evidence = Evidence(on_device, candidates[0], config, chain, images, labels)
-    table = measure_sensitivities(evidence, candidates, flops, None, on_stage, on_layer)
+    subject = load_subject(run, model, revision, configure, candidates)
+    source, config = open_images(name, data_split), subject.config
+    calibration = calibrate(run, source, config, subject.checkpoint)
+    subject.network.to(run.dtype)
+    chain = place(run, subject.chain, calibration.images[:2], config.offload)
+    flops, labels = first_pass(chain, calibration, subject.checkpoint)
+    run.say(f"Measuring {len(subject.layers)} layers under {len(candidates)} patterns")
+    on_device = {name: chain.weight(name).detach() for name in subject.weights}
+    evidence = Evidence(on_device, candidates[0], config, chain, calibration.images, labels, run)
+    table = measure_sensitivities(evidence, candidates, flops)
     return finite(
         {
-            "source": short_name(checkpoint.source),
-            "architecture": type(checkpoint.model).__name__,
+            "source": short_name(subject.checkpoint.source),
+            "architecture": type(subject.network).__name__,
             "patterns": [str(candidate) for candidate in candidates],
             "layers": [described(list(rows)) for _, rows in groupby(table, key=lambda row: row.layer)],
-            "samples": len(images),
+            "samples": len(calibration.images),
             "data": describe_data(name, data_split),
             "settings": config.to_dict(),
             "seconds": time.perf_counter() - started,
         }
     )
+
+
+def candidates_by_layer(patterns: str) -> list[NM | Unstructured]:
+    """The patterns to measure, each of a layer by itself.
+
+    Raises:
+        PatternError: one that is none.
+    """
+    asked = [candidate for candidate in parse_candidates(patterns) if candidate is not None]
+    return [replace(c, scope="layer") if isinstance(c, Unstructured) else c for c in asked]
 
 
 def described(rows: list[Sensitivity]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ is not the one to be trained.
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..adapters import build_chain
-from ..adapters.base import logits_of
-from ..data.accuracy import accuracy_of
-from ..data.images import ImageSource, calibration_examples, check_labels, open_images
+from ..adapters.base import Chain, logits_of
+from ..data.images import CHUNK, ImageSource, check_labels, labelled_chunks, open_images
 from ..data.names import Name, short_name
 from ..errors import ConfigError
 from ..hub.card import write_training_card
@@ -36,12 +35,14 @@ from ..masks.collapse import find_collapse
 from ..method.augment import augmented
 from ..patterns import Masks, Pattern, Unstructured, parse_pattern
 from ..reports.describe import describe_data
-from ..runtime.device import describe_hardware, find_reproducible
+from ..runtime.device import describe_hardware
 from ..runtime.distributed import processes
 from ..runtime.files import check_output, whole_folder
+from ..runtime.run import Progress, Run
 from ..runtime.version import __version__, versions
 from ..settings import PruneConfig, TrainConfig
 from .calibration import class_labels
+from .measure import measure
 from .prune import PruneResult
 from .request import check_apart, check_mask
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
@@ -59,6 +60,7 @@ def train(
     device: str = "auto",
     revision: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     **settings: Any,
 ) -> PruneResult:
     """Builds an untrained network, chooses its masks, and trains it with the masks fixed.
@@ -75,6 +77,7 @@ def train(
         device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
         revision: of ``source`` on the Hub.
         on_stage: called with a line of text when a new stage begins, after each epoch, and for each collapsed layer.
+        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
         **settings: by the names of :class:`~snows_hf.settings.TrainConfig`.
 
     Raises:
@@ -84,93 +87,125 @@ def train(
     config = TrainConfig().updated(**settings)
     chosen_pattern = at_initialisation(pattern, config) if pattern is not None else None
     check_mask(config.mask)
-    target = find_reproducible(device)
     check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     if output is not None:
         check_output(Path(output), size=0)
+    run = Run.begin(device, reproducible=True, on_stage=on_stage, on_progress=on_progress)
     images_source = open_images(data, data_split)
     check_labels(images_source, "training")
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
 
-    on_stage(f"Building {source}, untrained")
+    run.say(f"Building {source}, untrained")
     checkpoint = create(source, images_source.class_names, config.seed, revision)
-    network = checkpoint.model.to(target)
+    network = checkpoint.model.to(run.device)
     chain = build_chain(network)
-    weights = {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
     if chosen_pattern is not None:
-        split_by_fit(weights, chosen_pattern)
-    on_stage(f"Reading the images of {data} ({data_split})")
-    images, labels = read_examples(images_source, checkpoint, config, target)
-
+        split_by_fit(weights_of(chain), chosen_pattern)
+    run.say(f"Reading the images of {data} ({data_split})")
+    images, labels = read_examples(run, images_source, checkpoint, config)
     if config.warm_up_bn:
-        on_stage(f"Warming up batch norms on {config.warm_up_bn} batches")
-        if not warm_up(network, images[: config.warm_up_bn * config.batch_size].split(config.batch_size), target):
-            on_stage("The network has no batch norm: there is nothing to warm up")
-    masks: Masks = {}
-    facts: dict[str, Any] = {}
-    cut: dict[str, str] = {}
-    connected = True
-    if chosen_pattern is not None:
-        on_stage(f"Choosing masks by {Path(config.mask).name}")
-        some = slice(0, config.criterion_samples)
-        settings_of_masks = PruneConfig(str(chosen_pattern), mask=config.mask, seed=config.seed)
-        evidence = Evidence(weights, chosen_pattern, settings_of_masks, chain, images[some], labels[some])
-        choice = choose(fit_criterion(evidence, None, on_stage))
-        masks, facts = choice.masks, dict(choice.facts)
-        cut, connected = find_collapse(chain, masks, images[:1].to(target))
-        for name, reason in cut.items():
-            on_stage(f"Layer collapse: {name}: {reason}")
-        if not connected:
-            on_stage("The logits no longer depend on the images: training can only learn how frequent classes are")
-
-    def on_epoch(epoch: int, loss: float) -> None:
-        on_stage(f"Epoch {epoch}/{config.epochs}: loss {loss:.4f}")
-
-    on_stage(f"Training on {len(labels)} images")
+        run.say(f"Warming up batch norms on {config.warm_up_bn} batches")
+        if not warm_up(network, images[: config.warm_up_bn * config.batch_size].split(config.batch_size), run.device):
+            run.say("The network has no batch norm: there is nothing to warm up")
+    start = choose_start(run, chain, chosen_pattern, config, images, labels)
+    run.say(f"Training on {len(labels)} images")
     training = time.perf_counter()
-    losses = fit(network, images, labels, masks, config, target, on_epoch)
+    losses = fit(run, network, images, labels, start.masks, config)
     training_seconds = time.perf_counter() - training
-    accuracy = None
-    if evaluation is not None:
-        on_stage(f"Measuring it on {eval_data} ({eval_split})")
-        accuracy = accuracy_of(network, evaluation, checkpoint.preprocess, checkpoint.class_names)
+    accuracy = measure(run, "trained", network, checkpoint, evaluation)
     network.to("cpu")
 
-    zeros = sum(int((chain.weight(name) == 0).sum()) for name in masks)
-    report: dict[str, Any] = {
+    report = describe(checkpoint, chain, start, config) | {
         "source": short_name(source),
-        "library": checkpoint.library,
-        "architecture": type(network).__name__,
         "pattern": str(chosen_pattern) if chosen_pattern is not None else None,
-        "sparsity": zeros / sum(mask.numel() for mask in masks.values()) if masks else 0.0,
-        "settings": config.to_dict() | {"mask": Path(config.mask).name},
-        "criterion": facts,
-        "collapse": {"layers": cut, "connected": connected},
-        "layers": [
-            {"name": name, "shape": list(mask.shape), "sparsity": 1 - float(mask.double().mean())}
-            for name, mask in masks.items()
-        ],
         "images": len(labels),
         "data": describe_data(data, data_split),
         "eval_data": describe_data(eval_data, eval_split),
-        "accuracy": accuracy.to_dict() if accuracy else None,
+        "accuracy": accuracy,
         "losses": losses,
         "training_seconds": training_seconds,
         "seconds": time.perf_counter() - started,
-        "hardware": describe_hardware(target),
-        "versions": versions(torch, timm, transformers, accelerate),
-        "seed": config.seed,
+        "hardware": describe_hardware(run.device),
     }
     if output is None:
         return PruneResult(network, None, {"output": None, **report})
-    on_stage(f"Saving to {output}")
-    report["name"] = Path(output).resolve().name
+    run.say(f"Saving to {output}")
+    return PruneResult(network, Path(output), {"output": str(output), **save(checkpoint, Path(output), report)})
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the training begins with.
+
+    Attributes:
+        masks: by parameter name; empty for a dense network.
+        facts: of the criterion.
+        cut: layers that the masks have cut off, and why.
+        connected: whether the logits still depend on the images.
+    """
+
+    masks: Masks = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    cut: Mapping[str, str] = field(default_factory=dict)
+    connected: bool = True
+
+
+def weights_of(chain: Chain) -> dict[str, Tensor]:
+    """All prunable weights, by name."""
+    return {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
+
+
+def choose_start(
+    run: Run, chain: Chain, pattern: Pattern | None, config: TrainConfig, images: Tensor, labels: Tensor
+) -> Start:
+    """Masks of an untrained network, and what they have cut off."""
+    if pattern is None:
+        return Start()
+    run.say(f"Choosing masks by {Path(config.mask).name}")
+    settings = PruneConfig(str(pattern), mask=config.mask, seed=config.seed)
+    some = slice(0, config.criterion_samples)
+    evidence = Evidence(weights_of(chain), pattern, settings, chain, images[some], labels[some], run)
+    choice = choose(fit_criterion(evidence))
+    cut, connected = find_collapse(chain, choice.masks, images[:1].to(run.device))
+    for name, reason in cut.items():
+        run.say(f"Layer collapse: {name}: {reason}")
+    if not connected:
+        run.say("The logits no longer depend on the images: training can only learn how frequent classes are")
+    return Start(choice.masks, choice.facts, cut, connected)
+
+
+def describe(checkpoint: Checkpoint, chain: Chain, start: Start, config: TrainConfig) -> dict[str, Any]:
+    """What the report says of the network and its masks."""
+    zeros = sum(int((chain.weight(name) == 0).sum()) for name in start.masks)
+    return {
+        "library": checkpoint.library,
+        "architecture": type(checkpoint.model).__name__,
+        "sparsity": zeros / sum(mask.numel() for mask in start.masks.values()) if start.masks else 0.0,
+        "settings": config.to_dict() | {"mask": Path(config.mask).name},
+        "criterion": dict(start.facts),
+        "collapse": {"layers": dict(start.cut), "connected": start.connected},
+        "layers": [
+            {"name": name, "shape": list(mask.shape), "sparsity": 1 - float(mask.double().mean())}
+            for name, mask in start.masks.items()
+        ],
+        "versions": versions(torch, timm, transformers, accelerate),
+        "seed": config.seed,
+    }
+
+
+def save(checkpoint: Checkpoint, output: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Writes the network with its card and report; gives the report, which has a name now.
+
+    Raises:
+        SaveError: the disk is full or refuses.
+    """
+    report = report | {"name": output.resolve().name}
     summary = {"version": __version__, "pattern": report["pattern"], "sparsity": round(report["sparsity"], 6)}
-    with whole_folder(Path(output)) as folder:
+    with whole_folder(output) as folder:
         saved = replace(checkpoint, folder=folder)  # a licence of the configuration's is not one of these weights
-        save_checkpoint(saved, folder, summary if masks else {"version": __version__}, report)
+        save_checkpoint(saved, folder, summary if report["pattern"] else {"version": __version__}, report)
         write_training_card(saved, folder, report)
-    return PruneResult(network, Path(output), {"output": str(output), **report})
+    return report
 
 
 def at_initialisation(pattern: str, config: TrainConfig) -> Pattern:
@@ -187,9 +222,7 @@ def at_initialisation(pattern: str, config: TrainConfig) -> Pattern:
     return replace(chosen, layer_cap=config.layer_cap)
 
 
-def read_examples(
-    source: ImageSource, checkpoint: Checkpoint, config: TrainConfig, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def read_examples(run: Run, source: ImageSource, checkpoint: Checkpoint, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Preprocessed images (n, 3, h, w) on the CPU, in random order, and the model's class of each (n,).
 
     Raises:
@@ -199,11 +232,13 @@ def read_examples(
     count = config.samples or source.size
     if count is None:
         raise ConfigError(f"{source.name} is streamed, and how many images to keep is not said.", "Give --samples.")
-    images, labels = calibration_examples(source, count, config.seed, checkpoint.preprocess)
+    chunks = labelled_chunks(source, count, config.seed, checkpoint.preprocess)
+    tracked = run.track(chunks, "Reading images, in chunks", -(-count // CHUNK))
+    images, labels = map(torch.cat, zip(*tracked, strict=True))
     if len(images) < 2:
         raise ConfigError(f"{source.name} ({source.split}) has one image.", "Training needs two at least.")
     with torch.no_grad():
-        classes = logits_of(checkpoint.model, images[:2].to(device)).shape[1]
+        classes = logits_of(checkpoint.model, images[:2].to(run.device)).shape[1]
     labels = class_labels(labels, source, checkpoint, classes)
     return images.contiguous(memory_format=torch.channels_last), labels
 
@@ -234,24 +269,17 @@ def warm_up(network: nn.Module, batches: Iterator[Tensor] | tuple[Tensor, ...], 
 
 
 def fit(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    masks: Masks,
-    config: TrainConfig,
-    device: torch.device,
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+    run: Run, network: nn.Module, images: Tensor, labels: Tensor, masks: Masks, config: TrainConfig
 ) -> list[float]:
     """SGD with momentum on cross-entropy, in place; weights that the masks leave out are zero and stay zero.
 
     Args:
-        network: in float32 on ``device``; left in evaluation mode.
+        run: whose device the network is on; it is told after each epoch.
+        network: in float32; left in evaluation mode.
         images: preprocessed (n, 3, h, w).
         labels: classes (n,).
         masks: by parameter name, true where a weight stays.
         config: epochs, learning rate and its schedule, batch size, momentum, weight decay, augmentation, seed.
-        device: where the network is.
-        on_epoch: called after each epoch with its number, from 1, and its mean loss.
 
     Returns:
         The mean loss of each epoch.
@@ -268,13 +296,14 @@ def fit(
         )
         model, optimizer = network, sgd(network, config)
         if processes() > 1:
-            accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
+            accelerator = accelerate.Accelerator(cpu=run.device.type == "cpu")
             model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         each = max(1, len(loader))
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for step, (batch, classes) in enumerate(loader, epoch * each):
-                batch, classes = batch.to(device), classes.to(device)
+            tracked = run.track(loader, f"Batches of epoch {epoch + 1}/{config.epochs}", each)
+            for step, (batch, classes) in enumerate(tracked, epoch * each):
+                batch, classes = batch.to(run.device), classes.to(run.device)
                 set_rate(optimizer, config.lr * factor(step, config.epochs * each, config.schedule))
                 yield augmented(batch, seed_of(config.seed, step)) if config.augment else batch, classes
 
@@ -285,7 +314,7 @@ def fit(
         network.train()
         for epoch in range(config.epochs):
             losses.append(train_epoch(batches(epoch), loss_of, optimizer, epoch + 1))
-            on_epoch(epoch + 1, losses[-1])
+            run.say(f"Epoch {epoch + 1}/{config.epochs}: loss {losses[-1]:.4f}")
         network.eval()
     return losses
 

@@ -7,8 +7,9 @@ losses of all layers are added up as if they were independent.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -16,16 +17,17 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..adapters import State, frozen
+from ..adapters import Operation, State, frozen
 from ..errors import ConfigError, NumericsError
 from ..method.newton import newton
 from ..method.objective import ActiveWeights, KStepObjective, Segment
-from ..method.streams import masked_operations
-from ..patterns import PerLayer, Unstructured, parse_candidates
+from ..method.streams import masked_operations, through
+from ..patterns import NM, PerLayer, Unstructured, parse_candidates
 from ..patterns.budget import spend
 from ..patterns.plan import Candidate
+from ..runtime.journal import Record
 from ..settings import PruneConfig
-from . import Evidence, choose
+from . import Choice, Evidence, choose
 
 
 IMAGES = 256
@@ -60,99 +62,103 @@ class Sensitivity:
 
 
 def layer_sensitivities(
-    evidence: Evidence,
-    candidates: Sequence[Candidate],
-    flops: Mapping[str, int],
-    repair_steps: int,
-    on_layer: Callable[[Sensitivity], None] = lambda sensitivity: None,
+    evidence: Evidence, candidates: Sequence[Candidate], flops: Mapping[str, int]
 ) -> list[Sensitivity]:
     """The sensitivity of every layer to every candidate that fits it, layer by layer, the sparsest first.
 
     Args:
-        evidence: of the dense network, with images; ``config.mask`` chooses each layer's mask.
+        evidence: of the dense network, with images; ``config.mask`` chooses each layer's mask, and each layer takes
+            ``config.repair_steps`` Newton steps before it is judged.
         candidates: None is not measured: its loss is 0.
         flops: of every module on one image, by name.
-        repair_steps: Newton steps of each layer before it is judged.
-        on_layer: called with each result.
 
     Raises:
         ConfigError: fewer than two images.
         NumericsError: the dense network's logits are not finite.
     """
-    chain, config = evidence.network, evidence.config
-    device = chain.device
-    images = evidence.images
+    images, labels = evidence.images, evidence.labels
     if images is None or len(images) < 2:
         raise ConfigError("A sensitivity takes two images at least: one that repairs, and one that judges.")
     count = min(len(images), IMAGES)
-    learners = max(1, count // 4)
-    size = config.batch_size
+    rows: list[Sensitivity] = []
+    for number, candidate in enumerate(candidates):
+        if candidate is not None:
+            own = replace(evidence, pattern=candidate, images=images[:count], record=f"candidate-{number}")
+            own = replace(own, labels=None if labels is None else labels[:count])
+            rows += layers_under(candidate, own, flops)
+    order = {group.name: i for i, group in evidence.network.groups()}
+    return sorted(rows, key=lambda row: (order[row.layer], row.kept))
+
+
+def layers_under(pattern: NM | Unstructured, evidence: Evidence, flops: Mapping[str, int]) -> list[Sensitivity]:
+    """The sensitivity of every layer that a pattern, the evidence's, fits."""
+    chain, config, run, images = evidence.network, evidence.config, evidence.run, evidence.images
+    assert images is not None
+    learners, size = max(1, len(images) // 4), config.batch_size
     starts: list[State] = [(images[i : min(i + size, learners)].cpu(),) for i in range(0, learners, size)]
     judging = len(starts)
-    starts += [(images[i : min(i + size, count)].cpu(),) for i in range(learners, count, size)]
-    groups = dict(chain.groups())
+    starts += [(images[i : i + size].cpu(),) for i in range(learners, len(images), size)]
+    choice = choose(evidence)
+    todo = masked_operations(chain, choice.masks)
     rows: list[Sensitivity] = []
-    for candidate in candidates:
-        if candidate is None:
-            continue
-        own = replace(evidence, pattern=candidate, images=images[:count])
-        if own.labels is not None:
-            own = replace(own, labels=own.labels[:count])
-        choice = choose(own)
-        todo = masked_operations(chain, choice.masks)
-        states = list(starts)
-        with frozen(chain.model):
-            for index, operation in enumerate(chain.operations[: todo[-1] + 1]):
-                if index in todo:
-                    group = groups[index]
-                    active = ActiveWeights.of(group, choice.masks, device)
-                    dense = {name: chain.weight(name).detach() for name in active.masks}
-                    segment = Segment.cut(chain, index, config.k)
-                    w = active.gather({name: choice.weights.get(name, dense[name]).to(dense[name]) for name in dense})
-                    learned, judged = states[:judging], states[judging:]
-                    w = repaired(segment, active, w, learned, judged[0], config, repair_steps)
-                    loss = logits_error(segment, active.scatter(w), judged)
-                    weights = sum(chain.weight(name).numel() for name in group.parameters)
-                    masked = sum(mask.numel() for mask in active.masks.values())
-                    operations = sum(flops[name.removesuffix(".weight")] for name in group.parameters)
-                    kept = weights - masked + active.size
-                    row = Sensitivity(group.name, group.parameters, candidate, weights, kept, operations, loss)
-                    rows.append(row)
-                    on_layer(row)
-                with torch.no_grad():
-                    states = [
-                        send_to_device(operation.run(send_to_device(state, device)), torch.device("cpu"))
-                        for state in states
-                    ]
-    order = {group.name: i for i, group in groups.items()}
-    return sorted(rows, key=lambda row: (order[row.layer], row.kept))
+
+    def advance(operation: Operation, states: list[State]) -> list[State]:
+        return [through(operation, state, chain.device) for state in states]
+
+    with frozen(chain.model):
+        for index, operation, states in chain.walk(starts, advance, stop=todo[-1] + 1):
+            group = operation.group
+            if group is None or index not in todo:
+                continue
+            run.tell(f"Layers under {pattern}", len(rows), len(todo), group.name)
+            active = ActiveWeights.of(group, choice.masks, chain.device)
+            segment = Segment.cut(chain, index, config.k)
+
+            measure = partial(repaired_error, segment, active, choice, states[:judging], states[judging:], config)
+            found = run.journal.once(f"{evidence.record}-loss-{index:04d}", measure)
+            weights = sum(chain.weight(name).numel() for name in group.parameters)
+            kept = weights - sum(mask.numel() for mask in active.masks.values()) + active.size
+            operations = sum(flops[name.removesuffix(".weight")] for name in group.parameters)
+            loss = found.facts["loss"]
+            rows.append(Sensitivity(group.name, group.parameters, pattern, weights, kept, operations, loss))
+            run.say(f"{group.name} at {pattern}: {loss:.3g}")
+    return rows
+
+
+def repaired_error(
+    segment: Segment,
+    active: ActiveWeights,
+    choice: Choice,
+    learned: Sequence[State],
+    judged: Sequence[State],
+    config: PruneConfig,
+) -> Record:
+    """The error of the logits on the images that judge, once a layer has been repaired on those that are learned."""
+    w = repaired(segment, active, choice, learned, judged[0], config)
+    return Record({}, {"loss": logits_error(segment, active.scatter(w), judged)})
 
 
 def repaired(
     segment: Segment,
     active: ActiveWeights,
-    w: Tensor,
+    choice: Choice,
     states: Sequence[State],
     judge: State,
     config: PruneConfig,
-    steps: int,
 ) -> Tensor:
-    """w (m,) after so many Newton steps (Algorithm 2) on the dense network's activations, batch after batch; another
-    batch judges, as in the cascade."""
-    if not steps:
+    """A layer's weights (m,) after ``config.repair_steps`` Newton steps (Algorithm 2) from those of a choice, on the
+    dense network's activations, batch after batch; another batch judges, as in the cascade."""
+    chain = segment.chain
+    dense = {name: chain.weight(name).detach() for name in active.masks}
+    w = active.gather({name: choice.weights.get(name, weight).to(weight) for name, weight in dense.items()})
+    if not config.repair_steps:
         return w
-    solver = replace(config.solver, passes=1)
 
     def objective(state: State) -> KStepObjective:
-        state = send_to_device(state, segment.chain.device)
-        with torch.no_grad():
-            targets = segment.outputs(state)
-        relative = config.weighting == "relative"
-        given = solver.curvature, solver.preconditioner, solver.damping, relative
-        return KStepObjective(segment, active, state, targets, *given, factor_entries=solver.factor_entries)
+        return KStepObjective(segment, active, send_to_device(state, chain.device), config)
 
-    batches = (objective(states[i % len(states)]) for i in range(steps))
-    return newton(batches, objective(judge), w, solver).w
+    batches = (objective(states[i % len(states)]) for i in range(config.repair_steps))
+    return newton(batches, objective(judge), w, replace(config.solver, passes=1)).w
 
 
 @torch.no_grad()

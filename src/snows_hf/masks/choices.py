@@ -13,7 +13,7 @@ from ..errors import MemoryLimitError
 from ..method.fitting import fit_batches
 from ..patterns import Pattern, PerLayer
 from ..patterns.plan import Candidate
-from ..runtime.journal import Journal, Record
+from ..runtime.journal import Record
 from ..runtime.memory import until_it_fits
 from . import Choice, Evidence, choose
 from .allocation import Sensitivity, allocate, layer_sensitivities
@@ -25,12 +25,7 @@ T = TypeVar("T")
 
 
 def measure_sensitivities(
-    evidence: Evidence,
-    candidates: Sequence[Candidate],
-    flops: Mapping[str, int],
-    left: int | None,
-    on_stage: Callable[[str], None],
-    on_layer: Callable[[Sensitivity], None] = lambda sensitivity: None,
+    evidence: Evidence, candidates: Sequence[Candidate], flops: Mapping[str, int]
 ) -> list[Sensitivity]:
     """:func:`layer_sensitivities` in batches that fit into memory.
 
@@ -38,54 +33,43 @@ def measure_sensitivities(
         ConfigError: not even one image fits.
         MemoryLimitError: a single image is too much.
     """
-    steps = evidence.config.repair_steps
-    given = fit_criterion(fit_sensitivity(evidence, candidates, left, on_stage), left, on_stage)
-    return in_smaller_batches(
-        lambda fitting: layer_sensitivities(fitting, candidates, flops, steps, on_layer), given, on_stage
-    )
+    given = fit_criterion(fit_sensitivity(evidence, candidates))
+    return in_smaller_batches(lambda fitting: layer_sensitivities(fitting, candidates, flops), given)
 
 
 def find_allocation(
-    journal: Journal,
-    evidence: Evidence,
-    candidates: Sequence[Candidate],
-    flops: Mapping[str, int],
-    left: int | None,
-    on_stage: Callable[[str], None],
+    evidence: Evidence, candidates: Sequence[Candidate], flops: Mapping[str, int]
 ) -> tuple[Evidence, dict[str, Any]]:
     """The evidence with a pattern for each layer, and how these were chosen, by an earlier run where there was one."""
-    config = evidence.config
+    config, run = evidence.config, evidence.run
 
     def decide() -> Record:
         started = time.perf_counter()
-        on_stage(f"Measuring the sensitivity of the layers under {len(candidates)} patterns")
-        table = measure_sensitivities(evidence, candidates, flops, left, on_stage)
+        run.say(f"Measuring the sensitivity of the layers under {len(candidates)} patterns")
+        table = measure_sensitivities(evidence, candidates, flops)
         patterns = {name: str(own or "dense") for name, own in allocate(table, config).patterns.items()}
         return Record({}, {"patterns": patterns, "seconds": time.perf_counter() - started})
 
-    facts = journal.once("allocation", decide).facts
+    facts = run.journal.once("allocation", decide).facts
+    run.journal.drop("candidate-")
     pattern = PerLayer.parse(facts["patterns"], config.pattern)
     return replace(evidence, pattern=pattern), {"kind": "sensitivity", "budget": config.budget, **facts}
 
 
-def find_choice(
-    journal: Journal,
-    evidence: Evidence,
-    left: int | None,
-    on_stage: Callable[[str], None],
-    record: str = "choice",
-) -> tuple[Choice, float]:
+def find_choice(evidence: Evidence) -> tuple[Choice, float]:
     """Masks (and weights) by the criterion, and the seconds that it took: an earlier run's where there was one."""
+    run = evidence.run
 
     def decide() -> Record:
         started = time.perf_counter()
-        on_stage(f"Choosing masks by {Path(evidence.config.mask).name} for {evidence.pattern}")
-        choice = in_smaller_batches(choose, fit_criterion(evidence, left, on_stage), on_stage)
+        run.say(f"Choosing masks by {Path(evidence.config.mask).name} for {evidence.pattern}")
+        choice = in_smaller_batches(choose, fit_criterion(evidence))
         tensors = {f"mask {name}": mask.cpu() for name, mask in choice.masks.items()}
         tensors |= {f"weight {name}": weight.cpu() for name, weight in choice.weights.items()}
         return Record(tensors, {"facts": dict(choice.facts), "seconds": time.perf_counter() - started})
 
-    kept = journal.once(record, decide)
+    kept = run.journal.once(evidence.record, decide)
+    run.journal.drop(f"{evidence.record}-layer-")
     found: dict[str, dict[str, Tensor]] = {"mask": {}, "weight": {}}
     for name, weight in evidence.weights.items():  # in their order
         for kind, tensors in found.items():
@@ -94,8 +78,8 @@ def find_choice(
     return Choice(found["mask"], found["weight"], kept.facts["facts"]), kept.facts["seconds"]
 
 
-def in_smaller_batches(run: Callable[[Evidence], T], evidence: Evidence, on_stage: Callable[[str], None]) -> T:
-    """``run(evidence)``, with batches of half the size, and half of that, where memory does not suffice.
+def in_smaller_batches(work: Callable[[Evidence], T], evidence: Evidence) -> T:
+    """``work(evidence)``, with batches of half the size, and half of that, where memory does not suffice.
 
     Raises:
         MemoryLimitError: a single image is too much.
@@ -111,20 +95,18 @@ def in_smaller_batches(run: Callable[[Evidence], T], evidence: Evidence, on_stag
                 "Choose one that reads no images (--mask magnitude), or give --device cpu.",
             )
         size = (size + 1) // 2
-        on_stage(f"{name}: out of memory; again in batches of {size} images")
+        evidence.run.say(f"{name}: out of memory; again in batches of {size} images")
 
-    return until_it_fits(lambda: run(replace(evidence, config=evidence.config.updated(batch_size=size))), shrink)
+    return until_it_fits(lambda: work(replace(evidence, config=evidence.config.updated(batch_size=size))), shrink)
 
 
-def find_first_masks(
-    journal: Journal, evidence: Evidence, choice: Choice, left: int | None, on_stage: Callable[[str], None]
-) -> tuple[Choice, Pattern | None]:
+def find_first_masks(evidence: Evidence, choice: Choice) -> tuple[Choice, Pattern | None]:
     """What a prune begins with, and the pattern that its masks thin out to: with gradual steps, the criterion's choice
     for twice as many weights; else ``choice`` as it is, and None."""
     config, relaxed = evidence.config, evidence.pattern.relaxed()
     if not config.gradual_steps or relaxed is None or config.mask.endswith(".safetensors"):
         return choice, None
-    first, _ = find_choice(journal, replace(evidence, pattern=relaxed), left, on_stage, "choice-relaxed")
+    first, _ = find_choice(replace(evidence, pattern=relaxed, record="choice-relaxed"))
     masks = {name: first.masks.get(name, torch.ones_like(mask)) for name, mask in choice.masks.items()}
     return Choice(masks, first.weights), evidence.pattern
 
@@ -138,9 +120,7 @@ def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def fit_sensitivity(
-    evidence: Evidence, candidates: Sequence[Candidate], left: int | None, on_stage: Callable[[str], None]
-) -> Evidence:
+def fit_sensitivity(evidence: Evidence, candidates: Sequence[Candidate]) -> Evidence:
     """Evidence, with images, whose batches fit where layers are repaired one by one, under the candidate that keeps
     most.
 
@@ -151,10 +131,10 @@ def fit_sensitivity(
     masks = choose_masks(dict(evidence.weights), densest, "magnitude")  # of any criterion's size
     images, config = evidence.images, evidence.config.updated(joint_steps=0)
     assert images is not None
-    return replace(evidence, config=fit_batches(evidence.network, images[:2], masks, config, left, on_stage))
+    return replace(evidence, config=fit_batches(evidence.run, evidence.network, images[:2], masks, config))
 
 
-def fit_criterion(evidence: Evidence, left: int | None, on_stage: Callable[[str], None]) -> Evidence:
+def fit_criterion(evidence: Evidence) -> Evidence:
     """Evidence whose batches fit where a criterion needs labels: it expands the loss of the whole network.
 
     Raises:
@@ -165,5 +145,5 @@ def fit_criterion(evidence: Evidence, left: int | None, on_stage: Callable[[str]
         return evidence
     chain, config = evidence.network, evidence.config
     whole = config.updated(joint_steps=1, gradual=0.0, curvature="hessian", preconditioner="none")
-    fitted = fit_batches(chain, images[:2], dict(evidence.everything.masks), whole, left, on_stage)
+    fitted = fit_batches(evidence.run, chain, images[:2], dict(evidence.everything.masks), whole)
     return replace(evidence, config=config.updated(batch_size=fitted.batch_size))

@@ -1,7 +1,9 @@
 """What a mask criterion may look at: weights, and, where they were given, the network, images and labels."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +11,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from ..adapters.base import Chain, State
+from ..adapters.base import Chain, Operation
 from ..adapters.frozen import frozen
 from ..errors import MaskError, NumericsError
 from ..method.newton import Expansion
 from ..method.objective import ActiveWeights, KStepObjective, Segment
 from ..method.preconditioner import gram
+from ..method.streams import through
 from ..patterns import Pattern
 from ..runtime.memory import Images, Kept, Shelf
+from ..runtime.run import Run
 from ..settings import PruneConfig
 
 
@@ -47,6 +51,8 @@ class Evidence:
         chain: of the dense network; None where a criterion has weights only.
         images: preprocessed calibration images (n, 3, h, w), or None.
         labels: the model's class of each image (n,), or None.
+        run: is told how far a criterion is; its journal keeps masks that are chosen layer by layer.
+        record: under which name.
     """
 
     weights: Mapping[str, Tensor]
@@ -55,6 +61,8 @@ class Evidence:
     chain: Chain | None = None
     images: Tensor | Images | None = None
     labels: Tensor | None = None
+    run: Run = field(default_factory=Run)
+    record: str = "choice"
 
     @property
     def network(self) -> Chain:
@@ -66,6 +74,11 @@ class Evidence:
         if self.chain is None:
             raise MaskError(f"Mask criterion {self.config.mask!r} needs the network, and only weights were given.")
         return self.chain
+
+    @property
+    def title(self) -> str:
+        """What the masks are called."""
+        return f"{Path(self.config.mask).name} masks"
 
     @property
     def everything(self) -> ActiveWeights:
@@ -97,8 +110,9 @@ class Evidence:
         """
         if self.images is None:
             raise MaskError(f"Mask criterion {self.config.mask!r} needs calibration images, and none were given.")
-        device = self.network.device
-        yield from (batch.to(device) for batch in self.images.split(size or self.config.batch_size))
+        size = size or self.config.batch_size
+        batches = self.run.track(self.images.split(size), f"Images for {self.title}", -(-len(self.images) // size))
+        yield from (batch.to(self.network.device) for batch in batches)
 
     def task(self, size: int | None = None) -> Iterator[tuple[float, Expansion]]:
         """The task loss, mean cross-entropy over a batch of labelled images, expanded at θ; batch after batch.
@@ -137,32 +151,36 @@ class Evidence:
         # They rest where the images do, as the cascade's streams.
         shelf = self.images.shelf if isinstance(self.images, Images) else Shelf()
         states = [shelf.keep((batch.cpu(),)) for batch in self.batches()]
+
+        def advance(operation: Operation, states: list[Kept]) -> list[Kept]:
+            for i, kept in enumerate(states):
+                states[i] = shelf.keep(through(operation, kept.get(), chain.device))
+            return states
+
+        walk = self.run.track(chain.walk(states, advance), f"K-step losses for {self.title}", len(chain.operations))
         with frozen(chain.model):
-            for index, operation in enumerate(chain.operations):
+            for index, operation, _ in walk:
                 names = [n for n in (operation.group.parameters if operation.group else ()) if n in self.weights]
                 if names:
                     active = ActiveWeights({n: torch.ones_like(chain.weight(n), dtype=torch.bool) for n in names})
                     yield active, self._linearised(Segment.cut(chain, index, config.k), active, states)
-                with torch.no_grad():
-                    for i, kept in enumerate(states):
-                        state = operation.run(send_to_device(kept.get(), chain.device))
-                        states[i] = shelf.keep(send_to_device(state, torch.device("cpu")))
 
     def _linearised(self, segment: Segment, active: ActiveWeights, states: list[Kept]) -> Iterator[Linearisation]:
         assert self.images is not None
         dense = active.within(segment.chain)
-        relative = self.config.weighting == "relative"
         for kept in states:
             w, state = dense.clone().requires_grad_(), send_to_device(kept.get(), segment.chain.device)
             outputs = segment.outputs(state, active.scatter(w))
             targets = [o.detach() for o in outputs]
-            objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
+            objective = KStepObjective(segment, active, state, self.config, targets)
             moving = [(2 * c, o) for c, o in zip(objective.weights, outputs, strict=True) if o.requires_grad]
             yield Linearisation(len(state[0]) / len(self.images), w, moving)
 
-    def grams(self) -> Iterator[tuple[str, Tensor]]:
-        """H = X Xᵀ of each of the weights, (groups, d, d), over all images and positions: X (d, …) is what the dense
-        layer reads, so that ‖WX − ŴX‖² = Σ_r (w_r − ŵ_r)ᵀ H (w_r − ŵ_r) for the rows of :func:`matrix`.
+    def grams(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """H = X Xᵀ of each of the weights, or of those of these names, (groups, d, d), over all images and positions.
+
+        X (d, …) is what the dense layer reads, so that ‖WX − ŴX‖² = Σ_r (w_r − ŵ_r)ᵀ H (w_r − ŵ_r) for the rows of
+        :func:`matrix`.
 
         The images pass through the network as often as it takes for no more than ``GRAM_ENTRIES`` numbers at a time.
 
@@ -171,8 +189,8 @@ class Evidence:
             NumericsError: an input is not finite.
         """
         portions, entries = [list[str]()], 0
-        for name, weight in self.weights.items():
-            size = weight[0].numel() ** 2
+        for name in self.weights if names is None else names:
+            size = self.weights[name][0].numel() ** 2
             if portions[-1] and entries + size > GRAM_ENTRIES:
                 portions.append([])
                 entries = 0
@@ -207,9 +225,8 @@ class Evidence:
         try:
             with frozen(chain.model):
                 for batch in self.batches():
-                    state: State = (batch,)
-                    for operation in chain.operations[: last + 1]:
-                        state = operation.run(state)  # no output is kept, as the chain's own forward would
+                    # No output is kept, as the chain's own forward would.
+                    deque(chain.walk((batch,), stop=last + 1), maxlen=0)
         finally:
             for handle in handles:
                 handle.remove()

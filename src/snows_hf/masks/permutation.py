@@ -66,21 +66,21 @@ def free_channels(chain: Chain, images: Tensor, names: Collection[str]) -> list[
     """
     found, free = candidates(chain, images, names), []
     twin = build_chain(copy.deepcopy(chain.model).cpu().double().eval())
-    states: dict[int, State] = {0: (images.cpu().double(),)}  # before each operation, as far as they are still needed
+    states: dict[int, State] = {}  # before each operation, as far as they are still needed
     generator = torch.Generator().manual_seed(0)
-    for stop, operation in enumerate(twin.operations, start=1):
-        states[stop] = operation.run(states[stop - 1])
-        for channels in [channels for channels in found if channels.stop == stop]:
+    for place, operation, state in twin.walk((images.cpu().double(),)):
+        states[place] = state
+        for channels in [channels for channels in found if channels.stop == place + 1]:
             permutation = torch.randperm(twin.weight(channels.reader).shape[1], generator=generator)
             channels.order(twin.model, permutation)
-            state = states[channels.start]
-            for passed in twin.operations[channels.start : stop]:
-                state = passed.run(state)
+            ordered = states[channels.start]
+            for passed in twin.operations[channels.start : channels.stop]:
+                ordered = passed.run(ordered)
             channels.order(twin.model, permutation.argsort())
-            if all(map(same, state, states[stop])):
+            if all(map(same, ordered, operation.run(state))):
                 free.append(channels)
-        needed = min((channels.start for channels in found if channels.stop > stop), default=stop)
-        states = {place: state for place, state in states.items() if place >= min(needed, stop)}
+        needed = min((channels.start for channels in found if channels.stop > place + 1), default=place + 1)
+        states = {start: kept for start, kept in states.items() if start >= needed}
     return free
 
 
@@ -98,8 +98,8 @@ def candidates(chain: Chain, images: Tensor, names: Collection[str]) -> list[Cha
         if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
     ]
     state: State = (images.to(next(chain.parameters())),)
-    for place, operation in enumerate(chain.operations):  # noqa: B007  the hooks read it
-        state = operation.run(state)
+    for place, _, _ in chain.walk(state):  # noqa: B007  the hooks read it
+        pass
     for handle in handles:
         handle.remove()
     tensors, modules, found = model.state_dict(), dict(model.named_modules()), []

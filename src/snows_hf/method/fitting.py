@@ -1,6 +1,5 @@
 """What fits into memory: the model, or one operation of it after the other, and batches."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,8 +10,8 @@ from ..errors import ConfigError
 from ..patterns import Masks
 from ..runtime.device import describe_hardware
 from ..runtime.distributed import from_main, local_processes, processes
-from ..runtime.journal import Journal
 from ..runtime.memory import available, saved_bytes
+from ..runtime.run import Run
 from ..settings import PruneConfig
 from .newton import Expansion
 from .objective import ActiveWeights, KStepObjective, Segment
@@ -28,45 +27,31 @@ SMALLEST_FACTORS = 2**16
 """Numbers in a parameter's factors below which smaller blocks no longer save much."""
 
 
-def find_batches(
-    journal: Journal,
-    chain: Chain,
-    images: Tensor,
-    masks: Masks,
-    config: PruneConfig,
-    memory: float | None,
-    left: int | None,
-    on_stage: Callable[[str], None],
-) -> PruneConfig:
+def find_batches(run: Run, chain: Chain, images: Tensor, masks: Masks, config: PruneConfig) -> PruneConfig:
     """Settings whose batches fit: those of an earlier run with the same budget, else of :func:`fit_batches`."""
     hardware = describe_hardware(chain.device)
-    known = journal.get("batches")
+    known = run.journal.get("batches")
     if known is not None:
         config = config.updated(batch_size=known.facts["size"], factor_entries=known.facts["factor_entries"])
         if known.facts["hardware"] != hardware:
-            on_stage(
+            run.say(
                 f"The earlier run had {known.facts['hardware']}, this one has {hardware}: the last bits of "
                 "the result may differ"
             )
-    if known is None or known.facts["memory"] != memory:
-        config = from_main(lambda: fit_batches(chain, images, masks, config, left, on_stage, processes()))
-    entries = config.solver.factor_entries
-    journal.put("batches", size=config.batch_size, factor_entries=entries, memory=memory, hardware=hardware)
+    if known is None or known.facts["memory"] != run.memory:
+        config = from_main(lambda: fit_batches(run, chain, images, masks, config, processes()))
+    size, entries = config.batch_size, config.solver.factor_entries
+    run.journal.put("batches", size=size, factor_entries=entries, memory=run.memory, hardware=hardware)
     return config
 
 
 def fit_batches(
-    chain: Chain,
-    images: Tensor,
-    masks: Masks,
-    config: PruneConfig,
-    left: int | None,
-    on_stage: Callable[[str], None],
-    sharing: int = 1,
+    run: Run, chain: Chain, images: Tensor, masks: Masks, config: PruneConfig, sharing: int = 1
 ) -> PruneConfig:
-    """Settings whose batches, each shared out to ``sharing`` processes, fit: on the CPU into half of ``left`` bytes
-    (None: of what is free), on CUDA into what the device has free. The preconditioner's factors, of which each process
-    has its rows', may have half of that; where they would need more, their blocks are made smaller first.
+    """Settings whose batches, each shared out to ``sharing`` processes, fit: on the CPU into half of what the run has
+    left (without a budget: of what is free), on CUDA into what the device has free. The preconditioner's factors, of
+    which each process has its rows', may have half of that; where they would need more, their blocks are made smaller
+    first.
 
     Raises:
         ConfigError: not even one image fits.
@@ -74,7 +59,7 @@ def fit_batches(
     if chain.device.type == "cuda":
         free = int(0.8 * torch.cuda.mem_get_info(chain.device)[0])
     else:
-        free = (available() // local_processes() if left is None else left) // 2
+        free = (available() // local_processes() if run.left is None else run.left) // 2
     each = bytes_per_image(chain, images, masks, config)
     if config.solver.preconditioner == "gram":
         groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
@@ -87,7 +72,7 @@ def fit_batches(
         while factors() > free // 2 and entries > SMALLEST_FACTORS:
             entries //= 2
         if entries < config.solver.factor_entries:
-            on_stage(f"Preconditioner in blocks of {factors() / 1e9:.2g} GB in all, to fit into memory")
+            run.say(f"Preconditioner in blocks of {factors() / 1e9:.2g} GB in all, to fit into memory")
             config = config.updated(factor_entries=entries)
         free -= factors()
     fitting = sharing * int(free / (OVERHEAD * max(each, 1)))
@@ -99,7 +84,7 @@ def fit_batches(
             "it.",
             "Give more --memory, or a smaller --k.",
         )
-    on_stage(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
+    run.say(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
     return config.updated(batch_size=fitting)
 
 
@@ -107,16 +92,14 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
     """Most that a product of any layer's objective needs in memory per image of a batch: what its graphs keep, and of
     every output the target, residual, tangent and cotangent. ``images`` holds two."""
     start: State = (images.to(chain.device),)
-    state, segments = start, []
+    segments = []
     todo = masked_operations(chain, masks)
     with frozen(chain.model):
         if config.joint_steps:  # its graph holds all others
             segments, todo = [(whole_network(chain, masks), start)], []
-        for index, operation in enumerate(chain.operations[: max(todo, default=-1) + 1]):
+        for index, _, state in chain.walk(start, stop=max(todo, default=-1) + 1):
             if index in todo:
                 segments.append((Segment.cut(chain, index, config.k), state))
-            with torch.no_grad():
-                state = operation.run(state)
         return max(
             saved_bytes(partial(_expand, segment, state, masks, config))
             - saved_bytes(partial(_expand, segment, tuple(tensor[:1] for tensor in state), masks, config))
@@ -131,7 +114,6 @@ def _outputs(segment: Segment, state: State) -> list[Tensor]:
 
 
 def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -> Expansion:
-    targets = _outputs(segment, state)
     active = ActiveWeights.of(segment.group, masks, segment.chain.device)
     w = active.within(segment.chain)
-    return KStepObjective(segment, active, state, targets, config.solver.curvature).expand(w)
+    return KStepObjective(segment, active, state, config.updated(preconditioner="none", gradual=0.0)).expand(w)

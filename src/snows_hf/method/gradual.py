@@ -42,8 +42,7 @@ def thin_out(
         state: as there.
     """
     if state is None:
-        loss = held_out.value(w)
-        state = NewtonState(w, w, NewtonResult(w, NewtonStatus.THINNED_OUT, loss, loss), milestone=loss)
+        state = NewtonState.start(w, held_out.value(w), NewtonStatus.THINNED_OUT)
     start, result = batches.active, state.result
     steps = result.steps + len(batches.order)
     for step, index in batches.order:

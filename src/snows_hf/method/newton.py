@@ -42,7 +42,7 @@ class NewtonStatus(StrEnum):
     """How a layer's optimisation ended."""
 
     IMPROVED = "improved"
-    KEPT_MASKED = "kept_masked"
+    NOT_IMPROVED = "not_improved"
     THINNED_OUT = "thinned_out"
     NON_FINITE = "non_finite"
 
@@ -51,8 +51,7 @@ class NewtonStatus(StrEnum):
         return {
             "improved": "",
             "thinned_out": "",
-            "kept_masked": "No step lowered the held-out loss: the weights it began with were kept. Use more images, "
-            "or a larger damping.",
+            "not_improved": "No step of its own lowered the held-out loss. Use more images, or a larger damping.",
             "non_finite": "The loss or a product was not finite: the best finite weights were kept. Use --dtype "
             "float32, or a larger damping.",
         }[self.value]
@@ -87,6 +86,12 @@ class NewtonState:
     result: NewtonResult
     milestone: float
     stale: int = 0
+
+    @classmethod
+    def start(cls, w: Tensor, loss: float, status: NewtonStatus = NewtonStatus.NOT_IMPROVED) -> "NewtonState":
+        """Before the first step, from w (m,) with its held-out loss; ``status`` is what the run ends with unless more
+        can be said of it."""
+        return cls(w, w, NewtonResult(w, status, loss, loss), milestone=loss)
 
 
 def armijo(
@@ -153,7 +158,8 @@ def newton(
 
     The weights returned are the best by the ``held_out`` loss: of the start, so that a layer never comes out worse
     than it came in, of all iterates and, with ``average``, of their running mean, which has less of the batches'
-    noise. The run ends early once ``patience`` steps in a row have brought less than ``min_gain`` together.
+    noise: the plain mean of the first ``average`` iterates, and from then on an exponential one. The run ends early
+    once ``patience`` steps in a row have brought less than ``min_gain`` together.
 
     Args:
         batches: one objective per mini-batch, at least one; iterated once per pass.
@@ -164,8 +170,7 @@ def newton(
         state: where an earlier run was; ``w`` is not read then, and ``batches`` are those that it had left.
     """
     if state is None:
-        start = held_out.value(w)
-        state = NewtonState(w, w, NewtonResult(w, NewtonStatus.KEPT_MASKED, start, start), milestone=start)
+        state = NewtonState.start(w, held_out.value(w))
     w, result = state.w, state.result
     if not math.isfinite(result.loss_start):
         result.status = NewtonStatus.NON_FINITE
@@ -200,6 +205,6 @@ def newton(
             progress(state)
         if state.stale >= config.patience:
             break
-    if result.status is NewtonStatus.KEPT_MASKED and CGStatus.NON_FINITE in result.cg_statuses:
+    if result.status is NewtonStatus.NOT_IMPROVED and CGStatus.NON_FINITE in result.cg_statuses:
         result.status = NewtonStatus.NON_FINITE
     return result

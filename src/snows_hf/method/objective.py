@@ -13,8 +13,9 @@ from torch.autograd import grad
 
 from ..adapters.base import Chain, Group, State
 from ..runtime.distributed import Share, whole
+from ..settings import PruneConfig
 from .newton import Expansion
-from .preconditioner import FACTOR_ENTRIES, recorded, row_preconditioner
+from .preconditioner import recorded, row_preconditioner
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,11 @@ class KStepObjective:
         segment: the operations whose outputs are compared.
         active: the weights that may move.
         state: what enters the layer in the pruned network.
-        targets: Y^{l+k}, one tensor per operation of the segment.
-        curvature: ``hessian`` or ``gauss-newton``.
-        preconditioner: ``gram`` (see preconditioner.py) or ``none``.
-        damping: λ, which the preconditioner shares with the system it is for.
-        relative: divide each operation's mean squared error by the variance of its targets.
-        emphasis: e of the weights ((k + 1) / (K + 1))ᵉ that the operations have; 0 weighs all alike, as Eq. 3 does.
+        config: weighting of the operations, ``emphasis`` of late ones (where the segment is the whole network),
+            curvature, preconditioner and its damping.
+        targets: Y^{l+k}, one tensor per operation of the segment. None: what they are with the model's own weights.
         share: which images of the batch ``state`` and ``targets`` hold; value and expansion are those of the whole
             batch. None: all of them.
-        factor_entries: most numbers in the preconditioner's factors of one parameter.
         autocast: matrix products and convolutions of the segment, and of its derivatives, are in bfloat16.
     """
 
@@ -98,22 +95,21 @@ class KStepObjective:
         segment: Segment,
         active: ActiveWeights,
         state: State,
-        targets: Sequence[Tensor],
-        curvature: str,
-        preconditioner: str = "none",
-        damping: float = 0.0,
-        relative: bool = False,
-        emphasis: float = 0.0,
+        config: PruneConfig,
+        targets: Sequence[Tensor] | None = None,
         share: Share | None = None,
-        factor_entries: int = FACTOR_ENTRIES,
         autocast: bool = False,
     ) -> None:
-        self.segment, self.active, self.state, self.targets = segment, active, state, targets
-        self.curvature, self.preconditioner, self.damping = curvature, preconditioner, damping
-        self.share, self.factor_entries = share or whole(len(state[0])), factor_entries
-        self.autocast = autocast
+        self.segment, self.active, self.state, self.solver = segment, active, state, config.solver
+        self.share, self.autocast = share or whole(len(state[0])), autocast
+        if targets is None:
+            with torch.no_grad():
+                targets = segment.outputs(state)
+        self.targets = targets
+        emphasis = config.emphasis if segment.group.kind == "joint" else 0.0
         self.weights = [
-            self._weight(y, relative) * (place / len(targets)) ** emphasis for place, y in enumerate(targets, start=1)
+            self._weight(y, config.weighting == "relative") * (place / len(targets)) ** emphasis
+            for place, y in enumerate(targets, start=1)
         ]
 
     def _weight(self, y: Tensor, relative: bool) -> float:
@@ -147,10 +143,10 @@ class KStepObjective:
         residuals = [t for t in zip(self.weights, outputs, self.targets, strict=True) if t[1].requires_grad]
         moving = [(2 * c, o) for c, o, _ in residuals]
         precondition = None
-        if self.preconditioner == "gram":
-            given = self.damping, self.share, self.factor_entries
+        if self.solver.preconditioner == "gram":
+            given = self.solver.damping, self.share, self.solver.factor_entries
             precondition = row_preconditioner(self.active.masks, seen, moving, *given)
-        if self.curvature == "hessian":
+        if self.solver.curvature == "hessian":
             (gradient,) = grad(loss, w, create_graph=True)
 
             def hessian(p: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The first gives the targets, the second enters each layer. With dense targets ev
 ones broke; with cascaded targets (the paper's) the dense layer runs on the pruned stream.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +13,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..adapters import Chain, Group, State
+from ..adapters import Chain, Group, Operation, State
+from ..adapters.base import run_operation
 from ..patterns import Masks
 from ..runtime.distributed import share
 from ..runtime.memory import Images, Kept, Shelf, halves, in_parts
@@ -66,16 +67,20 @@ class Streams:
         self.batches = parts[: len(parts) + 1 - len(halves(self.batches[-1]))]
         self.halvings += 1
 
-    @torch.no_grad()
-    def advance(self, run: Callable[[State], State], which: str, device: torch.device) -> None:
+    def advance(self, operation: Operation, which: str, device: torch.device) -> None:
         """Moves one stream through an operation, batch by batch."""
         states: list[Kept] = getattr(self, which)
-
-        def there_and_back(state: State) -> State:
-            return send_to_device(run(send_to_device(state, device)), torch.device("cpu"))
-
         for i in range(len(states)):
-            states[i] = self.shelf.keep(in_parts(there_and_back, states[i].get()))
+            states[i] = self.shelf.keep(through(operation, states[i].get(), device))
+
+
+def through(operation: Operation, state: State, device: torch.device) -> State:
+    """A state that rests on the CPU after an operation that runs on a device, in halves where memory runs out."""
+
+    def there_and_back(part: State) -> State:
+        return send_to_device(run_operation(operation, send_to_device(part, device)), torch.device("cpu"))
+
+    return in_parts(there_and_back, state)
 
 
 def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
@@ -131,21 +136,8 @@ class Batches:
             source = self.streams.dense[index].get()
         with torch.no_grad(), holding(self.segment.chain, self.dense):
             targets = self.segment.outputs(send_to_device(source, self.segment.chain.device))
-        solver = self.config.solver
-        return KStepObjective(
-            self.segment,
-            self.active,
-            pruned,
-            targets,
-            solver.curvature,
-            solver.preconditioner,
-            solver.damping,
-            relative=self.config.weighting == "relative",
-            emphasis=self.config.emphasis if joint else 0.0,
-            share=part,
-            factor_entries=solver.factor_entries,
-            autocast=self.config.autocast and step is not None,
-        )
+        autocast = self.config.autocast and step is not None
+        return KStepObjective(self.segment, self.active, pruned, self.config, targets, part, autocast)
 
     def __iter__(self) -> Iterator[KStepObjective]:
         return (self.objective(index, step) for step, index in self.order)

@@ -19,7 +19,7 @@ from ..adapters import Chain, Group
 from ..data.names import Name, short_name, split_revision
 from ..hub.load import Checkpoint
 from ..masks import split_by_fit
-from ..method.progress import LayerReport
+from ..method.records import LayerReport
 from ..patterns import Masks, Pattern, PerLayer
 from ..runtime.files import checksum
 from ..runtime.journal import Digest, digest_of

@@ -31,18 +31,12 @@ def find_device(device: str) -> torch.device:
     return own if cuda else torch.device("cpu")
 
 
-def find_reproducible(device: str) -> torch.device:
-    """:func:`find_device`, for a job whose seed decides the bits of its result: from here on torch leaves out, on
-    CUDA, what adds in the order of the moment, and warns where it cannot.
-
-    Raises:
-        ConfigError: as there.
-    """
-    found = find_device(device)
-    if found.type == "cuda":
+def make_reproducible(device: torch.device) -> None:
+    """For a job whose seed decides the bits of its result: from here on torch leaves out, on CUDA, what adds in the
+    order of the moment, and warns where it cannot."""
+    if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    return found
 
 
 def describe_hardware(device: torch.device) -> str:

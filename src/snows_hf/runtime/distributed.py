@@ -7,6 +7,7 @@ solve the same systems, of the whole batch, and come to the same weights.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +19,9 @@ from .memory import out_of_memory
 
 
 T = TypeVar("T")
+
+_ON_MAIN = ContextVar("_ON_MAIN", default=False)
+"""Whether this is work that the other processes wait for."""
 
 
 @contextmanager
@@ -122,19 +126,23 @@ def share(total: int) -> Share:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the main process, on all of them; an error of ours there is raised on all of them.
+    """What ``make`` gives on the main process, on all of them; an error of ours there is raised on all of them. What
+    ``make`` itself asks of the main process it gets at once.
 
     Raises:
         ProcessError: another process has ended.
     """
-    if processes() == 1:
+    if processes() == 1 or _ON_MAIN.get():
         return make()
     outcome: list[Any] = [None, None]
     if rank() == 0:
+        within = _ON_MAIN.set(True)
         try:
             outcome[0] = make()
         except SnowsError as error:
             outcome[1] = error
+        finally:
+            _ON_MAIN.reset(within)
     with together():
         torch.distributed.broadcast_object_list(outcome)
     if outcome[1] is not None:

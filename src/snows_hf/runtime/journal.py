@@ -21,8 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, SaveError, one_line
-from ..method.cg import CGStatus
-from ..method.newton import NewtonResult, NewtonState, NewtonStatus
 from .distributed import from_main
 from .files import checksum, sync, work_folder
 
@@ -69,29 +67,18 @@ class Journal:
         paths = self.folder.glob("*.*.safetensors") if self.folder else ()
         return from_main(lambda: sorted({path.name.partition(".")[0] for path in paths}))
 
-    def put_state(self, name: str, state: NewtonState) -> None:
-        """Keeps where Algorithm 2 is, and its last state but one, should this one turn out damaged."""
-        tensors = {"w": state.w, "mean": state.mean, "best": state.result.w}
-        tensors = {key: tensor for key, tensor in tensors.items() if key == "w" or tensor is not state.w}
-        counts = {key: value for key, value in vars(state.result).items() if key != "w"}
-        steps = f"{name}-step-{state.result.steps:06d}"
-        self.put(steps, tensors, result=counts, milestone=state.milestone, stale=state.stale)
-        for older in [step for step in self.names() if step.startswith(f"{name}-step-") and step <= steps][:-2]:
+    def put_next(self, series: str, number: int, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+        """Keeps a number of a series, and the one before it, should this one turn out damaged."""
+        self.put(f"{series}-step-{number:06d}", tensors, **facts)
+        for older in [name for name in self._series(series) if name <= f"{series}-step-{number:06d}"][:-2]:
             self.drop(older)
 
-    def get_state(self, name: str, device: torch.device) -> NewtonState | None:
-        """The last state that was kept."""
-        for step in reversed(self.names()):
-            if not step.startswith(f"{name}-step-") or (record := self.get(step)) is None:
-                continue
-            tensors = {key: tensor.to(device) for key, tensor in record.tensors.items()}
-            w = tensors["w"]
-            counts = record.facts["result"]
-            counts["status"] = NewtonStatus(counts["status"])
-            counts["cg_statuses"] = [CGStatus(status) for status in counts["cg_statuses"]]
-            result = NewtonResult(tensors.get("best", w), **counts)
-            return NewtonState(w, tensors.get("mean", w), result, record.facts["milestone"], record.facts["stale"])
-        return None
+    def latest(self, series: str) -> Record | None:
+        """The last record of a series that is whole."""
+        return next((record for name in reversed(self._series(series)) if (record := self.get(name))), None)
+
+    def _series(self, series: str) -> list[str]:
+        return [name for name in self.names() if name.startswith(f"{series}-step-")]
 
     def drop(self, prefix: str) -> None:
         """Removes all records whose names begin so."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...patterns import NM
+from ...runtime.journal import Record
 from ..evidence import Evidence, matrix, unmatrix
 from .base import Choice, register_criterion
 
@@ -22,8 +23,12 @@ CHUNK = {"cpu": 2**21, "cuda": 2**27}
 """Numbers in the inverses that are updated together: what a cache holds, and what keeps a GPU busy in 1 GB."""
 
 
-Kept = tuple[Tensor, Tensor]
-"""Which weights of a layer are kept (bool), and the values of all, zero where they are not."""
+Kept = tuple[Tensor, Tensor, int]
+"""Which weights of a layer are kept (bool), the values of all, zero where they are not, and how many were swapped."""
+
+Decide = Callable[[Tensor, Tensor, NM | None, int], Kept]
+"""W (rows, d) and H = X Xᵀ + damping (groups, d, d), both in float64, the layer's N:M or None, and how many weights
+go → which are kept, as W."""
 
 
 def damped(H: Tensor) -> Tensor:
@@ -35,30 +40,33 @@ def damped(H: Tensor) -> Tensor:
     return H + DAMPING * torch.diag_embed(scale[:, None].expand(H.shape[:2]))
 
 
-def layer_by_layer(evidence: Evidence, decide: Callable[[Tensor, Tensor, NM | None, int], Kept]) -> Choice:
-    """What ``decide`` makes of every layer.
-
-    Args:
-        evidence: with network and images.
-        decide: W (rows, d) and H = X Xᵀ + damping (groups, d, d), both in float64, the layer's N:M or None, and how
-            many weights go → which are kept (bool), and their values, both as W.
-    """
-    masks, weights = {}, {}
+def layer_by_layer(evidence: Evidence, decide: Decide) -> Choice:
+    """What ``decide`` makes of every layer; what an earlier run made of a layer stays."""
+    journal, names = evidence.run.journal, list(evidence.weights)
+    finished = {name: journal.get(f"{evidence.record}-layer-{i:04d}") for i, name in enumerate(names)}
+    grams = evidence.grams([name for name, record in finished.items() if record is None])
     zeros = evidence.pattern.zeros(evidence.weights)
-    for name, H in evidence.grams():
-        weight, pattern = evidence.weights[name], evidence.pattern.of(name)
-        W = matrix(weight).to(H.device, torch.float64)
-        kept, updated = decide(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
-        masks[name] = unmatrix(kept, weight.shape).to(weight.device)
-        weights[name] = unmatrix(updated, weight.shape).to(weight)
-    return Choice(masks, weights)
+    masks, weights, swapped = {}, {}, 0
+    for i, name in enumerate(evidence.run.track(names, f"Layers of {evidence.title}", len(names), str)):
+        weight, pattern, record = evidence.weights[name], evidence.pattern.of(name), finished.pop(name)
+        if record is None:
+            _, H = next(grams)
+            W = matrix(weight).to(H.device, torch.float64)
+            kept, updated, swaps = decide(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
+            tensors = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
+            record = Record(tensors, {"swapped": swaps})
+            journal.put(f"{evidence.record}-layer-{i:04d}", record.tensors, **record.facts)
+        masks[name] = record.tensors["mask"].to(weight.device)
+        weights[name] = record.tensors["weight"].to(weight)
+        swapped += record.facts["swapped"]
+    return Choice(masks, weights, {"swapped": swapped / max(1, sum(int(mask.sum()) for mask in masks.values()))})
 
 
 @register_criterion("obc")
 def obc(evidence: Evidence) -> Choice:
     def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         kept = nm_kept(W, H, pattern) if pattern else unstructured_kept(W, H, zeros)
-        return kept, refit(W, H, kept)
+        return kept, refit(W, H, kept), 0
 
     return layer_by_layer(evidence, decide)
 

@@ -5,8 +5,6 @@ Greedy criteria never take a decision back. Here each kept weight of a row in tu
 group the best takes it, by the formulas of OBS (Hassibi and Stork, 1993), until no swap helps or ``SWEEPS`` are over.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -32,19 +30,14 @@ MARGIN = 1e-6
 
 @register_criterion("swap")
 def swap(evidence: Evidence) -> Choice:
-    swapped = []
-
     def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         rows = W.unflatten(0, (len(H), -1))
         first = sweep(rows, H, pattern, zeros)[0]
         width = pattern.m if pattern else WIDTH
         kept = torch.cat([refined(w, h, k, width) for w, h, k in zip(rows, H, first, strict=True)])
-        swapped.append(int((kept & ~first.flatten(0, 1)).sum()))
-        return kept, refit(W, H, kept)
+        return kept, refit(W, H, kept), int((kept & ~first.flatten(0, 1)).sum())
 
-    choice = layer_by_layer(evidence, decide)
-    total = sum(int(mask.sum()) for mask in choice.masks.values())
-    return replace(choice, facts={"swapped": sum(swapped) / max(1, total)})
+    return layer_by_layer(evidence, decide)
 
 
 def refined(W: Tensor, H: Tensor, kept: Tensor, width: int) -> Tensor:

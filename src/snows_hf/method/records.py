@@ -1,4 +1,4 @@
-"""What a cascade tells of its layers, while it runs and in the end."""
+"""What is kept and reported of the layers that a cascade solves."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,17 +7,26 @@ from typing import Any
 
 import torch
 
-from .newton import NewtonResult
+from ..runtime.journal import Journal
+from .cg import CGStatus
+from .newton import NewtonResult, NewtonState, NewtonStatus
 from .objective import ActiveWeights, Segment
 from .streams import Streams
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one group in one sweep. Losses are K-step losses on the held-out calibration images: at the
-    start (in the first sweep, of the mask alone, or of the criterion's own weights where these are better) and at the
-    end, in ``losses`` the lowest so far after each step. ``cg_statuses`` counts why conjugate gradients stopped.
-    ``batch_size``: images of its largest batch, fewer than asked for where memory ran out."""
+    """What happened to one group in one sweep.
+
+    Attributes:
+        loss_masked: K-step loss, on the held-out calibration images as all losses here, of the dense weights under the
+            mask; None after the first sweep, where there are no dense weights to mask any more.
+        loss_start: of the weights that it began with: those, or the criterion's own where they are better.
+        loss_pruned: of the weights that it ended with.
+        losses: the lowest so far, after each step.
+        cg_statuses: why conjugate gradients stopped, and how often.
+        batch_size: images of its largest batch, fewer than asked for where memory ran out.
+    """
 
     name: str
     sweep: int
@@ -25,7 +34,8 @@ class LayerReport:
     shape: tuple[int, ...]
     k: int
     sparsity: float
-    loss_masked: float
+    loss_masked: float | None
+    loss_start: float
     loss_pruned: float
     cg_iterations: int
     steps: int
@@ -45,6 +55,7 @@ class LayerReport:
         result: NewtonResult,
         streams: Streams,
         active: ActiveWeights,
+        loss_masked: float | None,
         seconds: float,
     ) -> "LayerReport":
         """What Algorithm 2 did to a segment's group; ``active`` are the weights that it has in ``result.w``."""
@@ -59,7 +70,8 @@ class LayerReport:
             shape=(size,) if joint else (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]),
             k=segment.stop - segment.start - 1,
             sparsity=masked / size,
-            loss_masked=result.loss_start,
+            loss_masked=loss_masked,
+            loss_start=result.loss_start,
             loss_pruned=result.loss_end,
             cg_iterations=result.cg_iterations,
             steps=result.steps,
@@ -83,16 +95,22 @@ class LayerReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a cascade is: layer ``index`` (from 0) of ``total`` in all sweeps, its products so far, its losses;
-    ``note`` says what people should know."""
+def put_state(journal: Journal, name: str, state: NewtonState) -> None:
+    """Keeps where Algorithm 2 is under a layer's name."""
+    tensors = {"w": state.w, "mean": state.mean, "best": state.result.w}
+    tensors = {key: tensor for key, tensor in tensors.items() if key == "w" or tensor is not state.w}
+    counts = {key: value for key, value in vars(state.result).items() if key != "w"}
+    journal.put_next(name, state.result.steps, tensors, result=counts, milestone=state.milestone, stale=state.stale)
 
-    index: int
-    total: int
-    name: str
-    cg_iterations: int = 0
-    loss_masked: float | None = None
-    loss: float | None = None
-    report: LayerReport | None = None
-    note: str = ""
+
+def get_state(journal: Journal, name: str, device: torch.device) -> NewtonState | None:
+    """The last state that was kept under a layer's name."""
+    record = journal.latest(name)
+    if record is None:
+        return None
+    tensors = {key: tensor.to(device) for key, tensor in record.tensors.items()}
+    w, counts = tensors["w"], record.facts["result"]
+    counts["status"] = NewtonStatus(counts["status"])
+    counts["cg_statuses"] = [CGStatus(status) for status in counts["cg_statuses"]]
+    result = NewtonResult(tensors.get("best", w), **counts)
+    return NewtonState(w, tensors.get("mean", w), result, record.facts["milestone"], record.facts["stale"])

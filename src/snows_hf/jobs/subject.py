@@ -1,0 +1,112 @@
+"""The model that is pruned, or measured layer by layer: loaded, cut into operations, and what of it is asked for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Chain, Group, build_chain
+from ..adapters.check import select_layers
+from ..data.names import Name
+from ..hub.load import Checkpoint, buffers_follow_weights, load
+from ..masks import split_by_fit
+from ..patterns import Masks
+from ..patterns.plan import Candidate
+from ..runtime.run import Run
+from ..settings import PruneConfig
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what of it is to be pruned.
+
+    Attributes:
+        checkpoint: as it was loaded; its network is changed in place.
+        chain: the network cut into operations.
+        config: all settings, those of the model's family included.
+        layers: to be pruned.
+        original: every tensor of the network as the checkpoint has it, by name.
+    """
+
+    checkpoint: Checkpoint
+    chain: Chain
+    config: PruneConfig
+    layers: list[Group]
+    original: dict[str, Tensor]
+
+    @property
+    def network(self) -> nn.Module:
+        return self.checkpoint.model
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The dense weights of the layers, by name."""
+        return {name: self.original[name] for group in self.layers for name in group.parameters}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.original.values())
+
+    def as_it_is(self) -> "Subject":
+        """The same subject, what its network holds now being the original."""
+        return replace(self, original=copy_of(self.network))
+
+    @torch.no_grad()
+    def restore_untouched(self, masks: Masks) -> list[str]:
+        """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not
+        pruned.
+
+        Returns:
+            Names of those with weights beyond the range of their dtype: these are now the largest that it has.
+        """
+        beyond = []
+        for name, tensor in self.network.state_dict(keep_vars=True).items():
+            source = self.original[name]
+            if name not in masks:
+                tensor.data = source.to(tensor.device)
+                continue
+            largest = torch.finfo(source.dtype).max
+            if float(tensor.abs().max()) > largest:
+                beyond.append(name)
+                tensor.data = tensor.data.double().clamp(-largest, largest)
+            tensor.data = tensor.data.to(source.dtype)
+        buffers_follow_weights(self.network)
+        return beyond
+
+
+def copy_of(network: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a network, by name."""
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def load_subject(
+    run: Run,
+    model: Name,
+    revision: str | None,
+    configure: Callable[[str], PruneConfig],
+    candidates: Sequence[Candidate],
+) -> Subject:
+    """Loads a model, and finds the layers that are asked for.
+
+    Args:
+        run: is told.
+        model: Hub id or folder.
+        revision: on the Hub.
+        configure: family of architectures → all settings.
+        candidates: patterns that must each fit some layer; None stands for dense.
+
+    Raises:
+        SnowsError: no such model, no adapter for it, no such layer, or a pattern that fits none.
+    """
+    run.say(f"Loading {model}")
+    checkpoint = load(model, revision)
+    chain = build_chain(checkpoint.model)
+    config = configure(chain.family)
+    layers = select_layers(chain, config.layers)
+    subject = Subject(checkpoint, chain, config, layers, copy_of(checkpoint.model))
+    for candidate in candidates:
+        if candidate is not None:
+            split_by_fit(subject.weights, candidate)
+    return subject
