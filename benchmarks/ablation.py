@@ -22,7 +22,7 @@ from snows_hf.method.newton import Expansion, Step, newton_step, step_along
 from snows_hf.method.objective import KStepObjective, Segment
 from snows_hf.method.preconditioner import RowPreconditioner
 from snows_hf.method.streams import masked_operations
-from snows_hf.settings import SolverConfig, preset
+from snows_hf.settings import PruneConfig, SolverConfig, preset
 
 
 Stepper = Callable[[KStepObjective, Tensor, SolverConfig], Step | None]
@@ -114,7 +114,8 @@ def trace(
     torch.manual_seed(0)
     *batches, judge = setting.objectives(index, batch_size)
     for batch in batches:
-        batch.curvature, batch.preconditioner, batch.autocast = curvature, preconditioner, autocast
+        batch.solver = replace(batch.solver, curvature=curvature, preconditioner=preconditioner)
+        batch.autocast = autocast
     w = judge.active.within(setting.chain)
     config = replace(preset("default", setting.chain.family, "2:4").solver, **(OURS | changes))
     start, found = judge.value(w), [(0.0, 1.0)]
@@ -123,7 +124,9 @@ def trace(
         short = Segment.cut(setting.chain, index, 0)
         for batch in batches:
             targets = batch.targets[:1]
-            shorter = KStepObjective(short, batch.active, batch.state, targets, "gauss-newton", "gram", batch.damping)
+            shorter = KStepObjective(
+                short, batch.active, batch.state, PruneConfig("2:4", solver=batch.solver), targets
+            )
             taken = newton_step(shorter, w, config)
             w = taken.w if taken is not None else w
         found.append((time.process_time() - began, min(1.0, judge.value(w) / start)))

@@ -26,6 +26,7 @@ from snows_hf.method.fitting import fit_batches
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.patterns import Masks, parse_pattern
 from snows_hf.runtime.device import describe_hardware, find_device
+from snows_hf.runtime.run import Run
 from snows_hf.settings import PruneConfig, preset
 
 
@@ -61,10 +62,8 @@ def product_rate(chain: Chain, masks: Masks, config: PruneConfig, device: torch.
     with torch.no_grad():
         for operation in chain.operations[:index]:
             images = operation.run(images)
-        targets = segment.outputs(images)
-    w = active.within(chain)
-    curvature, autocast = config.solver.curvature, config.autocast
-    expansion = KStepObjective(segment, active, images, targets, curvature, autocast=autocast).expand(w)
+    w, config = active.within(chain), config.updated(preconditioner="none", gradual=0.0)
+    expansion = KStepObjective(segment, active, images, config, autocast=config.autocast).expand(w)
     p = torch.randn_like(w)
     with FlopCounterMode(display=False) as counter:
         expansion.product(p)
@@ -85,7 +84,7 @@ def run(name: str, n: int, pattern: str, device: torch.device, **settings: float
     choice = choose(Evidence(weights, parse_pattern(pattern), config, chain, images))
     chosen = time.perf_counter()
     masks = choice.masks
-    config = fit_batches(chain, images[:2], masks, config, None, print)
+    config = fit_batches(Run(device, on_stage=print), chain, images[:2], masks, config)
     reports = prune_chain(chain, images, masks, config, start=choice.weights)
     ended = time.perf_counter()
     memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else ""

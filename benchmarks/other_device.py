@@ -29,7 +29,6 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import snows_hf
 from snows_hf.errors import SnowsError
 from snows_hf.masks.scores import criteria
-from snows_hf.method.records import Progress
 
 
 NAME = "elsewhere"
@@ -93,9 +92,8 @@ def new_device() -> Any:
 def use(device: torch.device) -> None:
     """From here on every job that looks for a device finds this one."""
     for module in [module for name, module in sys.modules.items() if name.startswith("snows_hf")]:
-        for finder in ("find_device", "find_reproducible"):
-            if hasattr(module, finder):
-                setattr(module, finder, lambda _: device)
+        if hasattr(module, "find_device"):
+            module.find_device = lambda _: device  # type: ignore[attr-defined]
 
 
 def outcome(run: Callable[[], object]) -> str:
@@ -163,15 +161,14 @@ def less_memory(extension: Any) -> None:
     for share in (None, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1):
         notes: list[str] = []
 
-        def note(said: Progress | str, notes: list[str] = notes) -> None:
-            text = said if isinstance(said, str) else said.note or ""
-            notes.extend([text.partition(": ")[2]] if "out of memory" in text else [])
+        def note(said: str, notes: list[str] = notes) -> None:
+            notes.extend([said.partition(": ")[2]] if "out of memory" in said else [])
 
         gc.collect()
         base = extension.used()
         extension.set_limit(base + int(share * most) if share else 2**60)
         extension.reset_peak()
-        given = settings | {"on_progress": note, "on_stage": note}
+        given = settings | {"on_stage": note}
         said = outcome(lambda given=given: snows_hf.prune(VIT, "2:4", data=DIGITS, **given) and None)
         peak = extension.peak() - base
         most = most or peak

@@ -17,6 +17,7 @@ from torch import Tensor
 from snows_hf.data.images import labelled_batches, open_images
 from snows_hf.hub.load import load
 from snows_hf.jobs.probe import extract_features, fit_logistic, standardisation
+from snows_hf.runtime.run import Run
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -29,7 +30,8 @@ checkpoint = load(args.model)
 splits = []
 for split in ("train", "test"):
     source = open_images(args.data, split)
-    splits.append(extract_features(checkpoint.model, labelled_batches(source, checkpoint.preprocess, 256), source))
+    batches = labelled_batches(source, checkpoint.preprocess, 256)
+    splits.append(extract_features(Run(), checkpoint.model, batches, source))
 (x, y), (x_test, y_test) = splits
 shift, scale = standardisation(x)
 x, x_test = (x - shift) / scale, (x_test - shift) / scale

@@ -20,6 +20,7 @@ from snows_hf.adapters import build_chain, frozen
 from snows_hf.masks import choose_masks
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.patterns import NM
+from snows_hf.settings import PruneConfig
 
 
 MODELS = {"vit_base_patch16_224": (3, (0, 1, 2, 3)), "resnet50": (30, (0, 20, 40))}
@@ -67,10 +68,11 @@ def main() -> None:
                 with torch.no_grad():
                     for operation in chain.operations[:index]:
                         state = operation.run(state)
-                    targets = segment.outputs(state)
                 cells = []
                 for curvature, found in ratios.items():
-                    objective = KStepObjective(segment, active, state, targets, curvature)
+                    objective = KStepObjective(
+                        segment, active, state, PruneConfig("2:4").updated(curvature=curvature, preconditioner="none")
+                    )
                     forward, product = cost(objective, active.gather(weights), arguments.repeats, device)
                     found.append(product / forward)
                     cells.append(f"{product / forward:.2f}")

@@ -24,7 +24,7 @@ from snows_hf.method.newton import NewtonState, newton
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.method.streams import masked_operations, split_images
 from snows_hf.patterns import Masks, parse_pattern
-from snows_hf.settings import preset
+from snows_hf.settings import PruneConfig, preset
 
 
 OURS = {"passes": 5, "cg_max_iter": 20, "min_gain": 0.0}
@@ -72,8 +72,7 @@ class Setting:
             with torch.no_grad():
                 for operation in self.chain.operations[:index]:
                     state = operation.run(state)
-                targets = segment.outputs(state)
-            made.append(KStepObjective(segment, active, state, targets, "gauss-newton", "gram", damping=1e-4))
+            made.append(KStepObjective(segment, active, state, PruneConfig("2:4")))
         return made
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-from tiny import cifar_resnet, images, magnitude_masks
+from tiny import cifar_resnet, config, images, magnitude_masks
 
 from snows_hf.adapters import build_chain
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
@@ -61,7 +61,7 @@ def test_fisher_direction_against_a_dense_solve(script) -> None:
         for operation in chain.operations[:index]:
             state = operation.run(state)
         targets = segment.outputs(state)
-    objective = KStepObjective(segment, active, state, targets, "gauss-newton")
+    objective = KStepObjective(segment, active, state, config(), targets)
     w = active.gather({name: chain.weight(name).detach() for name in active.masks})
     gradients = figure7.sample_gradients(objective, w)
     g = objective.expand(w).gradient

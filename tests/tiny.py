@@ -151,8 +151,7 @@ class Run:
             segment = Segment.cut(chain, index, self.config.k)
             targets = segment.outputs(dense_state if self.config.targets == "dense" else state)
         active = ActiveWeights({name: self.masks[name] for name in report.parameters})
-        relative = self.config.weighting == "relative"
-        return KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
+        return KStepObjective(segment, active, state, self.config, targets)
 
     def losses(self, report: LayerReport) -> tuple[float, float]:
         """Held-out losses with the dense network's masked weights, and with the weights the pruned network has."""

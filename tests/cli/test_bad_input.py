@@ -460,11 +460,11 @@ def test_a_layer_that_overflows_is_reported_as_null(run, monkeypatch: pytest.Mon
     real = JOB.prune_chain
 
     def overflowing(*arguments: object) -> list[object]:
-        return [replace(report, loss_masked=float("inf")) for report in real(*arguments)]
+        return [replace(report, loss_start=float("inf")) for report in real(*arguments)]
 
     monkeypatch.setattr(JOB, "prune_chain", overflowing)
     result = run(
         "prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--k", 0, "--output", "o", "--json"
     )
     assert result.code == 0
-    assert json.loads(result.out)["layers"][0]["loss_masked"] is None
+    assert json.loads(result.out)["layers"][0]["loss_start"] is None

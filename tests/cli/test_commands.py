@@ -35,10 +35,10 @@ def test_prune_as_json(run, model: Path, layers: int) -> None:
         assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 100
     assert len(report["layers"]) == layers
     for layer in report["layers"]:
-        keys = {"name", "shape", "sparsity", "loss_masked", "loss_pruned", "cg_iterations", "seconds", "status"}
+        keys = {"name", "shape", "sparsity", "loss_start", "loss_pruned", "cg_iterations", "seconds", "status"}
         assert keys <= layer.keys()
         assert layer["sparsity"] == 0.5
-        assert 0 <= layer["loss_pruned"] <= layer["loss_masked"]
+        assert 0 <= layer["loss_pruned"] <= layer["loss_start"]
     solved = layers + len(report["later_sweeps"])
     for line in ("Loading", "Reading 64", f"Pruning {layers} layers to 2:4", f"{solved}/{solved}", "Saving to out"):
         assert line in result.err

@@ -14,11 +14,11 @@ import pytest
 import torch
 from embedded import DIGITS, NO_HUB, RESNET, VIT, copy_of, tensors_of, write_tensors
 from safetensors.torch import save_file
-from snows_hf.method.records import Progress
 
 from snows_hf import prune
 from snows_hf.errors import ConfigError
 from snows_hf.patterns import NM
+from snows_hf.runtime.run import Progress
 
 
 QUICK = {"data": str(DIGITS), "samples": 32, "k": 1}
@@ -36,7 +36,7 @@ def after(steps: int) -> Callable[[Progress], None]:
 
     def on_progress(progress: Progress) -> None:
         nonlocal seen
-        seen += progress.loss is not None
+        seen += "CG iterations" in progress.detail
         if seen == steps:
             raise BrokenOffError
 

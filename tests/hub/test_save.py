@@ -88,7 +88,7 @@ def test_report(result: Pruned) -> None:
     assert saved["settings"]["samples"] == saved["samples"] == 32
     assert {"snows-hf", "torch", "transformers", "timm", "safetensors", "python"} <= saved["versions"].keys()
     assert len(saved["layers"]) == {"vit_digits": 16, "resnet_digits": 8, "tiny_vit": 8}[result.source.name]
-    assert {"name", "loss_masked", "loss_pruned", "status", "k"} <= saved["layers"][0].keys()
+    assert {"name", "loss_start", "loss_pruned", "status", "k"} <= saved["layers"][0].keys()
 
 
 def test_card(result: Pruned) -> None:

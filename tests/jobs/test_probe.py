@@ -30,6 +30,7 @@ from snows_hf.jobs.probe import (
     standardisation,
     wilson,
 )
+from snows_hf.runtime.run import Run
 
 
 SOURCE = ImageSource("d", "train", None, "image", "label", None)
@@ -48,7 +49,7 @@ def clusters(n: int, seed: int, classes: int = 6, width: int = 10) -> tuple[Tens
 def test_features_are_what_the_classifier_reads(case: Case) -> None:
     model, images = case.model(), case.images(3)
     batches = [(images[:2], torch.tensor([4, 1])), (images[2:], torch.tensor([0]))]
-    x, y = extract_features(model, batches, SOURCE)
+    x, y = extract_features(Run(), model, batches, SOURCE)
     assert y.tolist() == [4, 1, 0]
     heads = find_classifiers(model, images)
     with torch.no_grad():

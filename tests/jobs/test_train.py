@@ -23,6 +23,7 @@ from snows_hf.hub.load import load
 from snows_hf.hub.save import save_checkpoint
 from snows_hf.jobs.train import factor, fit, warm_up
 from snows_hf.masks.collapse import CUT, EMPTY, find_collapse
+from snows_hf.runtime.run import Run
 from snows_hf.settings import TrainConfig
 
 
@@ -177,7 +178,7 @@ class TestFit:
         x, y = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 4, 5])
         masks = {"layer1.0.conv1.weight": torch.rand(16, 16, 3, 3) < 0.3}
         config = TrainConfig(epochs=1, batch_size=6, augment=False, lr=0.1, weight_decay=0.01)
-        losses = fit(model, x, y, masks, config, torch.device("cpu"))
+        losses = fit(Run(), model, x, y, masks, config)
         weight = twin.layer1[0].conv1.weight
         weight.data *= masks["layer1.0.conv1.weight"]
         loss = F.cross_entropy(twin.train()(x), y)
@@ -201,7 +202,7 @@ class TestFit:
             model = CifarResNet(depth=8)
             model.load_state_dict(start)
             torch.random.set_rng_state(state)
-            fit(model, x, y, masks, TrainConfig(epochs=2, batch_size=8, seed=3), torch.device("cpu"))
+            fit(Run(), model, x, y, masks, TrainConfig(epochs=2, batch_size=8, seed=3))
             assert torch.equal(torch.random.get_rng_state(), state)
             weight = model.layer3[0].conv2.weight
             assert torch.equal(weight != 0, masks["layer3.0.conv2.weight"])
@@ -211,7 +212,7 @@ class TestFit:
     def test_a_loss_that_is_no_number(self) -> None:
         x, y = torch.full((4, 3, 32, 32), float("inf")), torch.zeros(4, dtype=torch.long)
         with pytest.raises(NumericsError, match=r"epoch 1\..*Lower --lr"):
-            fit(CifarResNet(depth=8), x, y, {}, TrainConfig(epochs=1), torch.device("cpu"))
+            fit(Run(), CifarResNet(depth=8), x, y, {}, TrainConfig(epochs=1))
 
     def test_schedules(self) -> None:
         assert [round(factor(step, 4, "cosine"), 6) for step in range(5)] == [1, 0.853553, 0.5, 0.146447, 0]

@@ -43,8 +43,8 @@ def table(*layers: list[tuple[object, float]], weights: int = 100, flops: tuple[
 class TestMeasured:
     def test_without_repair_it_is_the_error_of_the_network_with_one_layer_masked(self) -> None:
         model = convolutions()
-        given = evidence(model, "2:4", "magnitude")
-        rows = layer_sensitivities(given, [NM(1, 4), None, NM(2, 4)], FLOPS | {"layers.0": 7}, 0)
+        given = evidence(model, "2:4", "magnitude", repair_steps=0)
+        rows = layer_sensitivities(given, [NM(1, 4), None, NM(2, 4)], FLOPS | {"layers.0": 7})
         assert [(row.layer, str(row.pattern)) for row in rows] == [
             (f"layers.{i}", pattern) for i in range(4) for pattern in ("1:4", "2:4")
         ]
@@ -63,7 +63,9 @@ class TestMeasured:
 
     def test_small_batches_measure_the_same(self) -> None:
         whole, parts = (
-            layer_sensitivities(evidence(convolutions(), "2:4", "magnitude", batch_size=size), [NM(2, 4)], FLOPS, 0)
+            layer_sensitivities(
+                evidence(convolutions(), "2:4", "magnitude", batch_size=size, repair_steps=0), [NM(2, 4)], FLOPS
+            )
             for size in (12, 2)
         )
         assert [row.loss for row in parts] == pytest.approx([row.loss for row in whole], rel=1e-12)
@@ -72,20 +74,23 @@ class TestMeasured:
         model = linears()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         given = evidence(model, "2:4", "magnitude", count=60, weighting="relative")
-        masked, repaired = (layer_sensitivities(given, [NM(1, 4)], FLOPS, steps) for steps in (0, 2))
+        masked, repaired = (
+            layer_sensitivities(replace(given, config=given.config.updated(repair_steps=steps)), [NM(1, 4)], FLOPS)
+            for steps in (0, 2)
+        )
         assert sum(row.loss for row in repaired) < sum(row.loss for row in masked)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
     def test_a_criterions_own_update_counts(self) -> None:
-        given = evidence(linears(), "2:4", "obc", count=60)
+        given = evidence(linears(), "2:4", "obc", count=60, repair_steps=0)
         magnitude = replace(given, config=given.config.updated(mask="magnitude"))
-        own, plain = (layer_sensitivities(each, [NM(1, 4)], FLOPS, 0) for each in (given, magnitude))
+        own, plain = (layer_sensitivities(each, [NM(1, 4)], FLOPS) for each in (given, magnitude))
         assert sum(row.loss for row in own) < sum(row.loss for row in plain)
 
     def test_one_image_is_too_few(self) -> None:
         given = evidence(linears(), "2:4", "magnitude", count=1)
         with pytest.raises(ConfigError, match="two images"):
-            layer_sensitivities(given, [NM(2, 4)], FLOPS, 0)
+            layer_sensitivities(given, [NM(2, 4)], FLOPS)
 
 
 class TestChosen:

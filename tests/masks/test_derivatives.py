@@ -203,8 +203,7 @@ def test_k_step_curvature_is_that_of_the_solver(weighting):
         active = ActiveWeights({name: torch.ones_like(given.weights[name], dtype=torch.bool)})
         with torch.no_grad():
             targets = segment.outputs(state)
-        relative = weighting == "relative"
-        objective = KStepObjective(segment, active, state, targets, "gauss-newton", relative=relative)
+        objective = KStepObjective(segment, active, state, given.config, targets)
         product = objective.expand(given.weights[name].flatten()).product
         exact = torch.stack([product(e)[i] for i, e in enumerate(torch.eye(active.size, dtype=torch.float64))])
         torch.testing.assert_close(H[name].flatten(), exact, rtol=0.2, atol=1e-12)

@@ -5,12 +5,12 @@ import copy
 import pytest
 import tiny
 import torch
-from snows_hf.method.records import Progress
 from torch import nn
 
 from snows_hf.adapters import build_chain, frozen
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.streams import split_images
+from snows_hf.runtime.run import Progress, Run
 
 
 NETWORKS = [tiny.transformers_vit, tiny.timm_vit, tiny.cifar_resnet, tiny.timm_resnet]
@@ -40,15 +40,15 @@ def test_every_group_is_reported_in_forward_order(run):
 
 def test_no_layer_is_worse_than_its_masked_start(run):
     for report in run.reports:
-        assert report.loss_pruned <= report.loss_masked
-        assert (report.status == "improved") == (report.loss_pruned < report.loss_masked)
+        assert report.loss_pruned <= report.loss_start == report.loss_masked
+        assert (report.status == "improved") == (report.loss_pruned < report.loss_start)
     assert any(report.status == "improved" for report in run.reports)
 
 
 def test_reported_losses_are_those_of_the_weights_in_the_model(run):
     for report in run.reports:
         masked, pruned = run.losses(report)
-        assert report.loss_masked == pytest.approx(masked, rel=1e-9)
+        assert report.loss_start == pytest.approx(masked, rel=1e-9)
         assert report.loss_pruned == pytest.approx(pruned, rel=1e-9)
 
 
@@ -85,7 +85,7 @@ def test_both_kinds_of_targets_agree_on_the_first_layer_and_differ_later(network
     assert {**first.to_dict(), "seconds": 0} == {**other.to_dict(), "seconds": 0}
     for name in first.parameters:
         assert torch.equal(dense.pruned.get_parameter(name), cascaded.pruned.get_parameter(name))
-    assert dense.reports[-1].loss_masked != cascaded.reports[-1].loss_masked
+    assert dense.reports[-1].loss_start != cascaded.reports[-1].loss_start
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -159,7 +159,9 @@ def test_modes_and_flags_are_put_back_after_an_error():
     model = in_place(tiny.cifar_resnet()).train()
     before = flags(model)
     with pytest.raises(InterruptionError):
-        prune_chain(build_chain(model), tiny.images(4), tiny.magnitude_masks(model), tiny.config(), interrupt)
+        prune_chain(
+            build_chain(model), tiny.images(4), tiny.magnitude_masks(model), tiny.config(), Run(on_progress=interrupt)
+        )
     assert flags(model) == before
 
 
@@ -172,16 +174,22 @@ def test_in_place_activations_change_no_result():
 def test_progress_tells_of_every_layer():
     model, seen = tiny.transformers_vit(), []
     masks = tiny.magnitude_masks(model)
-    reports = prune_chain(build_chain(model), tiny.images(8), masks, tiny.config(batch_size=3), seen.append)
-    assert [p.report for p in seen if p.report is not None] == reports
-    starts = [p for p in seen if p.report is None and p.loss is None]
-    assert [(p.index, p.name) for p in starts] == [(i, report.name) for i, report in enumerate(reports)]
+    said: list[str] = []
+    run = Run(on_stage=said.append, on_progress=seen.append)
+    reports = prune_chain(build_chain(model), tiny.images(8), masks, tiny.config(batch_size=3), run)
+    assert [line.split(":")[0] for line in said] == [
+        f"{i:3d}/{len(reports)} {report.name}" for i, report in enumerate(reports, 1)
+    ]
+    starts = [p for p in seen if not p.detail and p.done < p.total and p.done == int(p.done)]
+    assert {(p.done, p.part) for p in starts} >= {(i, report.name) for i, report in enumerate(reports)}
     assert {p.total for p in seen} == {len(reports)}
-    for report in reports:
-        steps = [p for p in seen if p.name == report.name and p.loss is not None]
-        assert len(steps) == report.steps - report.rejected_steps
+    assert [p.done for p in seen] == sorted(p.done for p in seen) and seen[-1].done == len(reports)
+    for i, report in enumerate(reports):
+        steps = [p for p in seen if p.part == report.name and p.detail]
+        assert len(steps) == report.steps
+        assert all(i < p.done < i + 1 for p in steps)
         if steps:
-            assert (steps[-1].loss_masked, steps[-1].loss) == (report.loss_masked, report.loss_pruned)
+            assert steps[-1].detail.endswith(f"loss {report.loss_start:.4g} → {report.loss_pruned:.4g}")
 
 
 @pytest.mark.parametrize(
@@ -228,8 +236,8 @@ def test_a_second_sweep_starts_from_the_first_and_is_no_worse(targets):
     for name, mask in twice.masks.items():
         assert torch.equal(twice.pruned.get_parameter(name) != 0, mask)
     for report in second:
-        assert report.loss_pruned <= report.loss_masked
-    assert second[0].loss_pruned < second[0].loss_masked
+        assert report.loss_pruned <= report.loss_start
+    assert second[0].loss_pruned < second[0].loss_start
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -252,8 +260,8 @@ def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
         sum(float((o - y).square().mean()) for o, y in zip(outputs, dense, strict=True))
         for outputs in (masked, pruned)
     ]
-    assert [joint.loss_masked, joint.loss_pruned] == pytest.approx(losses, rel=1e-9)
-    assert joint.loss_pruned < joint.loss_masked
+    assert [joint.loss_start, joint.loss_pruned] == pytest.approx(losses, rel=1e-9)
+    assert joint.loss_pruned < joint.loss_start
 
 
 def test_augmented_images_teach_and_never_judge():
@@ -261,7 +269,7 @@ def test_augmented_images_teach_and_never_judge():
     plain, augmented, again = (
         tiny.prune(tiny.cifar_resnet(), count=200, augment=augment, **settings) for augment in (False, True, True)
     )
-    assert augmented.reports[-1].loss_masked == plain.reports[-1].loss_masked > augmented.reports[-1].loss_pruned
+    assert augmented.reports[-1].loss_start == plain.reports[-1].loss_start > augmented.reports[-1].loss_pruned
     assert augmented.reports[-1].loss_pruned != plain.reports[-1].loss_pruned
     for name in augmented.masks:
         assert torch.equal(augmented.pruned.get_parameter(name), again.pruned.get_parameter(name))
@@ -278,12 +286,12 @@ def test_a_better_start_is_taken_and_a_worse_one_is_not(network):
         pruned = network()
         reports = prune_chain(build_chain(pruned), plain.images, plain.masks, plain.config, start=start)
         runs[what] = tiny.Run(plain.dense, pruned, plain.masks, plain.images, plain.config, reports)
-    assert runs["worse"].reports[0].loss_masked == plain.reports[0].loss_masked
+    assert runs["worse"].reports[0].loss_start == plain.reports[0].loss_start
     assert all(
         torch.equal(runs["worse"].pruned.get_parameter(name), plain.pruned.get_parameter(name)) for name in plain.masks
     )
     first = runs["better"].reports[0]
-    assert first.loss_masked == pytest.approx(plain.reports[0].loss_pruned, rel=1e-9)
+    assert first.loss_start == pytest.approx(plain.reports[0].loss_pruned, rel=1e-9)
     assert first.loss_pruned <= plain.reports[0].loss_pruned
     for report in runs["better"].reports:
         assert report.loss_pruned == pytest.approx(runs["better"].losses(report)[1], rel=1e-9)

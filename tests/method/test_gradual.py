@@ -7,7 +7,6 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from snows_hf.method.records import Progress
 from torch import Tensor
 
 from snows_hf.adapters import build_chain, frozen
@@ -20,6 +19,7 @@ from snows_hf.method.preconditioner import RowBlocks
 from snows_hf.method.streams import whole_network
 from snows_hf.patterns import NM, PerLayer, Unstructured
 from snows_hf.runtime.journal import Journal
+from snows_hf.runtime.run import Progress, Run
 from snows_hf.settings import PruneConfig
 
 
@@ -120,30 +120,30 @@ def test_saliency_is_the_least_cost_of_a_removal(groups):
 SETTINGS = {"gradual": 0.6, "joint_steps": 7, "preconditioner": "gram", "batch_size": 45, "layer_steps": 1}
 
 
-def prune(model, pattern, journal: Journal | None = None, on_progress=lambda p: None, count: int = 100, **changes):
+def prune(model, pattern, run: Run | None = None, count: int = 100, **changes):
     """Prunes a tiny network in place, from the relaxed pattern on; gives the reports."""
     weights = {name: model.get_parameter(name) for _, g in build_chain(model).groups() for name in g.parameters}
     masks = choose_masks(weights, pattern.relaxed(), "magnitude")
     config = tiny.config(**SETTINGS | changes)
     images = tiny.images(count, seed=7)
-    return prune_chain(build_chain(model), images, masks, config, on_progress, None, journal, pattern)
+    return prune_chain(build_chain(model), images, masks, config, run, pattern=pattern)
 
 
 @pytest.mark.parametrize("pattern", [NM(1, 4), Unstructured(0.8)], ids=str)
 @pytest.mark.parametrize("network", [tiny.cifar_resnet, tiny.timm_vit])
 def test_a_network_comes_to_the_pattern(network, pattern):
     model = network()
-    seen: list[Progress] = []
-    *layers, thinning, joint = prune(model, pattern, on_progress=seen.append)
+    seen, said = list[Progress](), list[str]()
+    *layers, thinning, joint = prune(model, pattern, Run(on_stage=said.append, on_progress=seen.append))
     weights = {name: model.get_parameter(name) for name in joint.parameters}
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
     assert zeros == sum(pattern.zeros(weights).values())
     assert all(pattern.holds(weight) for weight in weights.values())
     assert (thinning.status, thinning.steps, len(thinning.losses)) == ("thinned_out", 4, 4)
     assert thinning.sparsity == joint.sparsity == pytest.approx(pattern.sparsity, abs=1e-3)
-    assert joint.loss_masked == pytest.approx(thinning.loss_pruned, rel=1e-6) and joint.loss_pruned < joint.loss_masked
+    assert joint.loss_start == pytest.approx(thinning.loss_pruned, rel=1e-6) and joint.loss_pruned < joint.loss_start
     assert all(abs(layer.sparsity - pattern.relaxed().sparsity) < 0.4 for layer in layers)
-    assert [p.report for p in seen if p.report is not None] == [*layers, thinning, joint]
+    assert len(said) == len([*layers, thinning, joint])
     assert {p.total for p in seen} == {len(layers) + 2}
 
 
@@ -161,7 +161,7 @@ def test_a_run_that_is_broken_off_gives_the_same_bits(stop, tmp_path: Path):
 
     def interrupt(progress: Progress) -> None:
         nonlocal left
-        if progress.name == "all layers, thinning out" and progress.loss is not None:
+        if progress.part == "all layers, thinning out" and progress.detail:
             left -= 1
             if left == 0:
                 raise StopError
@@ -170,9 +170,9 @@ def test_a_run_that_is_broken_off_gives_the_same_bits(stop, tmp_path: Path):
     expected = prune(whole, NM(1, 4))
     left = stop
     with pytest.raises(StopError):
-        prune(broken, NM(1, 4), Journal(tmp_path), interrupt)
+        prune(broken, NM(1, 4), Run(journal=Journal(tmp_path), on_progress=interrupt))
     again = tiny.cifar_resnet()
-    reports = prune(again, NM(1, 4), Journal(tmp_path))
+    reports = prune(again, NM(1, 4), Run(journal=Journal(tmp_path)))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     for a, b in zip(expected, reports, strict=True):
@@ -187,7 +187,7 @@ def test_without_finite_numbers_the_pattern_is_reached_by_magnitude():
     weights = active.scatter(active.within(chain))
     with frozen(model):
         targets = [torch.full_like(y, torch.nan) for y in segment.outputs(images)]
-        batch = KStepObjective(segment, active, images, targets, "gauss-newton", "gram")
+        batch = KStepObjective(segment, active, images, tiny.config(preconditioner="gram"), targets)
         taken, left = thinning_step(batch, weights, tiny.config().solver, NM(1, 4), share=0.5)
     assert taken is None
     for name, weight in left.items():

@@ -131,17 +131,10 @@ class Built:
     reference_targets: list[Tensor]
 
     def objective(self, curvature: str, preconditioner: str = "none", damping: float = 0.0) -> KStepObjective:
-        return KStepObjective(
-            self.segment,
-            self.active,
-            self.state,
-            self.targets,
-            curvature,
-            preconditioner=preconditioner,
-            damping=damping,
-            relative=self.relative,
-            emphasis=self.emphasis,
-        )
+        weighting = "relative" if self.relative else "mean"
+        settings = {"curvature": curvature, "preconditioner": preconditioner, "damping": damping}
+        config = tiny.config(weighting=weighting, emphasis=self.emphasis, **settings)
+        return KStepObjective(self.segment, self.active, self.state, config, self.targets)
 
     def divisor(self, place: int, y: Tensor) -> float:
         """Of the squared error of an operation: its entries, times their variance where relative; less if late."""
@@ -397,7 +390,7 @@ def test_k_0_on_a_linear_layer_is_masked_least_squares(bias, curvature):
     masks["weight"][0, 1:] = False  # rows need not keep equally many
     active = ActiveWeights(masks)
     segment = Segment.cut(chain, 0, 0)
-    objective = KStepObjective(segment, active, (X,), segment.outputs((X,)), curvature)
+    objective = KStepObjective(segment, active, (X,), tiny.config(curvature=curvature))
     settings = SolverConfig(
         curvature=curvature,
         damping=0.0,
@@ -434,7 +427,7 @@ def test_under_autocast_the_expansion_is_that_of_float32_but_for_bfloat16s_round
         w, targets = active.within(chain), segment.outputs(state)
         p = torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
         exact, rounded = (
-            KStepObjective(segment, active, state, targets, "gauss-newton", "gram", 1e-4, autocast=on).expand(w)
+            KStepObjective(segment, active, state, tiny.config(preconditioner="gram"), targets, autocast=on).expand(w)
             for on in (False, True)
         )
         assert rounded.gradient.dtype == torch.float32
@@ -454,6 +447,6 @@ def test_sums_of_half_precision_are_made_in_single(dtype: torch.dtype):
     with torch.no_grad():
         y = layer(x)
     active = ActiveWeights({"weight": torch.ones(16, 16, dtype=torch.bool)})
-    objective = KStepObjective(Segment.cut(chain, 0, 0), active, (x,), [y + 1], "gauss-newton", relative=True)
+    objective = KStepObjective(Segment.cut(chain, 0, 0), active, (x,), tiny.config(weighting="relative"), [y + 1])
     value = objective.value(active.within(chain).detach())
     assert value == pytest.approx(float((y + 1 - y).float().square().mean() / (y + 1).float().var()), rel=1e-3)

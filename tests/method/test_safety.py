@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from snows_hf.method.records import LayerReport, Progress
 from torch import Tensor, nn
 
 from snows_hf.adapters import build_chain
 from snows_hf.errors import MemoryLimitError
-from snows_hf.jobs.prune import restore_untouched
+from snows_hf.jobs.subject import restore_untouched
 from snows_hf.method.cascade import prune_chain
+from snows_hf.method.records import LayerReport
 from snows_hf.method.streams import Streams
 from snows_hf.runtime.distributed import share, whole
 from snows_hf.runtime.journal import Journal
 from snows_hf.runtime.memory import Shelf, halves, in_parts, out_of_memory
+from snows_hf.runtime.run import Progress, Run
 
 
 NETWORKS = [tiny.transformers_vit, tiny.cifar_resnet]
@@ -144,15 +145,15 @@ def last_operation(model: nn.Module) -> str:
 
 @pytest.mark.parametrize("joint_steps", [0, 2])
 def test_batches_are_halved_until_they_fit(joint_steps: int) -> None:
-    model, said = tiny.cifar_resnet(), list[Progress]()
+    model, said = tiny.cifar_resnet(), list[str]()
     chain = tiny.hungry(build_chain(model), last_operation(model), fits=4)
     settings = tiny.config(batch_size=12, joint_steps=joint_steps)
-    reports = prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, said.append)
+    reports = prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, Run(on_stage=said.append))
     sizes = [report.batch_size for report in reports]
     assert sizes[0] > 4 >= sizes[-1]  # the first layers do not reach that far
-    notes = [progress.note for progress in said if progress.note]
+    notes = [line for line in said if "out of memory" in line]
     assert "out of memory; solved again in batches of" in notes[0]
-    assert all(report.loss_pruned <= report.loss_masked for report in reports)
+    assert all(report.loss_pruned <= report.loss_start for report in reports)
     assert any(report.status == "improved" for report in reports if report.batch_size <= 4)
 
 
@@ -173,17 +174,20 @@ def test_activations_that_do_not_fit_move_in_parts() -> None:
 def test_what_is_halved_stays_so_after_a_run_that_was_broken_off(tmp_path: Path) -> None:
     def run(stop_at: int | None, journal: Journal) -> nn.Module:
         model = tiny.cifar_resnet()
-        seen = 0
+        seen = done = 0
 
         def progress(progress: Progress) -> None:
-            nonlocal seen
-            seen += progress.report is not None
+            nonlocal seen, done
+            seen += progress.done == done + 1
+            done = int(progress.done)
             if seen == stop_at:
                 raise KeyboardInterrupt
 
         chain = tiny.hungry(build_chain(model), last_operation(model), fits=4)
         settings = tiny.config(batch_size=12, joint_steps=2)
-        prune_chain(chain, tiny.images(18), tiny.magnitude_masks(model), settings, progress, journal=journal)
+        prune_chain(
+            chain, tiny.images(18), tiny.magnitude_masks(model), settings, Run(journal=journal, on_progress=progress)
+        )
         return model
 
     for stop_at in (2, 5, 6):
@@ -196,20 +200,20 @@ def test_what_is_halved_stays_so_after_a_run_that_was_broken_off(tmp_path: Path)
 
 
 def test_single_images_that_do_not_fit_are_solved_with_a_smaller_k() -> None:
-    model, said = tiny.cifar_resnet(), list[Progress]()
+    model, said = tiny.cifar_resnet(), list[str]()
     chain = tiny.hungry(build_chain(model), last_operation(model), fits=0)
     settings = tiny.config(k=100, batch_size=2)
-    reports = prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings, said.append)
+    reports = prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings, Run(on_stage=said.append))
     groups = [index for index, _ in chain.groups() if index < len(chain.operations) - 1]
     assert [report.k for report in reports] == [len(chain.operations) - 2 - index for index in groups]
     assert {report.batch_size for report in reports} == {1}
     first = reports[0]
-    notes = [progress.note for progress in said if progress.note]
+    notes = [line for line in said if "out of memory" in line]
     assert notes[:2] == [
         f"{first.name}: out of memory; solved again {less}"
         for less in ("in batches of 1 images", f"with K = {first.k}")
     ]
-    assert all(report.loss_pruned <= report.loss_masked for report in reports)
+    assert all(report.loss_pruned <= report.loss_start for report in reports)
 
 
 @pytest.mark.parametrize(

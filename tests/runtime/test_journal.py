@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from snows_hf.errors import ConfigError, SaveError
+from snows_hf.jobs.finetune import put_state
 from snows_hf.method.cg import CGStatus
 from snows_hf.method.newton import NewtonResult, NewtonState, NewtonStatus
+from snows_hf.method.records import get_state
 from snows_hf.runtime.files import work_folder
 from snows_hf.runtime.journal import Digest, Journal, Record, open_journal
 
@@ -89,9 +91,9 @@ def test_states_of_newton_come_back(journal: Journal, tmp_path: Path, best: bool
     for steps in range(1, 6):
         counts = {"steps": steps, "rejected": 1, "cg_iterations": 9, "cg_statuses": [CGStatus.MAX_ITER] * steps}
         result = NewtonResult(w if best else w + 1, NewtonStatus.IMPROVED, 3.0, 2.0 / 3, **counts)
-        journal.put_state("layer-0001", NewtonState(w, w if best else w + 2, result, milestone=0.7, stale=2))
+        put_state(journal, "layer-0001", NewtonState(w, w if best else w + 2, result, milestone=0.7, stale=2))
     assert len(records(tmp_path)) == 2  # the last one, and the one before it
-    found = journal.get_state("layer-0001", CPU)
+    found = get_state(journal, "layer-0001", CPU)
     assert (found.result.w is found.w) == best == (found.mean is found.w)
     assert torch.equal(found.mean, w if best else w + 2)
     assert torch.equal(found.w, w) and torch.equal(found.result.w, result.w)
@@ -99,9 +101,9 @@ def test_states_of_newton_come_back(journal: Journal, tmp_path: Path, best: bool
     assert (found.milestone, found.stale) == (0.7, 2) and found.result.status is NewtonStatus.IMPROVED
 
     records(tmp_path)[-1].write_bytes(b"torn")
-    assert journal.get_state("layer-0001", CPU).result.steps == 4
+    assert get_state(journal, "layer-0001", CPU).result.steps == 4
     journal.drop("layer-0001-")
-    assert journal.get_state("layer-0001", CPU) is None
+    assert get_state(journal, "layer-0001", CPU) is None
 
 
 def test_it_is_gone_when_the_result_is_whole_or_nothing_is_finished(tmp_path: Path) -> None:

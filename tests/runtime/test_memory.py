@@ -24,6 +24,7 @@ from snows_hf.method.cascade import prune_chain
 from snows_hf.method.fitting import OVERHEAD, bytes_per_image, fit_batches
 from snows_hf.method.preconditioner import factor_bytes
 from snows_hf.runtime.memory import PREFIX, Images, Shelf, available, room, saved_bytes
+from snows_hf.runtime.run import Run
 
 
 def files(shelf: Shelf) -> list[Path]:
@@ -139,7 +140,7 @@ def test_batches_shrink_to_the_budget():
 
     def fitted(left: int, **changes: object) -> int:
         settings = run.config.updated(batch_size=250, **changes)
-        return fit_batches(chain, images, run.masks, settings, left, said.append).batch_size
+        return fit_batches(Run(left=left, on_stage=said.append), chain, images, run.masks, settings).batch_size
 
     left = 2 * int(OVERHEAD * each * 10) + 2
     assert fitted(left) == 10
@@ -160,7 +161,8 @@ def test_criteria_fit_into_the_budget_and_choose_the_same(mask):
     images.append(given.images)
     everything = dict(given.everything.masks)
     each = bytes_per_image(given.network, given.images[:2], everything, given.config.updated(joint_steps=1))
-    fitted = fit_criterion(replace(given, images=images), 2 * int(OVERHEAD * each * 3) + 2, said.append)
+    run = Run(left=2 * int(OVERHEAD * each * 3) + 2, on_stage=said.append)
+    fitted = fit_criterion(replace(given, images=images, run=run))
     assert (fitted.config.batch_size < 8) == needs_labels(mask) == bool(said)
     expected, found = choose(given).masks, choose(fitted).masks
     if mask != "hp":  # whose probes are drawn for each batch
@@ -172,7 +174,7 @@ def test_criteria_that_run_out_of_memory_choose_the_same_in_smaller_batches(mask
     expected = choose(evidence(linears(), "2:4", mask, batch_size=8)).masks
     given, said = evidence(linears(), "2:4", mask, batch_size=8), []
     tiny.hungry(given.network, given.network.operations[0].name, fits=3)
-    found = in_smaller_batches(choose, given, said.append).masks
+    found = in_smaller_batches(choose, replace(given, run=Run(on_stage=said.append))).masks
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
     sizes = [] if mask == "magnitude" else [4, 2]
     assert said == [f"Mask criterion {mask}: out of memory; again in batches of {size} images" for size in sizes]
@@ -182,7 +184,7 @@ def test_a_criterion_that_cannot_have_one_image():
     given, said = evidence(linears(), "2:4", "wanda", batch_size=8), []
     tiny.hungry(given.network, given.network.operations[0].name, fits=0)
     with pytest.raises(MemoryLimitError, match="Mask criterion wanda: memory does not suffice for a single image"):
-        in_smaller_batches(choose, given, said.append)
+        in_smaller_batches(choose, replace(given, run=Run(on_stage=said.append)))
     assert len(said) == 3
 
 
@@ -203,7 +205,7 @@ def test_factors_shrink_before_batches_do():
     chain, images = build_chain(model), tiny.images(2)
     settings = tiny.config(preconditioner="gram", joint_steps=2, batch_size=4)
     needed = factor_bytes(masks)
-    found = fit_batches(chain, images, masks, settings, 2 * needed, said.append)
+    found = fit_batches(Run(left=2 * needed, on_stage=said.append), chain, images, masks, settings)
     assert found.solver.factor_entries < settings.solver.factor_entries and found.batch_size == 4
     assert factor_bytes(masks, found.solver.factor_entries) <= needed / 2
     assert len(said) == 1 and said[0].startswith("Preconditioner in blocks of")

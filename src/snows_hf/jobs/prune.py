@@ -39,7 +39,7 @@ from ..settings import preset as preset_for
 from .calibration import DEFAULT_DATA, Calibration, calibrate, first_pass
 from .measure import measure
 from .request import check_apart, check_mask, find_dtype
-from .subject import Subject, load_subject
+from .subject import Subject, load_subject, restore_untouched
 
 
 FORMATS = ("safetensors", "packed")
@@ -260,7 +260,7 @@ def choose(
 def apply_alone(subject: Subject, choice: Choice) -> None:
     """Makes the network what the criterion makes of it without SNOWS."""
     subject.chain.put(alone(choice, subject.original))
-    subject.restore_untouched(choice.masks)
+    restore_untouched(subject.network, subject.original, choice.masks)
 
 
 def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[Subject, list[LayerReport]]:
@@ -275,7 +275,7 @@ def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[S
     config = find_batches(run, chain, images[:2], chosen.begin.masks, subject.config)
     run.say(f"Pruning {len(subject.layers)} layers to {config.pattern}")
     reports = prune_chain(chain, images, chosen.begin.masks, config, run, chosen.begin.weights, chosen.final)
-    for name in subject.restore_untouched(masks):
+    for name in restore_untouched(subject.network, subject.original, masks):
         run.say(f"{name}: weights beyond the range of {subject.original[name].dtype} became its largest number")
     return replace(subject, config=config), reports
 

@@ -1,6 +1,6 @@
 """The model that is pruned, or measured layer by layer: loaded, cut into operations, and what of it is asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,27 +53,27 @@ class Subject:
         """The same subject, what its network holds now being the original."""
         return replace(self, original=copy_of(self.network))
 
-    @torch.no_grad()
-    def restore_untouched(self, masks: Masks) -> list[str]:
-        """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not
-        pruned.
 
-        Returns:
-            Names of those with weights beyond the range of their dtype: these are now the largest that it has.
-        """
-        beyond = []
-        for name, tensor in self.network.state_dict(keep_vars=True).items():
-            source = self.original[name]
-            if name not in masks:
-                tensor.data = source.to(tensor.device)
-                continue
-            largest = torch.finfo(source.dtype).max
-            if float(tensor.abs().max()) > largest:
-                beyond.append(name)
-                tensor.data = tensor.data.double().clamp(-largest, largest)
-            tensor.data = tensor.data.to(source.dtype)
-        buffers_follow_weights(self.network)
-        return beyond
+@torch.no_grad()
+def restore_untouched(network: nn.Module, original: Mapping[str, Tensor], masks: Masks) -> list[str]:
+    """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned.
+
+    Returns:
+        Names of those with weights beyond the range of their dtype: these are now the largest that it has.
+    """
+    beyond = []
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        source = original[name]
+        if name not in masks:
+            tensor.data = source.to(tensor.device)
+            continue
+        largest = torch.finfo(source.dtype).max
+        if float(tensor.abs().max()) > largest:
+            beyond.append(name)
+            tensor.data = tensor.data.double().clamp(-largest, largest)
+        tensor.data = tensor.data.to(source.dtype)
+    buffers_follow_weights(network)
+    return beyond
 
 
 def copy_of(network: nn.Module) -> dict[str, Tensor]:
