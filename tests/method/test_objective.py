@@ -5,7 +5,7 @@ outputs of Eq. 3 with hooks on the model's own modules.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import tiny
@@ -134,7 +134,10 @@ class Built:
         weighting = "relative" if self.relative else "mean"
         settings = {"curvature": curvature, "preconditioner": preconditioner, "damping": damping}
         config = tiny.config(weighting=weighting, emphasis=self.emphasis, **settings)
-        return KStepObjective(self.segment, self.active, self.state, config, self.targets)
+        segment = self.segment
+        if self.emphasis:  # which solves of the whole network alone have
+            segment = replace(segment, group=replace(segment.group, kind="joint"))
+        return KStepObjective(segment, self.active, self.state, config, self.targets)
 
     def divisor(self, place: int, y: Tensor) -> float:
         """Of the squared error of an operation: its entries, times their variance where relative; less if late."""

@@ -187,7 +187,7 @@ class Saturating(nn.Module):
 
 @pytest.mark.parametrize(
     ("max_backtracks", "status", "rejected"),
-    [(0, NewtonStatus.KEPT_MASKED, 1), (10, NewtonStatus.IMPROVED, 0)],
+    [(0, NewtonStatus.NOT_IMPROVED, 1), (10, NewtonStatus.IMPROVED, 0)],
 )
 def test_6_failed_line_search_writes_nothing(max_backtracks, status, rejected):
     """Fault: when no trial step of the line search lowers the loss, the last one is written all the same.
@@ -202,7 +202,7 @@ def test_6_failed_line_search_writes_nothing(max_backtracks, status, rejected):
     (report,) = prune_chain(model.chain(), images, masks, settings)
 
     assert (report.status, report.steps, report.rejected_steps) == (status.value, 1, rejected)
-    if status is NewtonStatus.KEPT_MASKED:
+    if status is NewtonStatus.NOT_IMPROVED:
         assert torch.equal(model.weight, torch.tensor([[5.0, 0.0]], dtype=torch.float64))
         assert report.loss_pruned == report.loss_start
         assert report.remedy

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from snows_hf.errors import ConfigError, SaveError
-from snows_hf.jobs.finetune import put_state
 from snows_hf.method.cg import CGStatus
 from snows_hf.method.newton import NewtonResult, NewtonState, NewtonStatus
-from snows_hf.method.records import get_state
+from snows_hf.method.records import get_state, put_state
 from snows_hf.runtime.files import work_folder
 from snows_hf.runtime.journal import Digest, Journal, Record, open_journal
 
