@@ -1,12 +1,18 @@
 """Progress of a cascade on stderr: layer n of N, CG iterations, loss before → after, time left."""
 
+from __future__ import annotations
+
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ..method.progress import Progress as CascadeProgress
 from .sink import Sink
+
+
+if TYPE_CHECKING:
+    from ..jobs.prune import Progress as CascadeProgress
 
 
 class LayerProgress:
@@ -26,7 +32,7 @@ class LayerProgress:
         self.shown = sink.err.is_terminal and not sink.quiet
         self.task: TaskID | None = None
 
-    def __enter__(self) -> "LayerProgress":
+    def __enter__(self) -> LayerProgress:
         return self
 
     def __exit__(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..adapters.base import logits_of
 from ..data.names import Name
-from ..errors import ConfigError
 from ..hub.load import load
 from ..runtime.device import describe_hardware, find_device
 from ..runtime.memory import out_of_memory
 from .accelerate import accelerate, device_obstacle, linear_layers, obstacle
+from .request import check_bench
 
 
 WARM_UP = 10
@@ -45,10 +45,7 @@ def bench(
     Raises:
         SnowsError: bad settings, or no such checkpoint.
     """
-    if dtype not in ("float16", "bfloat16"):
-        raise ConfigError(f"dtype {dtype!r}: the 2:4 kernels take float16 or bfloat16.")
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ConfigError(f"Batch sizes {list(batch_sizes)}: expected whole numbers from 1 on.")
+    check_bench(batch_sizes, dtype)
     target = find_device(device)
     on_stage(f"Loading {source}")
     checkpoint = load(source, revision)

@@ -31,7 +31,7 @@ from ..runtime.version import __version__, versions
 from ..settings import FinetuneConfig
 from .calibration import class_labels
 from .prune import PruneResult
-from .request import check_apart
+from .request import check_request
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
 
 
@@ -75,9 +75,8 @@ def finetune(
         SnowsError: bad settings, model, data or output; a loss that is not finite.
     """
     config = FinetuneConfig().updated(**settings)
+    check_request(data, data_split, eval_data, eval_split, output, device)
     target, output = find_reproducible(device), Path(output)
-    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
-    check_output(output, size=0)
 
     on_stage(f"Loading {model}")
     checkpoint = load(model, revision)

@@ -17,7 +17,6 @@ from ..adapters.offload import place
 from ..data.accuracy import accuracy_of
 from ..data.images import open_images
 from ..data.names import Name
-from ..errors import ConfigError
 from ..hub.card import write_card
 from ..hub.load import Checkpoint, buffers_follow_weights, load
 from ..hub.repack import pack_into
@@ -35,14 +34,11 @@ from ..runtime.device import describe_hardware, find_reproducible
 from ..runtime.distributed import from_main, processes
 from ..runtime.files import check_output, whole_folder
 from ..runtime.journal import Record, digest_of, open_journal
-from ..runtime.memory import check_memory, room
+from ..runtime.memory import room
 from ..runtime.version import __version__
 from ..settings import preset as preset_for
-from .calibration import DEFAULT_DATA, first_pass, read_calibration
-from .request import check_apart, check_mask, find_dtype
-
-
-FORMATS = ("safetensors", "packed")
+from .calibration import first_pass, read_calibration
+from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype
 
 
 @dataclass(frozen=True)
@@ -108,21 +104,14 @@ def prune(
         SnowsError: bad settings, model, data or output; see snows_hf.errors.
     """
     started = time.perf_counter()
-    asked = preset_for(preset, "", pattern).updated(**settings)  # bad settings, before anything is loaded
+    data = data or DEFAULT_DATA
+    asked = check_pruning(pattern, preset, settings)
+    check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     by_layer = by_sensitivity(asked)
     candidates: list[Candidate] = candidates_of(asked) if by_layer else [one_pattern(asked)]
-    check_mask(asked.mask)
-    check_memory(memory)
-    order_for(asked, candidates)
     solver_dtype = find_dtype(dtype)
-    if format not in FORMATS:
-        raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
     target = find_reproducible(device)
-    data = data or DEFAULT_DATA
-    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     folder = Path(output) if output is not None else None
-    if folder is not None:
-        check_output(folder, size=0)
 
     on_stage(f"Loading {model}")
     checkpoint = load(model, revision)

@@ -12,7 +12,7 @@ from ..adapters.check import select_layers
 from ..adapters.offload import place
 from ..data.images import open_images
 from ..data.names import Name, short_name
-from ..errors import ConfigError, SaveError
+from ..errors import SaveError
 from ..hub.load import load
 from ..masks import Evidence, split_by_fit
 from ..masks.allocation import IMAGES, Sensitivity
@@ -21,11 +21,8 @@ from ..patterns import Unstructured, parse_candidates
 from ..reports.describe import describe_data, finite
 from ..runtime.device import find_device
 from ..settings import preset as preset_for
-from .calibration import DEFAULT_DATA, first_pass, read_calibration
-from .request import check_mask, find_dtype
-
-
-DEFAULT_PATTERNS = "0.5,0.6,0.7,0.8,0.9,0.95"
+from .calibration import first_pass, read_calibration
+from .request import DEFAULT_DATA, DEFAULT_PATTERNS, check_plot, check_sensitivity, find_dtype
 
 
 def sensitivity(
@@ -70,7 +67,7 @@ def sensitivity(
     settings = {"samples": IMAGES, **settings}
     asked = [candidate for candidate in parse_candidates(patterns) if candidate is not None]
     candidates = [replace(c, scope="layer") if isinstance(c, Unstructured) else c for c in asked]
-    check_mask(preset_for(preset, "", patterns).updated(**settings).mask)
+    check_sensitivity(patterns, preset, settings)
     solver_dtype = find_dtype(dtype)
     target_device = find_device(device)
     name = data or DEFAULT_DATA
@@ -79,8 +76,6 @@ def sensitivity(
     checkpoint = load(model, revision)
     chain = build_chain(checkpoint.model)
     config = preset_for(preset, chain.family, patterns).updated(**settings)
-    if config.mask.endswith(".safetensors"):
-        raise ConfigError("A mask file says one sparsity for each layer; a sensitivity needs a mask criterion.")
     layers = select_layers(chain, config.layers)
     weights = {name: chain.weight(name).detach() for group in layers for name in group.parameters}
     for candidate in candidates:
@@ -124,26 +119,11 @@ def described(rows: list[Sensitivity]) -> dict[str, Any]:
     }
 
 
-def check_plot(path: Path) -> None:
-    """Refuses, before anything is measured, a plot that could not be made.
-
-    Raises:
-        ConfigError: matplotlib is not installed, or it does not write such files.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise ConfigError("Plots need matplotlib, which is not installed.", "pip install 'snows-hf[viz]'") from error
-    kinds = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in kinds:
-        raise ConfigError(f"Plot {path}: expected a name that ends in one of {', '.join(sorted(kinds))}.")
-
-
 def plot_sensitivity(result: dict[str, Any], path: Path) -> None:
     """Draws the losses of :func:`sensitivity` over the layers, a line for each pattern.
 
     Raises:
-        ConfigError: as :func:`check_plot`.
+        ConfigError: as :func:`~snows_hf.jobs.request.check_plot`.
         SaveError: the file cannot be written.
     """
     check_plot(path)

@@ -34,16 +34,17 @@ from ..masks import Evidence, choose, split_by_fit
 from ..masks.choices import fit_criterion
 from ..masks.collapse import find_collapse
 from ..method.augment import augmented
-from ..patterns import Masks, Pattern, Unstructured, parse_pattern
+from ..patterns import Masks
+from ..patterns.plan import at_initialisation
 from ..reports.describe import describe_data
 from ..runtime.device import describe_hardware, find_reproducible
 from ..runtime.distributed import processes
-from ..runtime.files import check_output, whole_folder
+from ..runtime.files import whole_folder
 from ..runtime.version import __version__, versions
 from ..settings import PruneConfig, TrainConfig
 from .calibration import class_labels
 from .prune import PruneResult
-from .request import check_apart, check_mask
+from .request import check_request, check_training
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
 
 
@@ -81,13 +82,10 @@ def train(
         SnowsError: bad settings, source, data or output; a loss that is not finite; see snows_hf.errors.
     """
     started = time.perf_counter()
-    config = TrainConfig().updated(**settings)
+    config = check_training(pattern, settings)
+    check_request(data, data_split, eval_data, eval_split, output, device)
     chosen_pattern = at_initialisation(pattern, config) if pattern is not None else None
-    check_mask(config.mask)
     target = find_reproducible(device)
-    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
-    if output is not None:
-        check_output(Path(output), size=0)
     images_source = open_images(data, data_split)
     check_labels(images_source, "training")
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
@@ -171,20 +169,6 @@ def train(
         save_checkpoint(saved, folder, summary if masks else {"version": __version__}, report)
         write_training_card(saved, folder, report)
     return PruneResult(network, Path(output), {"output": str(output), **report})
-
-
-def at_initialisation(pattern: str, config: TrainConfig) -> Pattern:
-    """The pattern, unstructured with all layers ranked together as the paper has it, up to the layer cap.
-
-    Raises:
-        PatternError: no pattern, or a cap below its sparsity.
-    """
-    chosen = parse_pattern(pattern)
-    if not isinstance(chosen, Unstructured):
-        return chosen
-    if config.allocation == "uniform":
-        return replace(chosen, scope="layer")
-    return replace(chosen, layer_cap=config.layer_cap)
 
 
 def read_examples(

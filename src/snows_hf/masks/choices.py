@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..criteria import needs_labels
 from ..errors import MemoryLimitError
 from ..method.fitting import fit_batches
 from ..patterns import Pattern, PerLayer
@@ -18,7 +19,6 @@ from ..runtime.memory import until_it_fits
 from . import Choice, Evidence, choose
 from .allocation import Sensitivity, allocate, layer_sensitivities
 from .choose import choose_masks
-from .scores.base import needs_labels
 
 
 T = TypeVar("T")

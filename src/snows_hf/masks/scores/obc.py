@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...patterns import NM
 from ..evidence import Evidence, matrix, unmatrix
-from .base import Choice, register_criterion
+from .base import Choice
 
 
 DAMPING = 0.01
@@ -54,7 +54,6 @@ def layer_by_layer(evidence: Evidence, decide: Callable[[Tensor, Tensor, NM | No
     return Choice(masks, weights)
 
 
-@register_criterion("obc")
 def obc(evidence: Evidence) -> Choice:
     def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         kept = nm_kept(W, H, pattern) if pattern else unstructured_kept(W, H, zeros)
