@@ -27,8 +27,8 @@ from torch.utils.cpp_extension import load
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import snows_hf
-from snows_hf.errors import SnowsError
 from snows_hf.criteria import CRITERIA
+from snows_hf.errors import SnowsError
 from snows_hf.method.progress import Progress
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snows_hf.criteria import CRITERIA, Criterion
 from snows_hf.errors import ConfigError, MaskError, PatternError, SnowsError
-from snows_hf.masks import Evidence, choose_masks, load_masks, split_by_fit
+from snows_hf.masks import choose_masks, load_masks, split_by_fit
 from snows_hf.patterns import NM, Unstructured
 
 
