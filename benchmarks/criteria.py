@@ -15,7 +15,7 @@ from typing import Any
 from log import once
 
 from snows_hf import prune
-from snows_hf.masks.scores import criteria
+from snows_hf.masks.criteria import CRITERIA
 
 
 def measured(model: str, pattern: str, data: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("columns", nargs="+", metavar="MODEL:PATTERN")
     parser.add_argument("--data", required=True, help="calibrates by its train split, measures on its test split")
     parser.add_argument("--samples", type=int, required=True)
-    parser.add_argument("--criteria", nargs="+", default=criteria())
+    parser.add_argument("--criteria", nargs="+", default=sorted(CRITERIA))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
     parser.add_argument("--log", type=Path, default=Path("criteria.jsonl"))

@@ -21,7 +21,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 
 from snows_hf.adapters import Chain, build_chain, frozen
 from snows_hf.adapters.base import logits_of
-from snows_hf.masks import choose_masks
+from snows_hf.masks.choose import choose_masks
 from snows_hf.method.cascade import prune_chain
 from snows_hf.patterns import NM
 from snows_hf.settings import PruneConfig

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from snows_hf.adapters import Chain, build_chain, frozen
-from snows_hf.masks import Evidence, choose
+from snows_hf.masks.choose import choose
+from snows_hf.masks.evidence import Evidence
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.fitting import fit_batches
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment

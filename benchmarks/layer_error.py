@@ -16,8 +16,8 @@ from torch import Tensor
 from snows_hf.adapters import build_chain
 from snows_hf.data.images import calibration_images, open_images
 from snows_hf.hub.load import load
-from snows_hf.masks import Evidence, choose, split_by_fit
-from snows_hf.masks.evidence import matrix
+from snows_hf.masks.choose import choose, split_by_fit
+from snows_hf.masks.evidence import Evidence, matrix
 from snows_hf.masks.scores.obc import damped, refit
 from snows_hf.patterns import Masks, parse_pattern
 from snows_hf.settings import preset

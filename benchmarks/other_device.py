@@ -28,7 +28,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import snows_hf
 from snows_hf.errors import SnowsError
-from snows_hf.masks.scores import criteria
+from snows_hf.masks.criteria import CRITERIA
 
 
 NAME = "elsewhere"
@@ -126,7 +126,7 @@ def jobs(there: torch.device, every_criterion: bool) -> None:
     for model, pattern, settings in PRUNES:
         said = outcome(lambda m=model, p=pattern, s=settings: difference(m, p, s, there))
         print(f"| prune {Path(model).name}, {pattern}, {settings} | {said} |", flush=True)
-    for mask in criteria() if every_criterion else ():
+    for mask in sorted(CRITERIA) if every_criterion else ():
         for model in (VIT, CNN):
             for pattern, scope in (("2:4", "uniform"), ("0.7", "global")):
                 settings = {"update": False, "mask": mask, "allocation": scope}

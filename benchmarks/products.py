@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from snows_hf.adapters import build_chain, frozen
-from snows_hf.masks import choose_masks
+from snows_hf.masks.choose import choose_masks
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.patterns import NM
 from snows_hf.settings import PruneConfig

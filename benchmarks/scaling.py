@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from snows_hf.adapters import Chain, build_chain
-from snows_hf.masks import choose_masks
+from snows_hf.masks.choose import choose_masks
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.streams import split_images
 from snows_hf.patterns import parse_pattern

@@ -19,7 +19,7 @@ from torch import Tensor
 from snows_hf.adapters import Chain, build_chain, frozen
 from snows_hf.data.images import calibration_images, open_images
 from snows_hf.hub.load import load
-from snows_hf.masks import choose_masks
+from snows_hf.masks.choose import choose_masks
 from snows_hf.method.newton import NewtonState, newton
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.method.streams import masked_operations, split_images

@@ -1,6 +1,8 @@
 """The layers of docs/architecture.md: which module of the package may import which."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,16 @@ ROOT = Path(snows_hf.__file__).parent
 MAY_IMPORT = {
     "errors": "",
     "settings": "errors",
+    "criteria": "errors",
     "patterns": "errors settings",
     "runtime": "errors",
     "adapters": "errors runtime",
     "method": "errors settings patterns runtime adapters",
-    "masks": "errors settings patterns runtime adapters method",
+    "masks": "errors settings criteria patterns runtime adapters method",
     "data": "errors runtime adapters",
     "hub": "errors runtime adapters data",
     "reports": "errors settings patterns runtime adapters method masks data hub",
-    "jobs": "errors settings patterns runtime adapters method masks data hub reports",
+    "jobs": "errors settings criteria patterns runtime adapters method masks data hub reports",
     "cli": "errors settings patterns runtime data hub jobs",
     "__init__": "runtime adapters hub",
     "__main__": "cli",
@@ -68,3 +71,13 @@ def test_only_the_sink_prints(path):
     calls = [n.func for n in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
     prints = any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
     assert not prints or path == Path("cli/sink.py")
+
+
+LIGHT = "snows_hf snows_hf.cli snows_hf.masks.criteria snows_hf.settings snows_hf.patterns.plan snows_hf.jobs.request"
+HEAVY = ("torch", "transformers", "timm", "datasets", "accelerate")
+
+
+def test_these_load_no_large_library():
+    """Nor does what they import: a command line is refused, and helped, before torch is there."""
+    code = f"import sys, {LIGHT.replace(' ', ', ')}; print([name for name in {HEAVY} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

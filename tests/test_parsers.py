@@ -12,7 +12,8 @@ from embedded import RESNET, VIT, copy_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from snows_hf.cli.prune import default_output, read_settings
+from snows_hf.cli.options import read_settings
+from snows_hf.cli.prune import default_output
 from snows_hf.data.names import short_name, split_revision
 from snows_hf.errors import ConfigError, LoadError, PatternError, SnowsError
 from snows_hf.hub.load import library_of, load, read_config
@@ -48,7 +49,7 @@ def test_settings_files(content: bytes) -> None:
         path = Path(folder) / "s.yaml"
         path.write_bytes(content)
         try:
-            PruneConfig("2:4").updated(**read_settings(path))
+            PruneConfig("2:4").updated(**read_settings(path, PruneConfig("2:4")))
         except ConfigError as error:
             assert error.message
 
@@ -57,11 +58,12 @@ def test_settings_of_every_type(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("k: 3\naugment: false\npermute: true\ndamping: 1e-3\nmask: wanda\nlayers: ['*.fc1']\n")
     expected = {"k": 3, "augment": False, "permute": True, "damping": 1e-3, "mask": "wanda", "layers": ("*.fc1",)}
-    assert read_settings(path) == expected
+    config = PruneConfig("2:4").updated(**read_settings(path, PruneConfig("2:4"))).to_dict()
+    assert {name: {**config, **config["solver"]}[name] for name in expected} == expected
     for wrong in ("augment: 1", "permute: 'no'", "k: true", "k: 1.5", "damping: yes", "mask: 3"):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="expected"):
-            read_settings(path)
+            read_settings(path, PruneConfig("2:4"))
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from snows_hf.adapters import Chain, State, build_chain, frozen
 from snows_hf.adapters.cifar_resnet import CifarResNet
-from snows_hf.masks import choose_masks
+from snows_hf.masks.choose import choose_masks
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.method.records import LayerReport

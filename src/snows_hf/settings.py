@@ -1,27 +1,102 @@
-"""Settings as frozen, validated dataclasses, and the paper's presets (Table 7)."""
+"""Settings: each is one field, which is its check, its option, its key in a YAML file and its row in docs/settings.md;
+and the paper's presets (Table 7)."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from collections.abc import Callable
+from dataclasses import asdict, astuple, field, replace
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 from .errors import ConfigError
 
 
-def _check(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"Setting {name} = {value!r}: expected {expected}.")
+def _number(value: object) -> object:
+    """YAML reads 1e-4 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
-def check_seed(seed: int) -> None:
-    """
+def _names(value: object) -> object:
+    """One name alone, or a list of them."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+"""What all generators take, also a thousand times and with steps added."""
+
+_SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of names"}
+
+
+def expected(kind: Any, bounds: Any = ()) -> str:
+    """What a field takes, in words, from its annotation and the bounds beside it; None, where it may be, unsaid."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return expected(parts[0], (*parts[1:], *bounds))
+    if origin in (UnionType, Union):
+        return " or ".join(expected(part) for part in parts if part is not NoneType)
+    if origin is Literal:
+        return f"{', '.join(map(repr, parts[:-1]))} or {parts[-1]!r}"
+    limits = [f"{_SIGNS[type(bound)]} {astuple(bound)[0]}" for bound in bounds if type(bound) in _SIGNS]
+    return f"{_KINDS[origin or kind]} {' and '.join(limits)}".strip()
+
+
+def expected_of(setting: FieldInfo) -> str:
+    return expected(setting.annotation, setting.metadata)
+
+
+_CONFIG = ConfigDict(use_attribute_docstrings=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Settings:
+    """What settings have in common.
+
     Raises:
-        ConfigError: not a number that all generators take, also a thousand times and with steps added.
+        ConfigError: a name that is no setting, or a value out of range.
     """
-    _check(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2^32 - 1")
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_our_words(cls, given: Any, validate: Callable[[Any], Self]) -> Self:
+        try:
+            return validate(given)
+        except ValidationError as error:
+            raise cls._refusal(error) from None
 
-@dataclass(frozen=True)
-class _Settings:
-    """What settings have in common."""
+    @classmethod
+    def _refusal(cls, error: ValidationError) -> ConfigError:
+        fault, own = error.errors()[0], cls.own()
+        if not fault["loc"]:
+            return ConfigError(f"Expected {cls.__name__}, got {fault['input']!r}.")
+        name = fault["loc"][0]
+        name = list(own)[name] if isinstance(name, int) else name
+        if name not in own:
+            return cls.unknown(name)
+        came = "is missing" if fault["type"] == "missing" else f"= {fault['input']!r}"
+        return ConfigError(f"Setting {name} {came}: expected {expected_of(own[name])}.")
+
+    @classmethod
+    def own(cls) -> dict[str, FieldInfo]:
+        """The fields, by name."""
+        return dict(cls.__pydantic_fields__)  # type: ignore[attr-defined]  # pydantic's, of every class
+
+    @classmethod
+    def known(cls) -> dict[str, FieldInfo]:
+        """What a user may set, by name."""
+        return cls.own()
+
+    @classmethod
+    def unknown(cls, name: object) -> ConfigError:
+        return ConfigError(f"Unknown setting {name!r}.", f"Known: {', '.join(sorted(cls.known()))}.")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -32,172 +107,130 @@ class _Settings:
         Raises:
             ConfigError: a name that is no setting, or a value out of range.
         """
-        own = {f.name for f in fields(self)}
-        for name in changes:
-            if name not in own:
-                raise ConfigError(f"Unknown setting {name!r}.", f"Known: {', '.join(sorted(own))}.")
         return replace(self, **changes)
 
 
-@dataclass(frozen=True)
-class SolverConfig:
-    """How one layer is optimised (Algorithms 1 and 2).
+@dataclass(frozen=True, config=_CONFIG)
+class SolverConfig(Settings):
+    """How one layer is optimised (Algorithms 1 and 2)."""
 
-    Attributes:
-        curvature: ``gauss-newton`` (positive semi-definite, cheaper) or ``hessian`` (the paper's exact products).
-        preconditioner: of conjugate gradients: ``gram`` (preconditioner.py) or ``none`` (the paper's).
-        factor_entries: most numbers in the preconditioner's factors of one parameter, whose rows are cut into blocks
-            to stay below; fewer where memory is short.
-        damping: λ of Eq. 10. Table 7: 1e-4.
-        beta: Armijo constant. A.1.3: 1e-5.
-        backtrack: factor between two trial steps of the line search.
-        max_backtracks: trial steps after the first before a step is rejected.
-        passes: passes over the calibration batches.
-        patience: Newton steps in a row that may gain less than ``min_gain`` before a layer is done.
-        min_gain: relative decrease of the held-out loss.
-        cg_rtol: conjugate gradients stop at ‖r‖ ≤ cg_rtol·‖g‖.
-        cg_atol: … or at ‖r‖ ≤ cg_atol, the paper's test (Table 7: 1e-3 CNN, 5e-4 ViT).
-        cg_max_iter: most products per Newton step.
-        cg_stall: … or when the quadratic model stalls (Martens 2010, section 4.4); 0 switches the test off.
-        average: the running mean of the iterates looks back on that many (Polyak and Juditsky 1992); 0 means none.
-    """
-
-    curvature: str = "gauss-newton"
-    preconditioner: str = "gram"
-    factor_entries: int = 2**28
-    damping: float = 1e-4
-    beta: float = 1e-5
-    backtrack: float = 0.5
-    max_backtracks: int = 10
-    passes: int = 1
-    patience: int = 5
-    min_gain: float = 0.005
-    cg_rtol: float = 1e-3
-    cg_atol: float = 0.0
-    cg_max_iter: int = 10
-    cg_stall: float = 0.0
-    average: int = 0
-
-    def __post_init__(self) -> None:
-        _check(
-            self.curvature in ("gauss-newton", "hessian"), "curvature", self.curvature, "'gauss-newton' or 'hessian'"
-        )
-        _check(self.preconditioner in ("gram", "none"), "preconditioner", self.preconditioner, "'gram' or 'none'")
-        _check(self.factor_entries >= 1, "factor_entries", self.factor_entries, "an integer ≥ 1")
-        _check(self.damping >= 0, "damping", self.damping, "a number ≥ 0")
-        _check(0 < self.beta < 0.5, "beta", self.beta, "a number between 0 and 0.5")
-        _check(0 < self.backtrack < 1, "backtrack", self.backtrack, "a number between 0 and 1")
-        _check(self.max_backtracks >= 0, "max_backtracks", self.max_backtracks, "an integer ≥ 0")
-        _check(self.passes >= 1, "passes", self.passes, "an integer ≥ 1")
-        _check(self.patience >= 1, "patience", self.patience, "an integer ≥ 1")
-        _check(0 <= self.min_gain < 1, "min_gain", self.min_gain, "a number from 0 to below 1")
-        _check(self.cg_max_iter >= 1, "cg_max_iter", self.cg_max_iter, "an integer ≥ 1")
-        _check(0 <= self.cg_rtol < 1, "cg_rtol", self.cg_rtol, "a number from 0 to below 1")
-        _check(self.cg_atol >= 0, "cg_atol", self.cg_atol, "a number ≥ 0")
-        _check(self.cg_stall >= 0, "cg_stall", self.cg_stall, "a number ≥ 0")
-        _check(self.average >= 0, "average", self.average, "an integer ≥ 0")
+    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    """``gauss-newton`` (positive semi-definite, cheaper) or ``hessian`` (the paper's exact products)."""
+    preconditioner: Literal["gram", "none"] = "gram"
+    """Of conjugate gradients: ``gram`` (preconditioner.py) or ``none`` (the paper's)."""
+    factor_entries: Annotated[int, Ge(1)] = 2**28
+    """Most numbers in the preconditioner's factors of one parameter, whose rows are cut into blocks to stay below;
+    fewer where memory is short."""
+    damping: Annotated[Number, Ge(0)] = 1e-4
+    """λ of Eq. 10. Table 7: 1e-4."""
+    beta: Annotated[Number, Gt(0), Lt(0.5)] = 1e-5
+    """Armijo constant. A.1.3: 1e-5."""
+    backtrack: Annotated[Number, Gt(0), Lt(1)] = 0.5
+    """Factor between two trial steps of the line search."""
+    max_backtracks: Annotated[int, Ge(0)] = 10
+    """Trial steps after the first before a step is rejected."""
+    passes: Annotated[int, Ge(1)] = 1
+    """Passes over the calibration batches."""
+    patience: Annotated[int, Ge(1)] = 5
+    """Newton steps in a row that may gain less than ``min_gain`` before a layer is done."""
+    min_gain: Annotated[Number, Ge(0), Lt(1)] = 0.005
+    """Relative decrease of the held-out loss."""
+    cg_rtol: Annotated[Number, Ge(0), Lt(1)] = 1e-3
+    """Conjugate gradients stop at ‖r‖ ≤ cg_rtol·‖g‖."""
+    cg_atol: Annotated[Number, Ge(0)] = 0.0
+    """Conjugate gradients stop, too, at ‖r‖ ≤ cg_atol, the paper's test (Table 7: 1e-3 CNN, 5e-4 ViT)."""
+    cg_max_iter: Annotated[int, Ge(1)] = 10
+    """Most products per Newton step."""
+    cg_stall: Annotated[Number, Ge(0)] = 0.0
+    """Conjugate gradients stop, too, when the quadratic model stalls (Martens 2010, section 4.4); 0 switches that
+    off."""
+    average: Annotated[int, Ge(0)] = 0
+    """Besides the iterates their mean is judged by the held-out loss, and the best is kept (after Polyak and Juditsky
+    1992): the plain mean for so many steps, then an exponential moving average in which each new iterate has one part
+    in so many. 0 means none."""
 
 
-@dataclass(frozen=True)
-class PruneConfig(_Settings):
-    """Everything that decides what a prune does, besides the model and the images.
-
-    Attributes:
-        pattern: ``N:M``, a fraction of zeros, or a set of patterns such as ``1:4,2:4,dense``, as text.
-        k: K of Eq. 3, the operations after the layer whose outputs are kept. Values past the last operation mean
-            K_max.
-        mask: name of a criterion, or a safetensors file of booleans.
-        permute: put input channels in an order that N:M suits better, where they are free (permutation.py). None: if
-            one N:M for all layers keeps less than half of the weights, and the masks do not come from a file.
-        allocation: which layers lose how much of an unstructured sparsity: ``global`` (the lowest scores of all layers
-            together), ``uniform`` (every layer the same share) or ``sensitivity`` (allocation.py). A set of patterns
-            always goes by sensitivity.
-        sparsity: of a set of patterns, the zeros of all layers together; 0 where the pattern itself says it.
-        budget: what an allocation by sensitivity counts: ``weights``, or ``flops`` (the operations that the zeros
-            make superfluous).
-        repair_steps: Newton steps that each layer takes before its sensitivity is measured; 0 measures the mask alone.
-        layers: names of the layers to prune, with wildcards; empty means all.
-        samples: calibration images, held-out ones included.
-        batch_size: images per Newton step.
-        held_out: share of the calibration images that only judge the steps.
-        targets: ``dense`` (the dense network's own activations) or ``cascaded`` (the paper's: the dense layers run on
-            the pruned network's activations).
-        weighting: of the operations in Eq. 3: ``mean`` (mean squared errors) or ``relative`` (these over the variance
-            of their targets).
-        sweeps: passes of the cascade over the layers; from the second on, what follows a layer is pruned already.
-        layer_steps: most Newton steps for one layer in one sweep; 0 means as many as the passes give.
-        joint_steps: Newton steps, after the sweeps, that move the weights of all layers together.
-        gradual: share of the joint steps, the first of them, during which masks that keep twice as many weights, with
-            which the sweeps were made, thin out to the pattern (gradual.py). Masks stay as they are at 0, and wherever
-            the pattern keeps half of the weights or more, or the masks come from a file.
-        emphasis: of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power.
-        augment: mirror and shift the images of joint steps at random (augment.py), other than those that judge.
-        offload: weights rest in main memory, and come to the device for one operation after the other. None: where
-            they would take too much of the device (fitting.py).
-        autocast: steps compute in bfloat16 where that does (torch.autocast); the loss that judges them does not.
-        seed: decides which images are drawn, and their order.
-        solver: see :class:`SolverConfig`.
-    """
+@dataclass(frozen=True, config=_CONFIG)
+class PruneConfig(Settings):
+    """Everything that decides what a prune does, besides the model and the images."""
 
     pattern: str
-    k: int = 5
+    """``N:M`` (N of M weights kept), a fraction of zeros such as ``0.7``, or a set of which each layer gets one:
+    ``1:4,2:4,dense``."""
+    k: Annotated[int, Ge(0)] = 5
+    """K of Eq. 3: the operations after the layer whose outputs are kept. Values past the last operation mean
+    K_max."""
     mask: str = "magnitude"
+    """Mask criterion (magnitude, wanda, sparsegpt, swap, …), or a safetensors file of booleans."""
     permute: bool | None = None
-    allocation: str = "global"
-    sparsity: float = 0.0
-    budget: str = "weights"
-    repair_steps: int = 1
-    layers: tuple[str, ...] = ()
-    samples: int = 512
-    batch_size: int = 256
-    held_out: float = 0.1
-    targets: str = "dense"
-    weighting: str = "mean"
-    sweeps: int = 1
-    layer_steps: int = 0
-    joint_steps: int = 0
-    gradual: float = 0.0
-    emphasis: float = 0.0
+    """Put input channels in an order that N:M suits better, where they are free (permutation.py). None: if one N:M
+    for all layers keeps less than half of the weights, and the masks do not come from a file."""
+    allocation: Literal["global", "uniform", "sensitivity"] = "global"
+    """Which layers lose how much of an unstructured sparsity: ``global`` (the lowest scores of all layers
+    together), ``uniform`` (every layer the same share) or ``sensitivity`` (allocation.py). A set of patterns
+    always goes by sensitivity."""
+    sparsity: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    """Of a set of patterns, the zeros of all layers together, such as 0.65; 0 where the pattern itself says it."""
+    budget: Literal["weights", "flops"] = "weights"
+    """What an allocation by sensitivity counts: ``weights``, or ``flops`` (the operations that the zeros make
+    superfluous)."""
+    repair_steps: Annotated[int, Ge(0)] = 1
+    """Newton steps that each layer takes before its sensitivity is measured; 0 measures the mask alone."""
+    layers: Names = ()
+    """Names of the layers to prune, with wildcards; none means all."""
+    samples: Annotated[int, Ge(1)] = 512
+    """Calibration images, held-out ones included."""
+    batch_size: Annotated[int, Ge(1)] = 256
+    """Images per Newton step."""
+    held_out: Annotated[Number, Gt(0), Lt(1)] = 0.1
+    """Share of the calibration images that only judge the steps."""
+    targets: Literal["dense", "cascaded"] = "dense"
+    """What layers are fitted to: ``dense`` (the dense network's own activations) or ``cascaded`` (the paper's: the
+    dense layers run on the pruned network's activations)."""
+    weighting: Literal["mean", "relative"] = "mean"
+    """Of the operations in Eq. 3: ``mean`` (mean squared errors) or ``relative`` (these over the variance of their
+    targets)."""
+    sweeps: Annotated[int, Ge(1)] = 1
+    """Passes of the cascade over the layers; from the second on, what follows a layer is pruned already."""
+    layer_steps: Annotated[int, Ge(0)] = 0
+    """Most Newton steps for one layer in one sweep; 0 means as many as the passes give."""
+    joint_steps: Annotated[int, Ge(0)] = 0
+    """Newton steps, after the sweeps, that move the weights of all layers together."""
+    gradual: Annotated[Number, Ge(0), Le(1)] = 0.0
+    """Share of the joint steps, the first of them, during which masks that keep twice as many weights, with which
+    the sweeps were made, thin out to the pattern (gradual.py). Masks stay as they are at 0, and wherever the
+    pattern keeps half of the weights or more, or the masks come from a file."""
+    emphasis: Annotated[Number, Ge(0)] = 0.0
+    """Of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power."""
     augment: bool = False
+    """Mirror and shift the images of joint steps at random (augment.py), other than those that judge."""
     autocast: bool = False
+    """Steps compute in bfloat16 where that does (torch.autocast); the loss that judges them does not."""
     offload: bool | None = None
-    seed: int = 0
+    """Weights rest in main memory, and come to the device for one operation after the other. None: where they
+    would take too much of the device (fitting.py)."""
+    seed: Seed = 0
+    """Decides which images are drawn, and their order."""
     solver: SolverConfig = field(default_factory=SolverConfig)
+    """See :class:`SolverConfig`."""
 
-    def __post_init__(self) -> None:
-        _check(isinstance(self.k, int) and self.k >= 0, "k", self.k, "an integer ≥ 0")
-        _check(
-            self.allocation in ("global", "uniform", "sensitivity"),
-            "allocation",
-            self.allocation,
-            "'global', 'uniform' or 'sensitivity'",
-        )
-        _check(0 <= self.sparsity < 1, "sparsity", self.sparsity, "a fraction of zeros from 0 to below 1")
-        _check(self.budget in ("weights", "flops"), "budget", self.budget, "'weights' or 'flops'")
-        _check(self.repair_steps >= 0, "repair_steps", self.repair_steps, "an integer ≥ 0")
-        _check(self.samples >= 1, "samples", self.samples, "an integer ≥ 1")
-        _check(self.sweeps >= 1, "sweeps", self.sweeps, "an integer ≥ 1")
-        _check(self.layer_steps >= 0, "layer_steps", self.layer_steps, "an integer ≥ 0")
-        _check(self.joint_steps >= 0, "joint_steps", self.joint_steps, "an integer ≥ 0")
-        _check(0 <= self.gradual <= 1, "gradual", self.gradual, "a number from 0 to 1")
-        if self.gradual_steps:
-            preconditioner = self.solver.preconditioner
-            _check(preconditioner == "gram", "preconditioner", preconditioner, "'gram', or gradual = 0")
-        _check(self.batch_size >= 1, "batch_size", self.batch_size, "an integer ≥ 1")
-        _check(0 < self.held_out < 1, "held_out", self.held_out, "a number between 0 and 1")
-        _check(self.permute is None or isinstance(self.permute, bool), "permute", self.permute, "true or false")
-        _check(self.offload is None or isinstance(self.offload, bool), "offload", self.offload, "true or false")
-        _check(isinstance(self.augment, bool), "augment", self.augment, "true or false")
-        _check(isinstance(self.autocast, bool), "autocast", self.autocast, "true or false")
-        _check(self.emphasis >= 0, "emphasis", self.emphasis, "a number ≥ 0")
-        _check(self.weighting in ("mean", "relative"), "weighting", self.weighting, "'mean' or 'relative'")
-        _check(self.targets in ("dense", "cascaded"), "targets", self.targets, "'dense' or 'cascaded'")
-        check_seed(self.seed)
+    @model_validator(mode="after")
+    def _check_gradual(self) -> Self:
+        if self.gradual_steps and self.solver.preconditioner != "gram":
+            raise ConfigError(
+                f"Setting preconditioner = {self.solver.preconditioner!r}: expected 'gram', or gradual = 0."
+            )
+        return self
 
     @property
     def gradual_steps(self) -> int:
         """Joint steps with masks that thin out, where the pattern has them."""
         return round(self.gradual * self.joint_steps)
+
+    @classmethod
+    def known(cls) -> dict[str, FieldInfo]:
+        own = cls.own()
+        return {name: own[name] for name in own if name not in ("pattern", "solver")} | SolverConfig.own()
 
     def updated(self, **changes: Any) -> Self:
         """A copy with some settings changed; names of :class:`SolverConfig` reach into ``solver``.
@@ -205,118 +238,88 @@ class PruneConfig(_Settings):
         Raises:
             ConfigError: a name that is no setting, or a value out of range.
         """
-        own = {f.name for f in fields(self)} - {"solver"}
-        inner = {f.name for f in fields(SolverConfig)}
-        for name in changes:
-            if name not in own | inner:
-                raise ConfigError(f"Unknown setting {name!r}.", f"Known: {', '.join(sorted(own | inner))}.")
-        solver = replace(self.solver, **{n: v for n, v in changes.items() if n in inner})
-        return replace(self, solver=solver, **{n: v for n, v in changes.items() if n in own})
+        inner = {name: changes.pop(name) for name in SolverConfig.own() if name in changes}
+        if inner:
+            changes["solver"] = replace(self.solver, **inner)
+        return replace(self, **changes)
 
 
-@dataclass(frozen=True)
-class FinetuneConfig(_Settings):
-    """How a pruned model is retrained, by SGD with a stepwise decay of the learning rate (A.3.4).
+@dataclass(frozen=True, config=_CONFIG)
+class FinetuneConfig(Settings):
+    """How a pruned model is retrained, by SGD with a stepwise decay of the learning rate (A.3.4)."""
 
-    Attributes:
-        epochs: passes over the training images. A.3.4: 90 (CIFAR-10).
-        minutes: of training at most; where they do not do for ``epochs``, as many are planned as the first one's time
-            lets expect. 0 means no limit.
-        lr: learning rate at the start. A.3.4: 3e-3.
-        decay: factor on the learning rate, every ``decay_every`` epochs. A.3.4: 0.1.
-        decay_every: 0 means a third of the epochs, rounded up. A.3.4: 30 of 90 epochs, 2 of 5.
-        momentum: A.3.4: 0.9.
-        weight_decay: A.3.4: 5e-5.
-        batch_size: images per step.
-        crop: images are padded by this share of their size on each side and cropped at random back to it; 0 switches
-            it off. 4 pixels of 32, as usual for CIFAR (He et al., 2015, section 4.2).
-        flip: half of the images, at random, are mirrored left to right.
-        distillation: α in (1 - α)·cross-entropy + α·T²·KL(teacher ‖ student), where there is a teacher.
-        temperature: T, by which the logits of both are divided in the second term (Hinton et al., 2015).
-        samples: training images to draw; None means all.
-        seed: of the draw, the order and the augmentation.
-    """
-
-    epochs: int = 90
-    minutes: float = 0.0
-    lr: float = 3e-3
-    decay: float = 0.1
-    decay_every: int = 0
-    momentum: float = 0.9
-    weight_decay: float = 5e-5
-    batch_size: int = 128
-    crop: float = 0.125
+    epochs: Annotated[int, Ge(1)] = 90
+    """Passes over the training images. A.3.4: 90 (CIFAR-10)."""
+    minutes: Annotated[Number, Ge(0)] = 0.0
+    """Most minutes of training; where they do not do for ``epochs``, as many are planned as the first one's time lets
+    expect. 0 means no limit."""
+    lr: Annotated[Number, Gt(0), Lt(1e30)] = 3e-3
+    """Learning rate at the start. A.3.4: 3e-3."""
+    decay: Annotated[Number, Gt(0), Le(1)] = 0.1
+    """Factor on the learning rate, every ``decay_every`` epochs. A.3.4: 0.1."""
+    decay_every: Annotated[int, Ge(0)] = 0
+    """Epochs between decays; 0 means a third of the epochs, rounded up. A.3.4: 30 of 90 epochs, 2 of 5."""
+    momentum: Annotated[Number, Ge(0), Lt(1)] = 0.9
+    """Of SGD. A.3.4: 0.9."""
+    weight_decay: Annotated[Number, Ge(0), Lt(1e30)] = 5e-5
+    """Of SGD. A.3.4: 5e-5."""
+    batch_size: Annotated[int, Ge(2)] = 128
+    """Images per step."""
+    crop: Annotated[Number, Ge(0), Lt(1)] = 0.125
+    """Images are padded by this share of their size on each side and cropped at random back to it; 0 switches it
+    off. 4 pixels of 32, as usual for CIFAR (He et al., 2015, section 4.2)."""
     flip: bool = True
-    distillation: float = 0.9
-    temperature: float = 4.0
-    samples: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check(self.epochs >= 1, "epochs", self.epochs, "an integer ≥ 1")
-        _check(0 <= self.minutes < float("inf"), "minutes", self.minutes, "a number ≥ 0")
-        _check(0 < self.lr < 1e30, "lr", self.lr, "a number > 0, below 1e30")
-        _check(0 < self.decay <= 1, "decay", self.decay, "a number above 0, up to 1")
-        _check(self.decay_every >= 0, "decay_every", self.decay_every, "an integer ≥ 0")
-        _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
-        _check(0 <= self.weight_decay < 1e30, "weight_decay", self.weight_decay, "a number ≥ 0, below 1e30")
-        _check(self.batch_size >= 2, "batch_size", self.batch_size, "an integer ≥ 2")
-        _check(0 <= self.crop < 1, "crop", self.crop, "a number from 0 to below 1")
-        _check(0 <= self.distillation <= 1, "distillation", self.distillation, "a number from 0 to 1")
-        _check(self.temperature > 0, "temperature", self.temperature, "a number > 0")
-        _check(self.samples is None or self.samples >= 2, "samples", self.samples, "an integer ≥ 2")
-        check_seed(self.seed)
+    """Half of the images, at random, are mirrored left to right."""
+    distillation: Annotated[Number, Ge(0), Le(1)] = 0.9
+    """α in (1 - α)·cross-entropy + α·T²·KL(teacher ‖ student), where there is a teacher."""
+    temperature: Annotated[Number, Gt(0)] = 4.0
+    """T, by which the logits of both are divided in the second term (Hinton et al., 2015)."""
+    samples: Annotated[int, Ge(2)] | None = None
+    """Training images to draw; None means all."""
+    seed: Seed = 0
+    """Of the draw, the order and the augmentation."""
 
 
-@dataclass(frozen=True)
-class TrainConfig(_Settings):
-    """How a network is pruned at initialisation and trained.
-
-    Attributes:
-        mask: name of a criterion, or a safetensors file of booleans.
-        allocation: of an unstructured sparsity: ``global`` (all layers ranked together) or ``uniform``.
-        layer_cap: with ``global``, the most that one layer may lose; 1, the paper's plain ranking, lets layers
-            collapse.
-        criterion_samples: images that the criterion reads.
-        warm_up_bn: batches on which the statistics of batch norms are set before the masks are chosen.
-        samples: training images; 0 means all.
-        epochs: passes over them; 0 trains nothing.
-        batch_size: images per step.
-        lr: learning rate at the start.
-        schedule: ``cosine``, or ``step``: a tenth after half and after three quarters of the steps.
-        momentum: of SGD.
-        weight_decay: of all weights.
-        augment: mirror and shift images at random.
-        seed: of weights, order of images, augmentation and criteria.
-    """
+@dataclass(frozen=True, config=_CONFIG)
+class TrainConfig(Settings):
+    """How a network is pruned at initialisation and trained."""
 
     mask: str = "magnitude"
-    allocation: str = "global"
-    layer_cap: float = 1.0
-    criterion_samples: int = 512
-    warm_up_bn: int = 0
-    samples: int = 0
-    epochs: int = 30
-    batch_size: int = 128
-    lr: float = 0.1
-    schedule: str = "cosine"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    """Mask criterion (magnitude, wanda, sparsegpt, swap, …), or a safetensors file of booleans."""
+    allocation: Literal["global", "uniform"] = "global"
+    """Of an unstructured sparsity: ``global`` (all layers ranked together) or ``uniform``."""
+    layer_cap: Annotated[Number, Gt(0), Le(1)] = 1.0
+    """With ``global``, the most that one layer may lose; 1, the paper's plain ranking, lets layers collapse."""
+    criterion_samples: Annotated[int, Ge(1)] = 512
+    """Images that the criterion reads."""
+    warm_up_bn: Annotated[int, Ge(0)] = 0
+    """Batches on which the statistics of batch norms are set before the masks are chosen."""
+    samples: Annotated[int, Ge(0)] = 0
+    """Training images; 0 means all."""
+    epochs: Annotated[int, Ge(0)] = 30
+    """Passes over them; 0 trains nothing."""
+    batch_size: Annotated[int, Ge(1)] = 128
+    """Images per step."""
+    lr: Annotated[Number, Gt(0)] = 0.1
+    """Learning rate at the start."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """``cosine``, or ``step``: a tenth after half and after three quarters of the steps."""
+    momentum: Annotated[Number, Ge(0), Lt(1)] = 0.9
+    """Of SGD."""
+    weight_decay: Annotated[Number, Ge(0)] = 5e-4
+    """Of all weights."""
     augment: bool = True
-    seed: int = 0
+    """Mirror and shift images at random."""
+    seed: Seed = 0
+    """Of weights, order of images, augmentation and criteria."""
 
-    def __post_init__(self) -> None:
-        _check(self.allocation in ("global", "uniform"), "allocation", self.allocation, "'global' or 'uniform'")
-        _check(0 < self.layer_cap <= 1, "layer_cap", self.layer_cap, "a fraction up to 1")
-        for name in ("criterion_samples", "batch_size"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "an integer ≥ 1")
-        for name in ("warm_up_bn", "samples", "epochs"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "an integer ≥ 0")
-        _check(self.lr > 0, "lr", self.lr, "a number > 0")
-        _check(self.schedule in ("cosine", "step"), "schedule", self.schedule, "'cosine' or 'step'")
-        _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
-        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number ≥ 0")
-        check_seed(self.seed)
+
+def check_seed(seed: int) -> None:
+    """
+    Raises:
+        ConfigError: no :data:`Seed`.
+    """
+    TrainConfig(seed=seed)
 
 
 _PAPER = {
@@ -372,7 +375,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Settings by preset and family of architectures."""
 
 
-_N_M = {"mask": "swap", "gradual": 0.0}
+N_M: dict[str, Any] = {"mask": "swap", "gradual": 0.0}
 """By default, wherever a pattern has groups within which weights can be swapped."""
 
 
@@ -386,5 +389,5 @@ def preset(name: str, family: str, pattern: str) -> PruneConfig:
         raise ConfigError(f"Preset {name!r}: expected one of {', '.join(PRESETS)}.")
     settings = PRESETS[name].get(family, {})
     if name == "default" and ":" in pattern:
-        settings = settings | _N_M
+        settings = settings | N_M
     return PruneConfig(pattern).updated(**settings)

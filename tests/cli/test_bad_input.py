@@ -70,19 +70,19 @@ SETTINGS = [
     *(setting("0 < N < M", pattern=text) for text in ("5:4", "0:4", "4:4", "2:0")),
     *(setting("between 0 and 1", pattern=text) for text in ("1.2", "0", "1", "-0.5", "nan", "inf")),
     *(setting("expected N:M (2:4, 1:4) or a fraction", pattern=text) for text in ("half", "", "2:4:8", "2/4", "-2:4")),
-    setting("Setting k = -1: expected an integer ≥ 0", k=-1),
-    setting("Setting samples = 0: expected an integer ≥ 1", samples=0),
+    setting("Setting k = -1: expected a whole number ≥ 0", k=-1),
+    setting("Setting samples = 0: expected a whole number ≥ 1", samples=0),
     setting("Setting samples = -5", samples=-5),
     setting("Mask criterion 'sparkle': expected one of ", mask="sparkle"),
     setting("Mask file no.safetensors does not exist", mask="no.safetensors"),
-    setting("'gauss-newton' or 'hessian'", curvature="newton"),
+    setting("Setting curvature = 'newton': expected 'gauss-newton' or 'hessian'", set="curvature=newton"),
     setting("expected one of float32", dtype="int8"),
     setting("expected one of float32", dtype="float16"),
     setting("Device 'tpu': expected auto, cpu or cuda", device="tpu"),
     setting("Preset 'fast': expected one of default, paper", preset="fast"),
     setting("Setting memory = nan: expected a number of GB above 0", memory="nan"),
     setting("Setting memory = inf: expected", memory="inf"),
-    setting("Setting seed = 99999999999999999999: expected a whole number from 0 to", seed="99999999999999999999"),
+    setting("Setting seed = 99999999999999999999: expected a whole number ≥ 0", seed="99999999999999999999"),
     setting("Setting seed = -1: expected", seed=-1),
     setting("same split 'train'", eval_data=DIGITS, eval_split="train"),
     setting("same split 'test'", data_split="test", eval_data=f"{DIGITS}/../digits"),
@@ -97,9 +97,19 @@ SETTINGS = [
     yaml("YAML truth for a number", "damping: true", "damping = True: expected a number"),
     yaml("YAML text for a number", "damping: much", "damping = 'much': expected a number"),
     yaml("YAML layers", "layers: 3", "layers = 3: expected a list of names"),
-    Fault("YAML out of range", lambda tmp: {"config": write(tmp / "s.yaml", "held_out: 2")}, ("held_out = 2.0",)),
-    Fault("YAML seed", lambda tmp: {"config": write(tmp / "s.yaml", f"seed: {10**20}")}, ("from 0 to 2^32 - 1",)),
+    yaml("YAML out of range", "held_out: 2", "setting held_out = 2: expected a number > 0 and < 1"),
+    yaml("YAML seed", f"seed: {10**20}", "setting seed = 100000000000000000000: expected", "≤ 4294967295"),
     setting("no.yaml cannot be read", config="no.yaml"),
+    yaml("YAML of a date that is none", "k: 2000-13-45", "cannot be read"),
+    yaml("YAML number too long for one", f"k: {'9' * 5000}", "cannot be read"),
+    yaml("deep YAML", "[" * 10**4, "cannot be read"),
+    setting("Unknown setting 'colour'.\nKnown: allocation, ", set="colour=red"),
+    setting("Unknown setting 'pattern'", set="pattern=1:4"),
+    setting("--set 'k': expected NAME=VALUE", set="k"),
+    setting("--set 'k=[' cannot be read", set="k=["),
+    setting("Setting average = -1: expected a whole number ≥ 0", set="average=-1"),
+    setting("Setting augment = 1: expected true or false", set="augment=1"),
+    setting("Sparsity 0.9: all layers at the sparsest of '1:4,2:4' have 0.75", pattern="1:4,2:4", sparsity=0.9),
     Fault(
         "output is a file",
         lambda tmp: {"output": write(tmp / "result", "")},
@@ -432,7 +442,7 @@ def test_evaluation(run, options: list[object], expected: str) -> None:
 def test_seed_that_no_generator_takes(run, command: list[str]) -> None:
     result = run(command[0], VIT, *command[1:], "--data", DIGITS, "--seed", 10**20)
     assert (result.code, result.out) == (1, "")
-    assert result.err.startswith("Error: Setting seed = 100000000000000000000: expected a whole number from 0 to")
+    assert result.err.startswith("Error: Setting seed = 100000000000000000000: expected a whole number ≥ 0 and ≤")
 
 
 def test_ctrl_c_leaves_only_what_is_finished(

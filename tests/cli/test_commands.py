@@ -86,7 +86,7 @@ def test_channels_in_another_order_are_the_same_network(run) -> None:
     """The dense model's accuracy is measured after its channels were put in order."""
     options = ("prune", VIT, "--pattern", "2:4", "--mask", "magnitude", *MEASURED, "--json", "--no-update")
     plain = json.loads(run(*options, "--output", "plain").out)
-    report = json.loads(run(*options, "--permute", "--output", "out").out)
+    report = json.loads(run(*options, "--set", "permute=true", "--output", "out").out)
     assert plain["permuted"] == {} and report["dense"] == plain["dense"]
     assert report["permuted"] and all(s["kept_after"] > s["kept_before"] for s in report["permuted"].values())
     assert all("fc2" in name for name in report["permuted"])
@@ -96,10 +96,10 @@ def test_channels_in_another_order_are_the_same_network(run) -> None:
     rows = found["attention"]["models"]
     assert len(rows) == 3 and rows[1]["last"] == rows[2]["last"], "the result is the mask alone"
 
-    refused = run("prune", VIT, "--pattern", "0.5", *QUICK, "--permute", "--output", "refused")
+    refused = run("prune", VIT, "--pattern", "0.5", *QUICK, "--set", "permute=true", "--output", "refused")
     assert refused.code == 1 and "Channels cannot be ordered for 0.5" in refused.err
     save_file({"x": torch.ones(1, dtype=torch.bool)}, "masks.safetensors")
-    masks = ("--mask", "masks.safetensors", "--pattern", "2:4", "--permute", "--output", "refused")
+    masks = ("--mask", "masks.safetensors", "--pattern", "2:4", "--set", "permute=true", "--output", "refused")
     refused = run("prune", VIT, *QUICK, *masks)
     assert refused.code == 1 and "not for another order" in refused.err
     assert not Path("refused").exists()

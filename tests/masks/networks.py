@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from snows_hf.adapters import Chain, Group, Operation, build_chain, register
-from snows_hf.masks import Evidence
+from snows_hf.masks.evidence import Evidence
 from snows_hf.patterns import parse_pattern
 from snows_hf.settings import PruneConfig
 

@@ -8,8 +8,8 @@ import torch
 from masks.networks import convolutions, evidence, linears
 
 from snows_hf.errors import ConfigError, PatternError
-from snows_hf.masks import choose
 from snows_hf.masks.allocation import Sensitivity, allocate, layer_sensitivities
+from snows_hf.masks.choose import choose
 from snows_hf.patterns import NM, PerLayer, Unstructured, parse_candidates
 from snows_hf.patterns.plan import by_sensitivity, candidates_of
 from snows_hf.settings import PruneConfig

@@ -1,7 +1,8 @@
 """Masks by criterion and by file."""
 
-from collections.abc import Iterator
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from snows_hf.errors import ConfigError, MaskError, PatternError, SnowsError
-from snows_hf.masks import Evidence, choose_masks, load_masks, split_by_fit
-from snows_hf.masks.scores import criteria, register_criterion
-from snows_hf.masks.scores.base import _CRITERIA
+from snows_hf.masks.choose import choose_masks, load_masks, split_by_fit
+from snows_hf.masks.criteria import CRITERIA, Criterion
 from snows_hf.patterns import NM, Unstructured
 
 
@@ -43,19 +43,16 @@ def test_unstructured_masks_rank_all_layers_together():
 
 
 @pytest.fixture
-def reverse_magnitude() -> Iterator[str]:
+def reverse_magnitude(monkeypatch: pytest.MonkeyPatch) -> str:
     """A criterion that exists only during one test."""
-
-    @register_criterion("reverse-magnitude")
-    def reverse(evidence: Evidence) -> dict[str, Tensor]:
-        return {name: -weight.abs() for name, weight in evidence.weights.items()}
-
-    yield "reverse-magnitude"
-    del _CRITERIA["reverse-magnitude"]
+    module = ModuleType("reversed")
+    module.reverse = lambda evidence: {name: -weight.abs() for name, weight in evidence.weights.items()}
+    monkeypatch.setitem(sys.modules, "snows_hf.masks.scores.reversed", module)
+    monkeypatch.setitem(CRITERIA, "reverse-magnitude", Criterion("reversed:reverse"))
+    return "reverse-magnitude"
 
 
 def test_new_criterion_is_used_by_its_name(reverse_magnitude):
-    assert reverse_magnitude in criteria()
     masks = choose_masks(WEIGHTS, NM(2, 4), reverse_magnitude)
     largest = choose_masks(WEIGHTS, NM(2, 4), "magnitude")
     assert all(torch.equal(mask, ~largest[name]) for name, mask in masks.items())

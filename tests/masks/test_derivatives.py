@@ -12,7 +12,8 @@ from networks import Small, convolutions, evidence, images_for, linears, read
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, vmap
 
-from snows_hf.masks import Evidence, choose
+from snows_hf.masks.choose import choose
+from snows_hf.masks.evidence import Evidence
 from snows_hf.masks.scores import criterion
 from snows_hf.masks.scores.fisher import fisher
 from snows_hf.masks.scores.hutchinson import PROBES, estimate, on_k_step_loss, on_task_loss

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snows_hf.adapters import build_chain, frozen
 from snows_hf.errors import ConfigError
-from snows_hf.masks import choose_masks
+from snows_hf.masks.choose import choose_masks
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.gradual import surplus, thinned, thinning_step
 from snows_hf.method.objective import ActiveWeights, KStepObjective
@@ -200,7 +200,7 @@ def test_gradual_steps_need_the_preconditioner():
 
 
 def test_gradual_steps_are_joint_steps():
-    with pytest.raises(ConfigError, match=r"gradual = 1\.5: expected a number from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"gradual = 1\.5: expected a number ≥ 0 and ≤ 1"):
         PruneConfig("1:4", gradual=1.5)
     *_, thinning, joint = prune(tiny.cifar_resnet(), NM(1, 4))
     assert (thinning.steps, joint.steps) == (4, 3)

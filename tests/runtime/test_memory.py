@@ -17,9 +17,9 @@ from timm.models.resnet import BasicBlock, ResNet
 from snows_hf import prune
 from snows_hf.adapters import build_chain
 from snows_hf.errors import ConfigError, MemoryLimitError
-from snows_hf.masks import choose
 from snows_hf.masks.choices import fit_criterion, in_smaller_batches
-from snows_hf.masks.scores import needs_labels
+from snows_hf.masks.choose import choose
+from snows_hf.masks.criteria import needs_labels
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.fitting import OVERHEAD, bytes_per_image, fit_batches
 from snows_hf.method.preconditioner import factor_bytes

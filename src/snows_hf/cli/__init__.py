@@ -5,7 +5,6 @@ import sys
 import typer
 
 from ..errors import MemoryLimitError, SnowsError, one_line
-from ..runtime.memory import out_of_memory
 from ..runtime.version import __version__
 from . import (
     attention,
@@ -32,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("prune")(prune.command)
+app.command("prune", epilog=prune.ALSO)(prune.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
 app.command("sensitivity")(sensitivity.command)
@@ -64,6 +63,8 @@ def main() -> None:
         Sink.from_arguments(sys.argv).error(error)
         raise SystemExit(1) from None
     except (RuntimeError, MemoryError) as error:
+        from ..runtime.memory import out_of_memory
+
         if not out_of_memory(error):
             raise
         remedy = "Give smaller batches (batch_size), or --device cpu. The same command goes on from what is finished."

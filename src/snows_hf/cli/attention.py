@@ -5,24 +5,30 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DataSplit, Device, Json, Models, Quiet
+from ..data.names import data_folder
+from ..jobs.request import check_attention
+from .options import DataSplit, Device, Json, Models, Quiet, Seed, checked
 from .sink import Sink, open_sink
 from .watch import Watch
 
 
 def command(
     models: Models,
-    data: Annotated[str, typer.Option(help="Images: Hub data set, image folder or parquet.")],
+    data: Annotated[
+        str, typer.Option(help="Images: Hub data set, image folder or parquet.", callback=checked(data_folder))
+    ],
     output: Annotated[Path, typer.Option(help="PNG file to write.")],
     split: DataSplit = "test",
     images: Annotated[int, typer.Option(help="Images to draw.")] = 4,
     samples: Annotated[int, typer.Option(help="Images to measure similarity on.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw the attention maps of Vision Transformers side by side: dense, mask alone, pruned."""
+    check_attention(images, seed, output)
+
     from ..jobs.attention import attention
 
     sink = open_sink(as_json, quiet)

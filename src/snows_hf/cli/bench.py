@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..jobs.request import check_bench
 from .options import Device, Json, Model, Quiet, Revision
 from .sink import Sink, open_sink
 from .watch import Watch
@@ -20,13 +21,15 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Time a 2:4 checkpoint with dense and with sparse kernels. Exit code 0 also where there are no such kernels."""
-    from ..jobs.bench import bench
-
-    sink = open_sink(as_json, quiet)
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
         raise ConfigError(f"Batch sizes {batch_sizes!r}: expected numbers with commas, as in 1,16,256.") from None
+    check_bench(sizes, dtype)
+
+    from ..jobs.bench import bench
+
+    sink = open_sink(as_json, quiet)
     with Watch(sink) as watch:
         result = bench(model, sizes, dtype, device, revision, **watch.told)
     show(sink, result)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..jobs.request import check_pruning
+from ..runtime.files import check_output
 from .options import Json, Output, Quiet
 from .prune import show_report
 from .sink import open_sink
@@ -23,6 +25,9 @@ def command(
     """Prune a small model that comes with the package, on real scanned digits, with nothing to download."""
     if model not in ("vit", "resnet"):
         raise typer.BadParameter("expected vit or resnet", param_hint="--model")
+    check_pruning(pattern, "default", {})
+    check_output(output, size=0)
+
     import torch
 
     from ..jobs.prune import prune

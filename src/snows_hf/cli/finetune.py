@@ -4,13 +4,28 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.names import model_folder
+from ..jobs.request import check_request
 from ..settings import FinetuneConfig
-from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Model, Output, Quiet, Restart, Revision
+from .options import (
+    DataSplit,
+    Device,
+    EvalData,
+    EvalSplit,
+    Json,
+    Labelled,
+    Model,
+    Output,
+    Quiet,
+    Restart,
+    Revision,
+    Set,
+    checked,
+    setting,
+    settings_from,
+)
 from .sink import Sink, open_sink
 from .watch import Watch
-
-
-DEFAULT = FinetuneConfig()
 
 
 def command(
@@ -18,27 +33,20 @@ def command(
     data: Labelled,
     output: Output,
     data_split: DataSplit = "train",
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = DEFAULT.epochs,
-    minutes: Annotated[
-        float, typer.Option(help="Most minutes of training: fewer epochs where these would not do. 0: no limit.")
-    ] = DEFAULT.minutes,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = DEFAULT.lr,
-    decay: Annotated[float, typer.Option(help="Factor of a decay of the learning rate.")] = DEFAULT.decay,
-    decay_every: Annotated[int, typer.Option(help="Epochs between decays. 0: a third of all.")] = DEFAULT.decay_every,
-    momentum: Annotated[float, typer.Option(help="Of SGD.")] = DEFAULT.momentum,
-    weight_decay: Annotated[float, typer.Option(help="Of SGD.")] = DEFAULT.weight_decay,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULT.batch_size,
-    crop: Annotated[
-        float, typer.Option(help="Random crops after padding by this share of an image's size. 0: none.")
-    ] = DEFAULT.crop,
-    flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = DEFAULT.flip,
     teacher: Annotated[
-        str | None, typer.Option(help="Model to learn from besides the labels: the dense one, say.")
+        str | None,
+        typer.Option(
+            help="Model to learn from besides the labels: the dense one, say.", callback=checked(model_folder)
+        ),
     ] = None,
-    distillation: Annotated[float, typer.Option(help="The teacher's share of the loss.")] = DEFAULT.distillation,
-    temperature: Annotated[float, typer.Option(help="Softens the teacher's probabilities.")] = DEFAULT.temperature,
-    samples: Annotated[int | None, typer.Option(help="Training images to draw. Default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw, the order and the augmentation.")] = DEFAULT.seed,
+    epochs: Annotated[int | None, setting(FinetuneConfig, "epochs")] = None,
+    minutes: Annotated[float | None, setting(FinetuneConfig, "minutes")] = None,
+    lr: Annotated[float | None, setting(FinetuneConfig, "lr")] = None,
+    batch_size: Annotated[int | None, setting(FinetuneConfig, "batch_size")] = None,
+    flip: Annotated[bool | None, setting(FinetuneConfig, "flip", "--flip/--no-flip")] = None,
+    samples: Annotated[int | None, setting(FinetuneConfig, "samples")] = None,
+    seed: Annotated[int | None, setting(FinetuneConfig, "seed")] = None,
+    pairs: Set = None,
     eval_data: EvalData = None,
     eval_split: EvalSplit = "test",
     device: Device = "auto",
@@ -48,6 +56,12 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Retrain a pruned checkpoint with its zeros held. Interrupted, the same command goes on."""
+    own: dict[str, Any] = {"epochs": epochs, "minutes": minutes, "lr": lr, "batch_size": batch_size}
+    own |= {"flip": flip, "samples": samples, "seed": seed}
+    settings = settings_from(FinetuneConfig(), pairs, **own)
+    FinetuneConfig().updated(**settings)
+    check_request(data, data_split, eval_data, eval_split, output, device)
+
     from ..jobs.finetune import finetune
 
     sink = open_sink(as_json, quiet)
@@ -63,21 +77,8 @@ def command(
             device=device,
             revision=revision,
             restart=restart,
-            epochs=epochs,
-            minutes=minutes,
-            lr=lr,
-            decay=decay,
-            decay_every=decay_every,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            batch_size=batch_size,
-            crop=crop,
-            flip=flip,
-            distillation=distillation,
-            temperature=temperature,
-            samples=samples,
-            seed=seed,
             **watch.told,
+            **settings,
         )
     show(sink, result.report)
     sink.json(result.report)

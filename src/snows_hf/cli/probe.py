@@ -4,7 +4,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, EvalSplit, Json, Models, Quiet
+from ..data.names import data_folder
+from ..jobs.request import check_probe
+from .options import Device, EvalSplit, Json, Models, Quiet, checked
 from .sink import Sink, open_sink
 from .watch import Watch
 
@@ -12,10 +14,19 @@ from .watch import Watch
 def command(
     models: Models,
     data: Annotated[
-        str, typer.Option(help="Labelled images of the classes to transfer to: Hub data set, image folder or parquet.")
+        str,
+        typer.Option(
+            help="Labelled images of the classes to transfer to: Hub data set, image folder or parquet.",
+            callback=checked(data_folder),
+        ),
     ],
     train_split: Annotated[str, typer.Option(help="Split of --data that the probe is fitted on.")] = "train",
-    eval_data: Annotated[str | None, typer.Option(help="Labelled images to measure on. Default: --data.")] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled images to measure on.", show_default="those of --data", callback=checked(data_folder)
+        ),
+    ] = None,
     test_split: EvalSplit = "test",
     samples: Annotated[int | None, typer.Option(help="Training images to draw. Default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw, and of the split that chooses the regularisation.")] = 0,
@@ -24,6 +35,8 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Fit a linear classifier on the frozen features of each model: what they transfer to other classes."""
+    check_probe(data, train_split, eval_data, test_split, samples, seed)
+
     from ..jobs.probe import probe
 
     sink = open_sink(as_json, quiet)

@@ -2,119 +2,121 @@
 
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
-import yaml
 
-from ..errors import ConfigError, SaveError, SnowsError, one_line
-from ..runtime.distributed import from_main
-from ..settings import PruneConfig, SolverConfig
-from .options import DataSplit, Device, EvalData, EvalSplit, Json, Model, Private, Quiet, Restart, Revision, given
+from ..data.names import data_folder, short_name
+from ..errors import SaveError, SnowsError
+from ..jobs.request import DEFAULT_DATA, check_pruning, check_request
+from ..settings import PruneConfig
+from ..settings import preset as preset_for
+from .options import Device, Json, Model, Quiet, checked, given, setting, settings_from
 from .push import push_and_show
 from .sink import Sink, open_sink, shown
 from .watch import Watch
 
 
+WHAT, IMAGES, RESULT = "What to prune", "Images", "Result"
+
+ALSO = (
+    "For more: --sparsity, --allocation, --layers, --k, --seed, --no-update, --config FILE; --data-split, "
+    "--eval-split; --format, --report, --push-to, --private, --restart; --revision, --dtype, --memory. The README "
+    "says what for."
+)
+
+
+def hidden(*names: str) -> Any:
+    """An option that most users do without: the help only names it (:data:`ALSO`)."""
+    return typer.Option(*names, hidden=True)
+
+
 def command(
     model: Model,
-    pattern: Annotated[
+    pattern: Annotated[str, setting(PruneConfig, "pattern", panel=WHAT)],
+    mask: Annotated[str | None, setting(PruneConfig, "mask", panel=WHAT)] = None,
+    preset: Annotated[
+        str, typer.Option(help="Settings to start from: default, or paper (Table 7).", rich_help_panel=WHAT)
+    ] = "default",
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any setting of docs/settings.md; repeatable.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    data: Annotated[
         str,
         typer.Option(
-            help="N:M (N of M weights kept), a fraction of zeros such as 0.7, or a set of which each layer gets one: "
-            "1:4,2:4,dense."
+            help="Calibration images: Hub data set (USER/NAME or USER/NAME@REVISION), image folder or parquet.",
+            rich_help_panel=IMAGES,
+            callback=checked(data_folder),
         ),
-    ],
-    data: Annotated[
+    ] = DEFAULT_DATA,
+    data_split: Annotated[str, hidden()] = "train",
+    samples: Annotated[int | None, setting(PruneConfig, "samples", panel=IMAGES)] = None,
+    eval_data: Annotated[
         str | None,
         typer.Option(
-            help="Calibration images: Hub data set (USER/NAME or USER/NAME@REVISION), image folder or parquet. "
-            "Default: timm/mini-imagenet."
+            help="Labelled images to measure accuracy on, of the split test or --eval-split.",
+            rich_help_panel=IMAGES,
+            callback=checked(data_folder),
         ),
     ] = None,
-    data_split: DataSplit = "train",
-    samples: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="K: later operations whose outputs are kept (Eq. 3).")] = None,
-    mask: Annotated[
-        str | None,
-        typer.Option(help="Mask criterion (magnitude, wanda, sparsegpt, swap, …), or a safetensors file of booleans."),
+    eval_split: Annotated[str, hidden()] = "test",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the result.", show_default="NAME-PATTERN here", rich_help_panel=RESULT),
     ] = None,
-    permute: Annotated[
-        bool | None,
-        typer.Option(
-            help="Order channels, where their order is free, so that N:M costs less. Default: if under half is kept."
-        ),
-    ] = None,
-    allocation: Annotated[
-        str | None,
-        typer.Option(help="Which layers lose how much of an unstructured sparsity: global, uniform or sensitivity."),
-    ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Of a set of patterns: the zeros of all layers together, such as 0.65.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="What an allocation by sensitivity counts: weights, or flops.")
-    ] = None,
-    no_update: Annotated[
-        bool,
-        typer.Option("--no-update", help="The mask, and the criterion's own update if any, without SNOWS."),
-    ] = False,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Prune only layers that match this wildcard; may be repeated.")
-    ] = None,
-    curvature: Annotated[str | None, typer.Option(help="gauss-newton or hessian.")] = None,
-    preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (Table 7).")] = "default",
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options override it.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the result. Default: NAME-PATTERN here.")] = None,
-    format: Annotated[
-        str, typer.Option(help="safetensors, or packed: without the zeros, for import snows_hf alone.")
-    ] = "safetensors",
-    eval_data: EvalData = None,
-    eval_split: EvalSplit = "test",
-    report: Annotated[
-        bool, typer.Option("--report", help="Also write report.html and report.json into the folder.")
-    ] = False,
-    push_to: Annotated[str | None, typer.Option(help="Publish the result on the Hub as USER/NAME.")] = None,
-    private: Private = False,
-    restart: Restart = False,
+    sparsity: Annotated[float | None, setting(PruneConfig, "sparsity", hidden=True)] = None,
+    allocation: Annotated[str | None, setting(PruneConfig, "allocation", hidden=True)] = None,
+    layers: Annotated[list[str] | None, setting(PruneConfig, "layers", hidden=True)] = None,
+    k: Annotated[int | None, setting(PruneConfig, "k", "--k", hidden=True)] = None,
+    seed: Annotated[int | None, setting(PruneConfig, "seed", hidden=True)] = None,
+    no_update: Annotated[bool, hidden("--no-update")] = False,
+    config: Annotated[Path | None, hidden()] = None,
+    format: Annotated[str, hidden()] = "safetensors",
+    report: Annotated[bool, hidden("--report")] = False,
+    push_to: Annotated[str | None, hidden()] = None,
+    private: Annotated[bool, hidden("--private")] = False,
+    restart: Annotated[bool, hidden("--restart")] = False,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the solver: float32, float64 or bfloat16.")] = "float32",
-    seed: Annotated[int | None, typer.Option(help="Of the choice and order of calibration images.")] = None,
-    memory: Annotated[float | None, typer.Option(help="Main memory to stay below, in GB.")] = None,
-    revision: Revision = None,
+    dtype: Annotated[str, hidden()] = "float32",
+    memory: Annotated[float | None, hidden()] = None,
+    revision: Annotated[str | None, hidden()] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
-    settings = read_settings(config)
-    settings |= given(samples=samples, k=k, mask=mask, curvature=curvature, seed=seed)
-    settings |= given(allocation=allocation, sparsity=sparsity, budget=budget)
-    settings |= given(layers=tuple(layers) if layers else None, permute=permute)
+    settings = settings_from(
+        preset_for(preset, "", pattern), pairs, config, mask=mask, samples=samples, sparsity=sparsity,
+        allocation=allocation, layers=layers or None, k=k, seed=seed,
+    )  # fmt: skip
+    output = default_output(model, pattern) if output is None else output
+    images: dict[str, Any] = {
+        "data": data, "data_split": data_split, "eval_data": eval_data, "eval_split": eval_split,
+    }  # fmt: skip
+    machine: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
+    check_pruning(pattern, preset, settings)
+    check_request(**images, output=output, **machine, format=format)
+    if push_to is not None:
+        from ..runtime.remote import check_push
 
-    from ..hub.push import check_push
+        check_push(push_to, private)
+
     from ..jobs.prune import prune
     from ..jobs.report import report as make_page
+    from ..runtime.distributed import from_main
 
     sink = open_sink(as_json, quiet)
-    if push_to is not None:
-        check_push(push_to, private)
-    output = default_output(model, pattern) if output is None else output
     with Watch(sink) as watch:
         result = prune(
             model,
             pattern,
-            data=data,
-            data_split=data_split,
-            eval_data=eval_data,
-            eval_split=eval_split,
+            **images,
+            **machine,
             output=output,
-            device=device,
-            dtype=dtype,
             revision=revision,
-            memory=memory,
             preset=preset,
             update=not no_update,
             restart=restart,
@@ -163,57 +165,9 @@ def command(
 
 def default_output(model: str, pattern: str) -> Path:
     """``google/vit-base-patch16-224``, ``2:4`` → ``vit-base-patch16-224-2to4``; ``1:4,2:4`` → ``…-1to4-2to4``."""
-    from ..data.names import short_name
-
     name = short_name(model).rpartition("/")[2] or "model"
     suffix = pattern.replace(":", "to").replace(",", "-")
     return Path(f"{name}-{re.sub('[^a-z0-9.-]', '', suffix)}")
-
-
-def read_settings(path: Path | None) -> dict[str, Any]:
-    """Settings from a YAML file: one mapping, by the names of PruneConfig and SolverConfig.
-
-    Raises:
-        ConfigError: unreadable, no mapping, or a setting that is unknown or of the wrong type.
-    """
-    if path is None:
-        return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"Settings file {path} cannot be read: {one_line(error)}", "Expected YAML.") from error
-    settings = {} if settings is None else settings
-    if not isinstance(settings, dict):
-        raise ConfigError(
-            f"Settings file {path}: expected a mapping of settings, got {type(settings).__name__}.",
-            "One setting a line, as in `k: 5`.",
-        )
-    types = {f.name: f.type for cls in (PruneConfig, SolverConfig) for f in fields(cls)}
-    known = sorted(types.keys() - {"pattern", "solver"})
-    for name, value in settings.items():
-        if name not in known:
-            raise ConfigError(
-                f"Settings file {path}: unknown setting {name!r}.",
-                f"Known: {', '.join(known)}. Pattern, model, data and output are options of the command.",
-            )
-        settings[name] = _typed(path, name, value, types[name])
-    return settings
-
-
-def _typed(path: Path, name: str, value: Any, kind: Any) -> Any:
-    if name == "layers" and isinstance(value, str | list):
-        return (value,) if isinstance(value, str) else tuple(map(str, value))
-    if isinstance(kind, UnionType):  # bool | None: what is in a file is no None
-        kind = get_args(kind)[0]
-    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 as text
-        except ValueError:
-            pass
-    wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if type(value) is not kind:
-        raise ConfigError(f"Settings file {path}: {name} = {value!r}: expected {wanted.get(kind, 'a list of names')}.")
-    return value
 
 
 def show_report(sink: Sink, report: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runtime.files import check_output
 from .options import Json, Model, Quiet, Revision
 from .sink import Sink, open_sink
 
@@ -16,6 +17,8 @@ def pack_command(
     model: Model, output: Output, revision: Revision = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Store a sparse checkpoint without its zeros, losslessly; stock libraries need it unpacked again."""
+    check_output(output, size=0)
+
     from ..hub.repack import pack
 
     sink = open_sink(as_json, quiet)
@@ -26,6 +29,8 @@ def unpack_command(
     model: Model, output: Output, revision: Revision = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Turn a packed checkpoint into an ordinary one: every weight bit for bit, in one file."""
+    check_output(output, size=0)
+
     from ..hub.repack import unpack
 
     sink = open_sink(as_json, quiet)

@@ -6,11 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DataSplit, Device, Json, Quiet, Revision
+from ..data.names import data_folder, model_folder
+from ..jobs.request import check_report
+from ..runtime.files import check_file
+from .options import DataSplit, Device, Json, Quiet, Revision, checked
 from .sink import Sink, open_sink
 
 
-Pruned = Annotated[str, typer.Argument(help="Folder (or Hub id) of what `snows-hf prune` wrote.")]
+Pruned = Annotated[
+    str,
+    typer.Argument(help="Folder (or Hub id) of what `snows-hf prune` wrote.", callback=checked(model_folder)),
+]
 
 
 def command(
@@ -18,7 +24,10 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Folder for the two files. Default: MODEL.")] = None,
     dense: Annotated[str | None, typer.Option(help="The dense model, for its attention maps.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Images for attention maps: Hub data set, image folder or parquet.")
+        str | None,
+        typer.Option(
+            help="Images for attention maps: Hub data set, image folder or parquet.", callback=checked(data_folder)
+        ),
     ] = None,
     split: DataSplit = "test",
     images: Annotated[int, typer.Option(help="Images to draw.")] = 4,
@@ -28,6 +37,8 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Write a page about a pruned checkpoint: what was lost, where, what is saved."""
+    check_report(model, output, images)
+
     from ..jobs.report import report
 
     sink = open_sink(as_json, quiet)
@@ -48,13 +59,21 @@ def command(
 
 def compare_command(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Folders (or Hub ids) of what `snows-hf prune` wrote.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Folders (or Hub ids) of what `snows-hf prune` wrote.",
+            callback=checked(model_folder),
+        ),
     ],
     output: Annotated[Path | None, typer.Option(help="HTML file to write besides.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Set several pruned checkpoints side by side: accuracy, loss, size, operations, time."""
+    if output is not None:
+        check_file(output, ".html")
+
     from ..jobs.report import compare
 
     sink = open_sink(as_json, quiet)

@@ -1,47 +1,55 @@
 """``snows-hf sensitivity``"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import DataSplit, Device, Json, Model, Quiet, Revision, given
+from ..data.names import data_folder
+from ..jobs.request import DEFAULT_DATA, DEFAULT_PATTERNS, check_plot, check_sensitivity
+from ..settings import PruneConfig
+from ..settings import preset as preset_for
+from .options import DataSplit, Device, Json, Model, Quiet, Revision, Set, checked, setting, settings_from
 from .sink import open_sink, shown
 from .watch import Watch
 
 
 def command(
     model: Model,
-    patterns: Annotated[
-        str | None, typer.Option(help="With commas: 1:4,2:4,4:8, or 0.5,0.8. Default: sparsities from 0.5 to 0.95.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Images, as for prune. Default: timm/mini-imagenet.")] = None,
+    patterns: Annotated[str, typer.Option(help="With commas: 1:4,2:4,4:8, or 0.5,0.8.")] = DEFAULT_PATTERNS,
+    data: Annotated[str, typer.Option(help="Images, as for prune.", callback=checked(data_folder))] = DEFAULT_DATA,
     data_split: DataSplit = "train",
-    samples: Annotated[int | None, typer.Option(help="Images; a quarter repairs, the others judge.")] = None,
-    mask: Annotated[str | None, typer.Option(help="Mask criterion, as for prune.")] = None,
-    repair_steps: Annotated[
-        int | None, typer.Option(help="Newton steps of a layer before it is judged; 0: the mask alone.")
+    samples: Annotated[
+        int | None, typer.Option(help="Images; a quarter repairs, the others judge.", show_default="256")
     ] = None,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Measure only layers that match this wildcard; may be repeated.")
-    ] = None,
+    mask: Annotated[str | None, setting(PruneConfig, "mask")] = None,
+    repair_steps: Annotated[int | None, setting(PruneConfig, "repair_steps")] = None,
+    layers: Annotated[list[str] | None, setting(PruneConfig, "layers")] = None,
+    pairs: Set = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the table to this file (.png, .svg, .pdf).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the choice of images.")] = None,
+    seed: Annotated[int | None, setting(PruneConfig, "seed")] = None,
     device: Device = "auto",
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure what each layer costs the network under each pattern, all other layers dense."""
-    from ..jobs.sensitivity import DEFAULT_PATTERNS, check_plot, plot_sensitivity, sensitivity
-
-    sink = open_sink(as_json, quiet)
+    own: dict[str, Any] = {
+        "samples": samples,
+        "mask": mask,
+        "repair_steps": repair_steps,
+        "layers": layers or None,
+        "seed": seed,
+    }
+    settings = settings_from(preset_for("default", "", patterns), pairs, **own)
+    check_sensitivity(patterns, "default", settings)
     if plot is not None:
         check_plot(plot)
 
-    settings = given(samples=samples, mask=mask, repair_steps=repair_steps, seed=seed)
-    settings |= given(layers=tuple(layers) if layers else None)
-    patterns = patterns or DEFAULT_PATTERNS
+    from ..jobs.sensitivity import plot_sensitivity, sensitivity
+
+    sink = open_sink(as_json, quiet)
+
     with Watch(sink) as watch:
         result = sensitivity(
             model,

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import wrapt
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import SnowsError
-from ..runtime.distributed import rank
+from ..runtime.launch import launched_rank
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Sink:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if rank() > 0:
+        if launched_rank() > 0:
             self.as_json, self.quiet = False, True
         self.out = Console(highlight=False, soft_wrap=True)
         if not self.out.is_terminal:  # a pipe or a file has no edge at which a table would have to fold
@@ -67,7 +68,7 @@ class Sink:
 
     def error(self, error: SnowsError) -> None:
         """The message of an error on stderr, in every mode."""
-        who = f"Process {rank()}: " if rank() > 0 else ""
+        who = f"Process {launched_rank()}: " if launched_rank() > 0 else ""
         self.err.print(f"{who}Error: {error.message}", markup=False, style="bold red")
         if error.remedy:
             self.err.print(error.remedy, markup=False)
@@ -85,15 +86,21 @@ def open_sink(as_json: bool, quiet: bool) -> Sink:
 
 
 def calm_libraries() -> None:
-    """Keeps the libraries' own bars, notices and warnings off the terminal."""
-    import datasets
-    import huggingface_hub
-    import transformers
+    """Keeps the libraries' own bars, notices and warnings off the terminal, from when they are loaded."""
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    @wrapt.when_imported("transformers.utils.logging")
+    def _(transformers: Any) -> None:
+        transformers.set_verbosity_error()
+        transformers.disable_progress_bar()
+
+    @wrapt.when_imported("datasets")
+    def _(datasets: Any) -> None:
+        datasets.disable_progress_bars()
+        datasets.utils.logging.set_verbosity_error()
+
+    @wrapt.when_imported("huggingface_hub.utils.logging")
+    def _(huggingface_hub: Any) -> None:
+        huggingface_hub.set_verbosity_error()
+
     logging.getLogger("timm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

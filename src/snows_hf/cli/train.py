@@ -1,10 +1,25 @@
 """``snows-hf train``"""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import DataSplit, Device, EvalData, EvalSplit, Json, Labelled, Output, Quiet, Revision, given
+from ..jobs.request import check_request, check_training
+from ..settings import TrainConfig
+from .options import (
+    DataSplit,
+    Device,
+    EvalData,
+    EvalSplit,
+    Json,
+    Labelled,
+    Output,
+    Quiet,
+    Revision,
+    Set,
+    setting,
+    settings_from,
+)
 from .sink import open_sink
 from .watch import Watch
 
@@ -24,20 +39,16 @@ def command(
     pattern: Annotated[
         str | None, typer.Option(help="N:M, or a fraction of zeros such as 0.9. Default: dense.")
     ] = None,
-    mask: Annotated[str | None, typer.Option(help="Mask criterion: magnitude, snip, synflow, fp, hp, …")] = None,
-    allocation: Annotated[str | None, typer.Option(help="Of an unstructured sparsity: global or uniform.")] = None,
-    layer_cap: Annotated[
-        float | None, typer.Option(help="With global, the most that one layer may lose. Default: 1, all of it.")
-    ] = None,
-    warm_up_bn: Annotated[
-        int | None, typer.Option(help="Batches that set the batch norms' statistics before the masks are chosen.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Of the learning rate: cosine or step.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Training images. Default: all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, masks, and the order of images.")] = None,
+    mask: Annotated[str | None, setting(TrainConfig, "mask")] = None,
+    allocation: Annotated[str | None, setting(TrainConfig, "allocation")] = None,
+    layer_cap: Annotated[float | None, setting(TrainConfig, "layer_cap")] = None,
+    warm_up_bn: Annotated[int | None, setting(TrainConfig, "warm_up_bn")] = None,
+    epochs: Annotated[int | None, setting(TrainConfig, "epochs")] = None,
+    lr: Annotated[float | None, setting(TrainConfig, "lr")] = None,
+    batch_size: Annotated[int | None, setting(TrainConfig, "batch_size")] = None,
+    samples: Annotated[int | None, setting(TrainConfig, "samples")] = None,
+    seed: Annotated[int | None, setting(TrainConfig, "seed")] = None,
+    pairs: Set = None,
     eval_data: EvalData = None,
     eval_split: EvalSplit = "test",
     device: Device = "auto",
@@ -46,6 +57,12 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Prune an untrained network and train it with the mask fixed."""
+    own: dict[str, Any] = {"mask": mask, "allocation": allocation, "layer_cap": layer_cap, "warm_up_bn": warm_up_bn}
+    own |= {"epochs": epochs, "lr": lr, "batch_size": batch_size, "samples": samples, "seed": seed}
+    settings = settings_from(TrainConfig(), pairs, **own)
+    check_training(pattern, settings)
+    check_request(data, data_split, eval_data, eval_split, output, device)
+
     from ..jobs.train import train
 
     sink = open_sink(as_json, quiet)
@@ -61,8 +78,7 @@ def command(
             device=device,
             revision=revision,
             **watch.told,
-            **given(mask=mask, allocation=allocation, layer_cap=layer_cap, warm_up_bn=warm_up_bn, epochs=epochs),
-            **given(lr=lr, schedule=schedule, batch_size=batch_size, samples=samples, seed=seed),
+            **settings,
         ).report
     for name, reason in report["collapse"]["layers"].items():
         sink.text(f"Layer collapse: {name}: {reason}.")

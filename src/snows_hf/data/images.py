@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from os import fspath
-from os.path import expanduser  # unlike Path's, it leaves a ~name that is nobody's as it is
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..errors import DataError, one_line, shortened
 from ..runtime.remote import hub_errors
-from .names import Name, split_revision
+from .names import Name, data_folder, split_revision
 
 
 Preprocess = Callable[[Sequence[Any]], Tensor]
@@ -76,13 +75,8 @@ def open_images(name: Name, split: str) -> ImageSource:
         DataError: nothing there, no such split, no image column, or no access.
     """
     name = fspath(name)
-    local = Path(expanduser(name))
-    if local.is_file():
-        raise DataError(f"Data {name} is a file.", "Give the folder that holds it, or a Hub dataset as USER/NAME.")
-    repository, revision = split_revision(name)
-    if not local.exists() and (name.startswith((".", "/", "~")) or repository.count("/") != 1):
-        raise DataError(f"Data folder {name} does not exist.", "Give a folder, or a Hub dataset as USER/NAME.")
-    rows = _load_folder(name, local) if local.exists() else _load_from_hub(repository, revision)
+    local = data_folder(name)
+    rows = _load_folder(name, local) if local is not None else _load_from_hub(*split_revision(name))
     if split not in rows:
         raise DataError(f"Data {name} has no split {split!r}.", f"It has {', '.join(rows)}.")
     return describe_rows(name, split, rows[split])

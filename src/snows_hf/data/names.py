@@ -5,6 +5,8 @@ from os import PathLike, fspath
 from os.path import expanduser  # unlike Path's, it leaves a ~name that is nobody's as it is
 from pathlib import Path
 
+from ..errors import DataError, LoadError
+
 
 Name = str | PathLike[str]
 """What a user calls a model or data by: a folder, or an id on the Hub."""
@@ -26,6 +28,36 @@ def local_folder(source: Name) -> Path | None:
     if source.startswith("hf-hub:"):
         return None
     return folder if folder.exists() or source.startswith(("local-dir:", ".", "/", "~")) else None
+
+
+def model_folder(source: Name) -> Path | None:
+    """The folder that a model's name means; None for a repository on the Hub.
+
+    Raises:
+        LoadError: there is no such folder.
+    """
+    local = local_folder(source)
+    if local is not None and not local.is_dir():
+        fault = "is a file" if local.exists() else "does not exist"
+        raise LoadError(f"Model folder {local} {fault}.", "Give a folder with config.json and *.safetensors.")
+    return local
+
+
+def data_folder(name: Name) -> Path | None:
+    """The folder that a data set's name means; None for one on the Hub.
+
+    Raises:
+        DataError: there is no such folder, and the name is no Hub data set's.
+    """
+    name = fspath(name)
+    local = Path(expanduser(name))
+    if local.is_file():
+        raise DataError(f"Data {name} is a file.", "Give the folder that holds it, or a Hub dataset as USER/NAME.")
+    if local.exists():
+        return local
+    if name.startswith((".", "/", "~")) or split_revision(name)[0].count("/") != 1:
+        raise DataError(f"Data folder {name} does not exist.", "Give a folder, or a Hub dataset as USER/NAME.")
+    return None
 
 
 def short_name(source: Name) -> str:

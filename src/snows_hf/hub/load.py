@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
 from ..data.images import Preprocess
-from ..data.names import Name, local_folder
+from ..data.names import Name, local_folder, model_folder
 from ..errors import LoadError, NumericsError, SnowsError, one_line
 from ..runtime.remote import hub_errors
 from . import quantizer  # noqa: F401  registers packed files with transformers
@@ -65,11 +65,8 @@ def find_folder(source: Name, revision: str | None = None) -> Path:
     Raises:
         LoadError: neither exists, the Hub refuses, or the repository holds no checkpoint.
     """
-    local = local_folder(source)
+    local = model_folder(source)
     if local is not None:
-        if not local.is_dir():
-            fault = "is a file" if local.exists() else "does not exist"
-            raise LoadError(f"Model folder {local} {fault}.", "Give a folder with config.json and *.safetensors.")
         return local
     name = fspath(source).removeprefix("hf-hub:")
     with hub_errors(LoadError, "model", name, revision):

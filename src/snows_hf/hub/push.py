@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from ..errors import SaveError
-from ..runtime.remote import hub_errors
+from ..runtime.remote import check_push, hub_errors
 from .card import PLACEHOLDER
 from .load import check_weights, library_of, read_config
 from .repack import weight_files
@@ -49,38 +47,6 @@ class Pushed:
     files: tuple[str, ...]
     left_out: tuple[str, ...]
     deleted: tuple[str, ...]
-
-
-def check_push(repository: str, private: bool = False) -> ModelInfo | None:
-    """Refuses what could not be pushed at the end, before any work is done.
-
-    Returns:
-        The repository as it is, or None where there is none yet.
-
-    Raises:
-        SaveError: a bad name, offline mode, no token, one that the Hub does not accept, or a public repository for a
-            private push.
-    """
-    if repository.count("/") != 1:
-        raise SaveError(f"Cannot push to {repository!r}.", "Give the repository as USER/NAME.")
-    if constants.HF_HUB_OFFLINE:
-        raise SaveError(f"Cannot push to {repository}: offline mode is on.", "Unset HF_HUB_OFFLINE.")
-    api = HfApi()
-    with hub_errors(SaveError, "model", repository, writing=True):
-        validate_repo_id(repository)
-        api.whoami()
-        try:
-            info = api.model_info(repository)
-        except RepositoryNotFoundError as error:
-            if isinstance(error, GatedRepoError):  # it exists
-                raise
-            return None
-    if private and not info.private:
-        raise SaveError(
-            f"{repository} exists and is public: --private would not change that.",
-            "Make it private on its page, or choose another name.",
-        )
-    return info
 
 
 def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:

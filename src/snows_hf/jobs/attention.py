@@ -18,9 +18,9 @@ from ..data.names import Name, distinct_names
 from ..errors import AdapterError, ConfigError
 from ..hub.load import load
 from ..reports.describe import describe_data
-from ..runtime.files import check_file, write_whole
+from ..runtime.files import write_whole
 from ..runtime.run import Progress, Run
-from ..settings import check_seed
+from .request import check_attention
 
 
 BATCH = 8
@@ -74,11 +74,10 @@ def attention(
             cannot be written.
     """
     names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
-    if not names or images < 1:
-        raise ConfigError(f"{len(names)} models and {images} images: expected at least one of each.")
-    check_seed(seed)
+    if not names:
+        raise ConfigError("No model to look into.", "Name at least one Hub id or folder.")
     output = Path(output)
-    check_png(output)
+    check_attention(images, seed, output)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     source = open_images(data, split)
 
@@ -199,20 +198,6 @@ def displayable(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     ends = [PIL.Image.new("RGB", (pixels.shape[3], pixels.shape[2]), colour) for colour in ("black", "white")]
     black, white = preprocess(ends).mean((-2, -1))[..., None, None]
     return ((pixels - black) / (white - black)).clamp(0, 1).movedim(1, -1)
-
-
-def check_png(output: Path) -> None:
-    """Refuses, before any work is done, a file that could not be written, and a machine without matplotlib.
-
-    Raises:
-        ConfigError: matplotlib is not installed, or the name does not end in .png.
-        SaveError: the file exists, or its folder does not.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("Drawing needs matplotlib.", "Install it: pip install 'snows-hf[viz]'.") from None
-    check_file(output, ".png")
 
 
 def draw(

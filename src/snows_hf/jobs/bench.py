@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..adapters.base import logits_of
 from ..data.names import Name
-from ..errors import ConfigError
 from ..hub.load import load
 from ..runtime.device import describe_hardware
 from ..runtime.memory import out_of_memory
 from ..runtime.run import Progress, Run
 from .accelerate import accelerate, device_obstacle, linear_layers, obstacle
+from .request import check_bench
 
 
 WARM_UP = 10
@@ -47,10 +47,7 @@ def bench(
     Raises:
         SnowsError: bad settings, or no such checkpoint.
     """
-    if dtype not in ("float16", "bfloat16"):
-        raise ConfigError(f"dtype {dtype!r}: the 2:4 kernels take float16 or bfloat16.")
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ConfigError(f"Batch sizes {list(batch_sizes)}: expected whole numbers from 1 on.")
+    check_bench(batch_sizes, dtype)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     run.say(f"Loading {source}")
     checkpoint = load(source, revision)

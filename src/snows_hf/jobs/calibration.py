@@ -11,16 +11,12 @@ from ..adapters.check import check_chain
 from ..adapters.flops import count_flops
 from ..data.images import ImageSource, calibration_chunks, check_labels, label_map, labelled_chunks, to_classes
 from ..hub.load import Checkpoint
-from ..masks.scores import needs_labels
+from ..masks.criteria import needs_labels
 from ..runtime.distributed import local_processes
 from ..runtime.journal import Digest
 from ..runtime.memory import Images, Shelf, available
 from ..runtime.run import Run
 from ..settings import PruneConfig
-
-
-DEFAULT_DATA = "timm/mini-imagenet"
-"""Calibration images where none are named: 50,000 images of ImageNet's training set, openly on the Hub."""
 
 
 @dataclass(frozen=True)

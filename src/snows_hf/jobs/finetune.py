@@ -32,7 +32,7 @@ from ..settings import FinetuneConfig
 from .calibration import class_labels
 from .measure import measure
 from .prune import PruneResult
-from .request import check_apart
+from .request import check_request
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
 
 
@@ -78,8 +78,7 @@ def finetune(
         SnowsError: bad settings, model, data or output; a loss that is not finite.
     """
     config, output = FinetuneConfig().updated(**settings), Path(output)
-    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
-    check_output(output, size=0)
+    check_request(data, data_split, eval_data, eval_split, output, device)
     run = Run.begin(device, reproducible=True, on_stage=on_stage, on_progress=on_progress)
 
     run.say(f"Loading {model}")

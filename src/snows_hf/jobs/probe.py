@@ -25,8 +25,7 @@ from ..hub.load import load
 from ..reports.describe import describe_data
 from ..runtime.memory import Tensors, in_parts
 from ..runtime.run import Progress, Run
-from ..settings import check_seed
-from .request import check_apart
+from .request import check_probe
 
 
 STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(2, -13, -1))
@@ -84,11 +83,8 @@ def probe(
     names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
     if not names:
         raise ConfigError("No model to probe.", "Name at least one Hub id or folder.")
-    if samples is not None and samples < 2:
-        raise ConfigError(f"samples = {samples}: a probe needs at least two training images.")
-    check_seed(seed)
+    check_probe(data, train_split, eval_data, test_split, samples, seed)
     measured = data if eval_data is None else eval_data
-    check_apart(data, train_split, measured, test_split, "Give --train-split or --test-split")
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     train, test = open_images(data, train_split), open_images(measured, test_split)
     for source in (train, test):

@@ -13,36 +13,34 @@ from torch import Tensor, nn
 from ..adapters import Logits, place
 from ..data.images import open_images
 from ..data.names import Name
-from ..errors import ConfigError
 from ..hub.card import write_card
 from ..hub.load import Checkpoint
 from ..hub.repack import pack_into
 from ..hub.save import save_checkpoint
-from ..masks import Choice, Evidence, load_masks
 from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
+from ..masks.choose import load_masks
+from ..masks.evidence import Evidence
 from ..masks.permutation import order_channels
+from ..masks.scores.base import Choice
 from ..method.cascade import prune_chain
 from ..method.fitting import find_batches
 from ..method.records import LayerReport
 from ..patterns import NM, Pattern
-from ..patterns.plan import Candidate, by_sensitivity, candidates_of, one_pattern, order_for
+from ..patterns.plan import Candidate, by_sensitivity, layer_patterns, one_pattern, order_for
 from ..reports.describe import describe_data, describe_layers, describe_run, describe_size, finite
 from ..runtime.device import describe_hardware
 from ..runtime.distributed import from_main, processes
 from ..runtime.files import check_output, whole_folder
 from ..runtime.journal import digest_of
-from ..runtime.memory import Images, check_memory
+from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
 from ..runtime.version import __version__
 from ..settings import PruneConfig
 from ..settings import preset as preset_for
-from .calibration import DEFAULT_DATA, Calibration, calibrate, first_pass
+from .calibration import Calibration, calibrate, first_pass
 from .measure import measure
-from .request import check_apart, check_mask, find_dtype
+from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype
 from .subject import Subject, load_subject, restore_untouched
-
-
-FORMATS = ("safetensors", "packed")
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,8 @@ def prune(
         return preset_for(preset, family, pattern).updated(**settings)
 
     data, folder = data or DEFAULT_DATA, Path(output) if output is not None else None
-    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
-    candidates = check_request(configure(""), memory, format, folder)
+    candidates = layer_patterns(check_pruning(pattern, preset, settings))
+    check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     told = {"on_stage": on_stage, "on_progress": on_progress}
     run = Run.begin(device, reproducible=True, dtype=find_dtype(dtype), memory=memory, **told)
 
@@ -178,26 +176,6 @@ def prune(
             "seconds": time.perf_counter() - started,
         }
         return finish(run, subject, folder, finite(report), format)
-
-
-def check_request(asked: PruneConfig, memory: float | None, format: str, folder: Path | None) -> list[Candidate]:
-    """Refuses what can be refused before anything is loaded.
-
-    Returns:
-        The patterns that a layer may have.
-
-    Raises:
-        SnowsError: settings that do not go together, or an output that cannot be written.
-    """
-    candidates: list[Candidate] = candidates_of(asked) if by_sensitivity(asked) else [one_pattern(asked)]
-    check_mask(asked.mask)
-    check_memory(memory)
-    order_for(asked, candidates)
-    if format not in FORMATS:
-        raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
-    if folder is not None:
-        check_output(folder, size=0)
-    return candidates
 
 
 def check_disk_and_masks(subject: Subject, folder: Path | None) -> None:

@@ -22,8 +22,9 @@ from ..hub.packed import pack_tensor
 from ..hub.save import REPORT_FILE, read_report, retrainings, save_checkpoint
 from ..masks.permutation import order_like
 from ..reports.page import class_changes, render, summary_of, view_of
-from ..runtime.files import check_file, check_output, write_json, write_whole
+from ..runtime.files import check_file, write_json, write_whole
 from .attention import attention
+from .request import check_report
 
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
@@ -65,16 +66,11 @@ def report(
     Raises:
         SnowsError: no such model, no report in it, bad images, or an output that cannot be written.
     """
-    if images < 1:
-        raise ConfigError(f"{images} images: expected at least one.")
-    if output is None and local_folder(model) is None:
-        raise ConfigError(f"{model} is no folder here, in which a report could be put.", "Give --output.")
+    check_report(model, output, images)
     on_stage(f"Loading {model}")
     checkpoint = load(model)
     found = described(checkpoint)
     folder = checkpoint.folder if output is None else Path(output)
-    if output is not None and not folder.is_dir():
-        check_output(folder, size=0)
     picture = None
     if data is not None:
         picture, found["attention"] = attention_picture(

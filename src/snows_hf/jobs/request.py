@@ -1,17 +1,112 @@
-"""What a user asks for, held against what there is: before any work is done, or on the first images."""
+"""What a user asks for, held against itself and the disk before any work is done, and before torch is loaded.
 
+Each job begins with its own function of these. The command line calls it first, so that what is refused is refused at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ..data.names import Name, local_folder, split_revision
+from ..errors import ConfigError, DataError, MaskError, SaveError
+from ..masks.criteria import find_criterion
+from ..patterns import parse_candidates
+from ..patterns.plan import at_initialisation, layer_patterns, order_for
+from ..runtime.files import check_file, check_output
+from ..runtime.launch import check_device, check_memory
+from ..settings import PruneConfig, TrainConfig, check_seed
+from ..settings import preset as preset_for
 
-from ..data.names import Name, split_revision
-from ..errors import ConfigError, DataError, MaskError
-from ..masks.scores import criterion
+
+if TYPE_CHECKING:
+    import torch
 
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DEFAULT_DATA = "timm/mini-imagenet"
+"""Calibration images where none are named: 50,000 images of ImageNet's training set, openly on the Hub."""
+
+DEFAULT_PATTERNS = "0.5,0.6,0.7,0.8,0.9,0.95"
+"""What a sensitivity measures where no patterns are named."""
+
+DTYPES = ("float32", "float64", "bfloat16")
 """To compute in. Not float16: a mean over a batch's outputs has derivatives below its smallest number."""
+
+FORMATS = ("safetensors", "packed")
+
+
+def check_pruning(pattern: str, preset: str, settings: dict[str, Any]) -> PruneConfig:
+    """The settings of a prune, but for those that the preset has for a family of architectures.
+
+    Raises:
+        ConfigError: unknown or bad settings, or that do not go together; no such criterion.
+        MaskError: no such mask file.
+        PatternError: no pattern.
+    """
+    asked = preset_for(preset, "", pattern).updated(**settings)
+    order_for(asked, layer_patterns(asked))
+    check_mask(asked.mask)
+    return asked
+
+
+def check_sensitivity(patterns: str, preset: str, settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: unknown or bad settings, no such criterion, or masks from a file.
+        PatternError: no pattern.
+    """
+    parse_candidates(patterns)
+    mask = preset_for(preset, "", patterns).updated(**settings).mask
+    if mask.endswith(".safetensors"):
+        raise ConfigError("A mask file says one sparsity for each layer; a sensitivity needs a mask criterion.")
+    check_mask(mask)
+
+
+def check_training(pattern: str | None, settings: dict[str, Any]) -> TrainConfig:
+    """The settings of a pruning at initialisation.
+
+    Raises:
+        ConfigError: unknown or bad settings; no such criterion.
+        MaskError: no such mask file.
+        PatternError: no pattern, or a cap below its sparsity.
+    """
+    config = TrainConfig().updated(**settings)
+    if pattern is not None:
+        at_initialisation(pattern, config)
+    check_mask(config.mask)
+    return config
+
+
+def check_request(
+    data: Name,
+    data_split: str,
+    eval_data: Name | None,
+    eval_split: str,
+    output: str | Path | None,
+    device: str,
+    *,
+    dtype: str = "float32",
+    memory: float | None = None,
+    format: str = "safetensors",
+) -> None:
+    """What a job that makes a model is asked for besides its settings.
+
+    Raises:
+        ConfigError: no such device, dtype or format, or no budget of memory.
+        DataError: the same images for making and for measuring.
+        SaveError: the output could not be written.
+    """
+    check_device(device)
+    check_dtype(dtype)
+    check_memory(memory)
+    if format not in FORMATS:
+        raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
+    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
+    if output is not None:
+        check_output(Path(output), size=0)
 
 
 def check_apart(data: Name, split: str, eval_data: Name | None, eval_split: str, remedy: str) -> None:
@@ -39,9 +134,18 @@ def check_mask(mask: str) -> None:
         MaskError: no such file.
     """
     if not mask.endswith(".safetensors"):
-        criterion(mask)
+        find_criterion(mask)
     elif not Path(mask).is_file():
         raise MaskError(f"Mask file {mask} does not exist.", "Expected a safetensors file of booleans.")
+
+
+def check_dtype(name: str) -> None:
+    """
+    Raises:
+        ConfigError: not one to compute in.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}.")
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -49,6 +153,89 @@ def find_dtype(name: str) -> torch.dtype:
     Raises:
         ConfigError: not one to compute in.
     """
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    import torch
+
+    check_dtype(name)
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def check_probe(
+    data: Name, train_split: str, eval_data: Name | None, test_split: str, samples: int | None, seed: int
+) -> None:
+    """
+    Raises:
+        ConfigError: a bad seed, or fewer images than a probe takes.
+        DataError: the same images for fitting and for measuring.
+    """
+    if samples is not None and samples < 2:
+        raise ConfigError(f"samples = {samples}: a probe needs at least two training images.")
+    check_seed(seed)
+    measured = data if eval_data is None else eval_data
+    check_apart(data, train_split, measured, test_split, "Give --train-split or --test-split")
+
+
+def check_bench(batch_sizes: Sequence[int], dtype: str) -> None:
+    """
+    Raises:
+        ConfigError: a type without 2:4 kernels, or a batch without images.
+    """
+    if dtype not in ("float16", "bfloat16"):
+        raise ConfigError(f"dtype {dtype!r}: the 2:4 kernels take float16 or bfloat16.")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError(f"Batch sizes {list(batch_sizes)}: expected whole numbers from 1 on.")
+
+
+def check_report(model: Name, output: str | Path | None, images: int) -> None:
+    """
+    Raises:
+        ConfigError: no image, or no place for the report.
+        SaveError: the output could not be written.
+    """
+    check_images(images)
+    if output is None and local_folder(model) is None:
+        raise ConfigError(f"{model} is no folder here, in which a report could be put.", "Give --output.")
+    if output is not None and not Path(output).is_dir():
+        check_output(Path(output), size=0)
+
+
+def check_attention(images: int, seed: int, output: Path) -> None:
+    """Refuses, before any work is done, a file that could not be written, and a machine without matplotlib.
+
+    Raises:
+        ConfigError: no image, a bad seed, no matplotlib, or a name that does not end in .png.
+        SaveError: the file exists, or its folder does not.
+    """
+    check_images(images)
+    check_seed(seed)
+    check_matplotlib()
+    check_file(output, ".png")
+
+
+def check_images(images: int) -> None:
+    if images < 1:
+        raise ConfigError(f"{images} images: expected at least one.")
+
+
+def check_plot(path: Path) -> None:
+    """Refuses, before anything is measured, a plot that could not be made.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or it does not write such files.
+        SaveError: the file's folder does not exist.
+    """
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise ConfigError(f"Plot {path}: expected a name that ends in one of {', '.join(sorted(kinds))}.")
+    if not path.absolute().parent.is_dir():
+        raise SaveError(f"Plot {path}: its folder does not exist.", "Make it, or choose another file.")
+
+
+def check_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError("Plots need matplotlib, which is not installed.", "pip install 'snows-hf[viz]'") from None

@@ -10,21 +10,18 @@ from typing import Any
 from ..adapters.offload import place
 from ..data.images import open_images
 from ..data.names import Name, short_name
-from ..errors import ConfigError, SaveError
-from ..masks import Evidence
+from ..errors import SaveError
 from ..masks.allocation import IMAGES, Sensitivity
 from ..masks.choices import measure_sensitivities
+from ..masks.evidence import Evidence
 from ..patterns import NM, Unstructured, parse_candidates
 from ..reports.describe import describe_data, finite
 from ..runtime.run import Progress, Run
 from ..settings import PruneConfig
 from ..settings import preset as preset_for
-from .calibration import DEFAULT_DATA, calibrate, first_pass
-from .request import check_mask, find_dtype
+from .calibration import calibrate, first_pass
+from .request import DEFAULT_DATA, DEFAULT_PATTERNS, check_plot, check_sensitivity, find_dtype
 from .subject import load_subject
-
-
-DEFAULT_PATTERNS = "0.5,0.6,0.7,0.8,0.9,0.95"
 
 
 def sensitivity(
@@ -71,10 +68,7 @@ def sensitivity(
     def configure(family: str) -> PruneConfig:
         return preset_for(preset, family, patterns).updated(**settings)
 
-    asked = configure("")
-    check_mask(asked.mask)
-    if asked.mask.endswith(".safetensors"):
-        raise ConfigError("A mask file says one sparsity for each layer; a sensitivity needs a mask criterion.")
+    check_sensitivity(patterns, preset, settings)
     candidates = candidates_by_layer(patterns)
     run = Run.begin(device, dtype=find_dtype(dtype), on_stage=on_stage, on_progress=on_progress)
     name = data or DEFAULT_DATA
@@ -127,26 +121,11 @@ def described(rows: list[Sensitivity]) -> dict[str, Any]:
     }
 
 
-def check_plot(path: Path) -> None:
-    """Refuses, before anything is measured, a plot that could not be made.
-
-    Raises:
-        ConfigError: matplotlib is not installed, or it does not write such files.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise ConfigError("Plots need matplotlib, which is not installed.", "pip install 'snows-hf[viz]'") from error
-    kinds = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in kinds:
-        raise ConfigError(f"Plot {path}: expected a name that ends in one of {', '.join(sorted(kinds))}.")
-
-
 def plot_sensitivity(result: dict[str, Any], path: Path) -> None:
     """Draws the losses of :func:`sensitivity` over the layers, a line for each pattern.
 
     Raises:
-        ConfigError: as :func:`check_plot`.
+        ConfigError: as :func:`~snows_hf.jobs.request.check_plot`.
         SaveError: the file cannot be written.
     """
     check_plot(path)

@@ -10,7 +10,7 @@ from ..adapters import Chain, Group, build_chain
 from ..adapters.check import select_layers
 from ..data.names import Name
 from ..hub.load import Checkpoint, buffers_follow_weights, load
-from ..masks import split_by_fit
+from ..masks.choose import split_by_fit
 from ..patterns import Masks
 from ..patterns.plan import Candidate
 from ..runtime.run import Run

@@ -29,22 +29,24 @@ from ..hub.card import write_training_card
 from ..hub.create import create
 from ..hub.load import Checkpoint
 from ..hub.save import save_checkpoint
-from ..masks import Evidence, choose, split_by_fit
 from ..masks.choices import fit_criterion
+from ..masks.choose import choose, split_by_fit
 from ..masks.collapse import find_collapse
+from ..masks.evidence import Evidence
 from ..method.augment import augmented
-from ..patterns import Masks, Pattern, Unstructured, parse_pattern
+from ..patterns import Masks, Pattern
+from ..patterns.plan import at_initialisation
 from ..reports.describe import describe_data
 from ..runtime.device import describe_hardware
 from ..runtime.distributed import processes
-from ..runtime.files import check_output, whole_folder
+from ..runtime.files import whole_folder
 from ..runtime.run import Progress, Run
 from ..runtime.version import __version__, versions
 from ..settings import PruneConfig, TrainConfig
 from .calibration import class_labels
 from .measure import measure
 from .prune import PruneResult
-from .request import check_apart, check_mask
+from .request import check_request, check_training
 from .training import fixed, seed_of, set_rate, sgd, train_epoch
 
 
@@ -84,12 +86,9 @@ def train(
         SnowsError: bad settings, source, data or output; a loss that is not finite; see snows_hf.errors.
     """
     started = time.perf_counter()
-    config = TrainConfig().updated(**settings)
+    config = check_training(pattern, settings)
+    check_request(data, data_split, eval_data, eval_split, output, device)
     chosen_pattern = at_initialisation(pattern, config) if pattern is not None else None
-    check_mask(config.mask)
-    check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
-    if output is not None:
-        check_output(Path(output), size=0)
     run = Run.begin(device, reproducible=True, on_stage=on_stage, on_progress=on_progress)
     images_source = open_images(data, data_split)
     check_labels(images_source, "training")
@@ -206,20 +205,6 @@ def save(checkpoint: Checkpoint, output: Path, report: dict[str, Any]) -> dict[s
         save_checkpoint(saved, folder, summary if report["pattern"] else {"version": __version__}, report)
         write_training_card(saved, folder, report)
     return report
-
-
-def at_initialisation(pattern: str, config: TrainConfig) -> Pattern:
-    """The pattern, unstructured with all layers ranked together as the paper has it, up to the layer cap.
-
-    Raises:
-        PatternError: no pattern, or a cap below its sparsity.
-    """
-    chosen = parse_pattern(pattern)
-    if not isinstance(chosen, Unstructured):
-        return chosen
-    if config.allocation == "uniform":
-        return replace(chosen, scope="layer")
-    return replace(chosen, layer_cap=config.layer_cap)
 
 
 def read_examples(run: Run, source: ImageSource, checkpoint: Checkpoint, config: TrainConfig) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,9 @@ from ..patterns.budget import spend
 from ..patterns.plan import Candidate
 from ..runtime.journal import Record
 from ..settings import PruneConfig
-from . import Choice, Evidence, choose
+from .choose import choose
+from .evidence import Evidence
+from .scores.base import Choice
 
 
 IMAGES = 256

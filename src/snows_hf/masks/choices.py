@@ -15,10 +15,11 @@ from ..patterns import Pattern, PerLayer
 from ..patterns.plan import Candidate
 from ..runtime.journal import Record
 from ..runtime.memory import until_it_fits
-from . import Choice, Evidence, choose
 from .allocation import Sensitivity, allocate, layer_sensitivities
-from .choose import choose_masks
-from .scores.base import needs_labels
+from .choose import choose, choose_masks
+from .criteria import needs_labels
+from .evidence import Evidence
+from .scores.base import Choice
 
 
 T = TypeVar("T")

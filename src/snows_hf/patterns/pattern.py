@@ -4,15 +4,20 @@ Convention: N of every M consecutive weights are KEPT, along dimension 1 of the 
 (out, in), the input channels of a Conv2d (out, in / groups, height, width) for each filter and kernel position.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..errors import PatternError
+
+
+if TYPE_CHECKING:  # a command line is read, and refused, before torch is loaded
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class NM:
                 f"Pattern {self} does not fit a weight of shape {tuple(scores.shape)}: dimension 1 must divide by "
                 f"{self.m}."
             )
+        import torch
+
         groups = scores.movedim(1, -1).unflatten(-1, (-1, self.m))
         kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
@@ -64,11 +71,11 @@ class NM:
         """:meth:`mask` of every tensor."""
         return {name: self.mask(score) for name, score in scores.items()}
 
-    def of(self, name: str) -> "NM":
+    def of(self, name: str) -> NM:
         """The pattern of one layer: this one."""
         return self
 
-    def relaxed(self) -> "NM | None":
+    def relaxed(self) -> NM | None:
         """The pattern that keeps twice as many weights; None where these are all."""
         return NM(2 * self.n, self.m) if 2 * self.n < self.m else None
 
@@ -130,6 +137,8 @@ class Unstructured:
         """
         if self.scope == "layer":
             return {name: _keep_highest(s, s.numel() - round(self.sparsity * s.numel())) for name, s in scores.items()}
+        import torch
+
         names = list(scores)
         budget = round(self.sparsity * sum(s.numel() for s in scores.values()))
         # A weight can go only if it is among the lowest `cap` of its own layer; of those, the lowest go.
@@ -142,11 +151,11 @@ class Unstructured:
         removed = torch.cat(owners)[order].bincount(minlength=len(names)).tolist()
         return {n: _keep_highest(scores[n], scores[n].numel() - removed[i]) for i, n in enumerate(names)}
 
-    def of(self, name: str) -> "Unstructured":
+    def of(self, name: str) -> Unstructured:
         """The pattern of one layer, as far as it has one by itself: this one."""
         return self
 
-    def relaxed(self) -> "Unstructured | None":
+    def relaxed(self) -> Unstructured | None:
         """The sparsity that keeps twice as many weights; None where these are all."""
         sparsity = round(2 * self.sparsity - 1, 12)
         return replace(self, sparsity=sparsity) if sparsity > 0 else None
@@ -181,7 +190,7 @@ class PerLayer:
         return self.title
 
     @classmethod
-    def parse(cls, patterns: Mapping[str, str], title: str) -> "PerLayer":
+    def parse(cls, patterns: Mapping[str, str], title: str) -> PerLayer:
         """From the patterns as text, ``dense`` for None."""
         found = {name: None if text == "dense" else parse_pattern(text) for name, text in patterns.items()}
         layers = {n: replace(p, scope="layer") if isinstance(p, Unstructured) else p for n, p in found.items()}
@@ -191,7 +200,7 @@ class PerLayer:
         """The pattern of one layer; None where it stays dense."""
         return self.patterns.get(name)
 
-    def relaxed(self) -> "PerLayer | None":
+    def relaxed(self) -> PerLayer | None:
         """Each layer's own relaxed pattern; None where all are dense."""
         patterns = {name: own and own.relaxed() for name, own in self.patterns.items()}
         return PerLayer(patterns, f"{self.title}, relaxed") if any(patterns.values()) else None
@@ -212,11 +221,13 @@ class PerLayer:
 
 Pattern = NM | Unstructured | PerLayer
 
-Masks = dict[str, Tensor]
+Masks = dict[str, "Tensor"]
 """Parameter name → bool mask (True: kept) of the parameter's shape."""
 
 
 def _keep_highest(scores: Tensor, keep: int) -> Tensor:
+    import torch
+
     order = scores.flatten().argsort(descending=True, stable=True)[:keep]
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[order] = True

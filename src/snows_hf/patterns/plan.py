@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import ConfigError
-from ..patterns import NM, Unstructured, parse_candidates, parse_pattern
-from ..settings import PruneConfig
+from ..settings import PruneConfig, TrainConfig
+from .pattern import NM, Pattern, Unstructured, parse_candidates, parse_pattern
 
 
 DENSITIES = (0.25, 0.5, 1.0, 1.5, 2.5)
@@ -41,6 +41,12 @@ def by_sensitivity(config: PruneConfig) -> bool:
             f"Pattern {config.pattern!r}: how many zeros all layers together should have is not said.",
             "Add --sparsity 0.65, for example.",
         )
+    sparsest = max((candidate.sparsity for candidate in candidates if candidate is not None), default=0.0)
+    if several and config.sparsity > sparsest:
+        raise ConfigError(
+            f"Sparsity {config.sparsity:g}: all layers at the sparsest of {config.pattern!r} have {sparsest:g}.",
+            "Give a lower sparsity, or sparser patterns to choose from.",
+        )
     if not several and config.sparsity:
         raise ConfigError(
             f"Sparsity {config.sparsity:g} goes with a set of patterns, as 1:4,2:4,dense; {config.pattern!r} says it."
@@ -74,6 +80,15 @@ def one_pattern(config: PruneConfig) -> NM | Unstructured:
     return replace(pattern, scope=scope) if isinstance(pattern, Unstructured) else pattern
 
 
+def layer_patterns(config: PruneConfig) -> list[Candidate]:
+    """The patterns that a layer may have: :func:`candidates_of` where that is to be chosen, else the one of all.
+
+    Raises:
+        ConfigError: as :func:`by_sensitivity`.
+    """
+    return candidates_of(config) if by_sensitivity(config) else [one_pattern(config)]
+
+
 def order_for(config: PruneConfig, candidates: Sequence[Candidate]) -> NM | None:
     """The N:M that channels are put in order for, the sparsest where layers may have several; None where they keep
     their order.
@@ -92,12 +107,24 @@ def order_for(config: PruneConfig, candidates: Sequence[Candidate]) -> NM | None
         return sparsest if alone and sparsest is not None and sparsest.relaxed() is not None else None
     if not fits:
         names = ", ".join(map(str, patterns))
-        raise ConfigError(
-            f"Channels cannot be ordered for {names}: expected N:M, all of one M.", "Leave out --permute."
-        )
+        raise ConfigError(f"Channels cannot be ordered for {names}: expected N:M, all of one M.", "Leave out permute.")
     if from_file:
         raise ConfigError(
             f"Masks from a file ({config.mask}) are for the channels as they are, not for another order.",
-            "Leave out --permute.",
+            "Leave out permute.",
         )
     return sparsest
+
+
+def at_initialisation(pattern: str, config: TrainConfig) -> Pattern:
+    """The pattern, unstructured with all layers ranked together as the paper has it, up to the layer cap.
+
+    Raises:
+        PatternError: no pattern, or a cap below its sparsity.
+    """
+    chosen = parse_pattern(pattern)
+    if not isinstance(chosen, Unstructured):
+        return chosen
+    if config.allocation == "uniform":
+        return replace(chosen, scope="layer")
+    return replace(chosen, layer_cap=config.layer_cap)

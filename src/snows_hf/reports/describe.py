@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapters import Chain, Group
 from ..data.names import Name, short_name, split_revision
 from ..hub.load import Checkpoint
-from ..masks import split_by_fit
+from ..masks.choose import split_by_fit
 from ..method.records import LayerReport
 from ..patterns import Masks, Pattern, PerLayer
 from ..runtime.files import checksum

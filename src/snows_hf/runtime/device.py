@@ -9,6 +9,7 @@ import torch
 from accelerate import InitProcessGroupKwargs
 
 from ..errors import ConfigError
+from .launch import check_device
 
 
 def find_device(device: str) -> torch.device:
@@ -17,8 +18,7 @@ def find_device(device: str) -> torch.device:
     Raises:
         ConfigError: an unknown name, or a device that this machine has not.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"Device {device!r}: expected auto, cpu or cuda.")
+    check_device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("Device cuda was asked for, and torch finds none here.", "Use --device cpu.")
     # Never another accelerator by itself: Apple's has no float64, in which masks are chosen.

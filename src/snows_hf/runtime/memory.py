@@ -170,15 +170,6 @@ def left_of(group: Path, limit: str, used: str, cache: str) -> float:
         return math.inf
 
 
-def check_memory(memory: float | None) -> None:
-    """
-    Raises:
-        ConfigError: not a budget at all.
-    """
-    if memory is not None and not 0 < memory < math.inf:
-        raise ConfigError(f"Setting memory = {memory}: expected a number of GB above 0.")
-
-
 def room(memory: float | None) -> int | None:
     """Bytes of main memory that are left of a budget of ``memory`` GB for this process; None without a budget.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import HfApi, ModelInfo, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -15,8 +15,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     XetDownloadError,
 )
+from huggingface_hub.utils import validate_repo_id
 
-from ..errors import SnowsError, one_line
+from ..errors import SaveError, SnowsError, one_line
 
 
 REACH = "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder."
@@ -97,3 +98,35 @@ def _shown(error: BaseException) -> str:
     text = one_line(error)
     token = get_token()  # a malformed header is quoted in the message about it
     return text.replace(token, "…") if token else text
+
+
+def check_push(repository: str, private: bool = False) -> ModelInfo | None:
+    """Refuses what could not be pushed at the end, before any work is done.
+
+    Returns:
+        The repository as it is, or None where there is none yet.
+
+    Raises:
+        SaveError: a bad name, offline mode, no token, one that the Hub does not accept, or a public repository for a
+            private push.
+    """
+    if repository.count("/") != 1:
+        raise SaveError(f"Cannot push to {repository!r}.", "Give the repository as USER/NAME.")
+    if constants.HF_HUB_OFFLINE:
+        raise SaveError(f"Cannot push to {repository}: offline mode is on.", "Unset HF_HUB_OFFLINE.")
+    api = HfApi()
+    with hub_errors(SaveError, "model", repository, writing=True):
+        validate_repo_id(repository)
+        api.whoami()
+        try:
+            info = api.model_info(repository)
+        except RepositoryNotFoundError as error:
+            if isinstance(error, GatedRepoError):  # it exists
+                raise
+            return None
+    if private and not info.private:
+        raise SaveError(
+            f"{repository} exists and is public: --private would not change that.",
+            "Make it private on its page, or choose another name.",
+        )
+    return info

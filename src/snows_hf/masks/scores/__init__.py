@@ -1,15 +1,22 @@
-"""Mask criteria, one per file. Importing this package registers every file in it.
+"""Mask criteria, one per file, each with a row in :data:`snows_hf.masks.criteria.CRITERIA`.
 
 A criterion maps evidence (weights, network, images, labels) to scores of the weights' shapes; the highest stay.
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import resolve_name
 
-from .base import Choice, Criterion, criteria, criterion, needs_labels, register_criterion
+from ..criteria import find_criterion
+from .base import Choice, Score
 
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+def criterion(name: str) -> Score:
+    """The function of the criterion of that name.
 
-__all__ = ["Choice", "Criterion", "criteria", "criterion", "needs_labels", "register_criterion"]
+    Raises:
+        ConfigError: there is none.
+    """
+    found: Score = resolve_name(f"{__name__}.{find_criterion(name).function}")
+    return found
+
+
+__all__ = ["Choice", "Score", "criterion"]

@@ -1,4 +1,4 @@
-"""The registry of mask criteria."""
+"""What a mask criterion is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import ConfigError
 from ..evidence import Evidence
 
 
@@ -25,44 +24,6 @@ class Choice:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-Criterion = Callable[[Evidence], dict[str, Tensor] | Choice]
+Score = Callable[[Evidence], dict[str, Tensor] | Choice]
 """Evidence → scores by parameter name, of the weights' shapes, of which the pattern keeps the highest; or a whole
 :class:`Choice`, where a criterion makes its masks itself."""
-
-_CRITERIA: dict[str, Criterion] = {}
-_LABELLED: set[str] = set()
-
-
-def register_criterion(name: str, labels: bool = False) -> Callable[[Criterion], Criterion]:
-    """Decorator that makes a criterion selectable as ``--mask name``; ``labels``: it needs those of the images."""
-
-    def add(function: Criterion) -> Criterion:
-        _CRITERIA[name] = function
-        if labels:
-            _LABELLED.add(name)
-        return function
-
-    return add
-
-
-def criteria() -> list[str]:
-    """Names of all criteria."""
-    return sorted(_CRITERIA)
-
-
-def needs_labels(name: str) -> bool:
-    """Whether a criterion reads the labels of the calibration images."""
-    return name in _LABELLED
-
-
-def criterion(name: str) -> Criterion:
-    """The criterion of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in _CRITERIA:
-        raise ConfigError(
-            f"Mask criterion {name!r}: expected one of {', '.join(criteria())}, or a safetensors file of booleans."
-        )
-    return _CRITERIA[name]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..evidence import Evidence
-from .base import register_criterion
 
 
 def fisher(evidence: Evidence) -> tuple[Tensor, Tensor]:
@@ -21,17 +20,14 @@ def fisher(evidence: Evidence) -> tuple[Tensor, Tensor]:
     return g, F
 
 
-@register_criterion("fd", labels=True)
 def fd(evidence: Evidence) -> dict[str, Tensor]:
     return evidence.everything.scatter(fisher(evidence)[1])
 
 
-@register_criterion("fp", labels=True)
 def fp(evidence: Evidence) -> dict[str, Tensor]:
     return evidence.everything.scatter(evidence.theta().square() / 2 * fisher(evidence)[1])
 
 
-@register_criterion("fts", labels=True)
 def fts(evidence: Evidence) -> dict[str, Tensor]:
     (g, F), theta = fisher(evidence), evidence.theta()
     return evidence.everything.scatter((theta * g + theta.square() / 2 * F).abs())

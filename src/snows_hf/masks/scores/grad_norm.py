@@ -3,9 +3,7 @@
 from torch import Tensor
 
 from ..evidence import Evidence
-from .base import register_criterion
 
 
-@register_criterion("grad-norm", labels=True)
 def grad_norm(evidence: Evidence) -> dict[str, Tensor]:
     return evidence.everything.scatter(evidence.gradient().abs())

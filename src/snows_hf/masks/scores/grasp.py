@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ..evidence import Evidence
-from .base import register_criterion
 
 
-@register_criterion("grasp", labels=True)
 def grasp(evidence: Evidence) -> dict[str, Tensor]:
     g = evidence.gradient()
     Hg = sum((share * expansion.product(g) for share, expansion in evidence.task()), torch.zeros_like(g))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from ..evidence import Evidence, Linearisation
-from .base import Choice, register_criterion
+from .base import Choice, Score
 
 
 PROBES = 16
@@ -91,18 +91,26 @@ def on_k_step_loss(evidence: Evidence, probes: int = PROBES) -> Diagonal:
     return g, H, variance
 
 
-def _score(name: str, score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    def criterion(evidence: Evidence, diagonal: Callable[[Evidence], Diagonal]) -> Choice:
-        g, H, variance = diagonal(evidence)
-        scores = evidence.everything.scatter(score(evidence.theta(), g, H))
-        error = float(variance.sum().sqrt() / H.norm().clamp_min(1e-30))
-        facts = {"probes": PROBES, "variance": float(variance.mean()), "relative_error": error}
-        return Choice(evidence.ranked(scores), facts=facts)
-
-    register_criterion(name, labels=True)(lambda evidence: criterion(evidence, on_task_loss))
-    register_criterion(f"{name}-kstep")(lambda evidence: criterion(evidence, on_k_step_loss))
+Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""θ, g, H (m,) → scores (m,)."""
 
 
-_score("hd", lambda theta, g, H: H)
-_score("hp", lambda theta, g, H: theta.square() / 2 * H)
-_score("hts", lambda theta, g, H: (theta * g + theta.square() / 2 * H).abs())
+def _both(formula: Formula) -> tuple[Score, Score]:
+    """A criterion on the task loss, and the same on the K-step loss."""
+
+    def by(diagonal: Callable[[Evidence], Diagonal]) -> Score:
+        def criterion(evidence: Evidence) -> Choice:
+            g, H, variance = diagonal(evidence)
+            scores = evidence.everything.scatter(formula(evidence.theta(), g, H))
+            error = float(variance.sum().sqrt() / H.norm().clamp_min(1e-30))
+            facts = {"probes": PROBES, "variance": float(variance.mean()), "relative_error": error}
+            return Choice(evidence.ranked(scores), facts=facts)
+
+        return criterion
+
+    return by(on_task_loss), by(on_k_step_loss)
+
+
+hd, hd_kstep = _both(lambda theta, g, H: H)
+hp, hp_kstep = _both(lambda theta, g, H: theta.square() / 2 * H)
+hts, hts_kstep = _both(lambda theta, g, H: (theta * g + theta.square() / 2 * H).abs())

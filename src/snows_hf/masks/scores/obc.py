@@ -13,7 +13,7 @@ from torch import Tensor
 from ...patterns import NM
 from ...runtime.journal import Record
 from ..evidence import Evidence, matrix, unmatrix
-from .base import Choice, register_criterion
+from .base import Choice
 
 
 DAMPING = 0.01
@@ -62,7 +62,6 @@ def layer_by_layer(evidence: Evidence, decide: Decide) -> Choice:
     return Choice(masks, weights, {"swapped": swapped / max(1, sum(int(mask.sum()) for mask in masks.values()))})
 
 
-@register_criterion("obc")
 def obc(evidence: Evidence) -> Choice:
     def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         kept = nm_kept(W, H, pattern) if pattern else unstructured_kept(W, H, zeros)

@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from ..evidence import Evidence
-from .base import register_criterion
 
 
-@register_criterion("random")
 def random(evidence: Evidence) -> dict[str, Tensor]:
     # Drawn on the CPU, so that a seed means the same masks on every device.
     generator = torch.Generator().manual_seed(evidence.config.seed)

@@ -4,9 +4,7 @@ ranks the same)."""
 from torch import Tensor
 
 from ..evidence import Evidence
-from .base import register_criterion
 
 
-@register_criterion("snip", labels=True)
 def snip(evidence: Evidence) -> dict[str, Tensor]:
     return evidence.everything.scatter((evidence.theta() * evidence.gradient()).abs())

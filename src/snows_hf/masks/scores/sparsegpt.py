@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...patterns import NM
 from ..evidence import Evidence
-from .base import Choice, register_criterion
+from .base import Choice
 from .obc import Kept, layer_by_layer
 
 
@@ -19,7 +19,6 @@ BLOCK = 128
 3.3: B and Bs)."""
 
 
-@register_criterion("sparsegpt")
 def sparsegpt(evidence: Evidence) -> Choice:
     def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         kept, updated = sweep(W.unflatten(0, (len(H), -1)), H, pattern, zeros)

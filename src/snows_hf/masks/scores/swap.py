@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...patterns import NM
 from ..evidence import Evidence
-from .base import Choice, register_criterion
+from .base import Choice
 from .obc import Kept, chunks, layer_by_layer, refit, support, system
 from .sparsegpt import sweep
 
@@ -28,7 +28,6 @@ MARGIN = 1e-6
 """By which share a swap must be better than none, so that rounding undoes none and repeats none."""
 
 
-@register_criterion("swap")
 def swap(evidence: Evidence) -> Choice:
     def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         rows = W.unflatten(0, (len(H), -1))

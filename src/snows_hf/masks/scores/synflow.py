@@ -17,14 +17,12 @@ from ...adapters import build_chain
 from ...adapters.frozen import frozen
 from ...patterns import NM, Pattern, PerLayer
 from ..evidence import Evidence
-from .base import register_criterion
 
 
 ROUNDS = 100
 """Steps to an unstructured sparsity (section 6: 100); N:M takes one weight of every group a step, M − N in all."""
 
 
-@register_criterion("synflow")
 def synflow(evidence: Evidence) -> dict[str, Tensor]:
     model = copy.deepcopy(evidence.network.model).double()
     positive(model)

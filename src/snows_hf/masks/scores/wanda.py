@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ...patterns import NM
 from ..evidence import Evidence, matrix, unmatrix
-from .base import register_criterion
 
 
-@register_criterion("wanda")
 def wanda(evidence: Evidence) -> dict[str, Tensor]:
     scores = {}
     for name, H in evidence.grams():

@@ -1,0 +1,53 @@
+"""The mask criteria, by the names that ``--mask`` takes. Nothing of them is loaded before it is used."""
+
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Where a criterion's function is, as ``module:function`` of :mod:`snows_hf.masks.scores`, and whether it reads
+    the labels of the calibration images."""
+
+    function: str
+    labels: bool = False
+
+
+CRITERIA = {
+    "magnitude": Criterion("magnitude:magnitude"),
+    "random": Criterion("random:random"),
+    "wanda": Criterion("wanda:wanda"),
+    "sparsegpt": Criterion("sparsegpt:sparsegpt"),
+    "obc": Criterion("obc:obc"),
+    "swap": Criterion("swap:swap"),
+    "grad-norm": Criterion("grad_norm:grad_norm", labels=True),
+    "snip": Criterion("snip:snip", labels=True),
+    "grasp": Criterion("grasp:grasp", labels=True),
+    "synflow": Criterion("synflow:synflow"),
+    "fd": Criterion("fisher:fd", labels=True),
+    "fp": Criterion("fisher:fp", labels=True),
+    "fts": Criterion("fisher:fts", labels=True),
+    "hd": Criterion("hutchinson:hd", labels=True),
+    "hp": Criterion("hutchinson:hp", labels=True),
+    "hts": Criterion("hutchinson:hts", labels=True),
+    "hd-kstep": Criterion("hutchinson:hd_kstep"),
+    "hp-kstep": Criterion("hutchinson:hp_kstep"),
+    "hts-kstep": Criterion("hutchinson:hts_kstep"),
+}
+
+
+def find_criterion(name: str) -> Criterion:
+    """
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in CRITERIA:
+        known = ", ".join(sorted(CRITERIA))
+        raise ConfigError(f"Mask criterion {name!r}: expected one of {known}, or a safetensors file of booleans.")
+    return CRITERIA[name]
+
+
+def needs_labels(name: str) -> bool:
+    """Whether a criterion reads the labels of the calibration images; a mask file does not."""
+    return name in CRITERIA and CRITERIA[name].labels
