@@ -136,7 +136,7 @@ def test_a_new_criterion_is_one_new_file_and_one_row(tmp_path: Path):
         "def smallest(evidence: Evidence):\n"
         "    return {name: -weight.abs() for name, weight in evidence.weights.items()}\n"
     )
-    table = tmp_path / "snows_hf/criteria.py"
+    table = tmp_path / "snows_hf/masks/criteria.py"
     row = 'CRITERIA = {\n    "smallest": Criterion("smallest:smallest"),\n'
     table.write_text(table.read_text().replace("CRITERIA = {\n", row, 1))
     command = [sys.executable, "-m", "snows_hf", "prune", str(VIT), "--pattern", "2:4", "--data", str(DIGITS)]
