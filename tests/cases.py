@@ -260,8 +260,10 @@ CASES = [
     Case("transformers-swin", transformers_swin, 16),
     Case("transformers-swin-padded", partial(transformers_swin, 20, use_absolute_embeddings=True), 20),
     Case("transformers-swin-odd", partial(transformers_swin, 18, window_size=3, qkv_bias=False), 18),
+    Case("transformers-swin-other-size", transformers_swin, 22),  # than in its configuration
     Case("timm-swin", timm_swin, 16),
     Case("timm-swin-padded", partial(timm_swin, 20), 20),
+    Case("timm-swin-dynamic-size", partial(timm_swin, strict_img_size=False), 22),
     Case("timm-swin-always-partition", partial(timm_swin, 20, always_partition=True, window_size=3), 20),
     Case("transformers-convnext", partial(transformers_convnext, ConvNextForImageClassification, ConvNextConfig), 32),
     Case(

@@ -37,7 +37,7 @@ def _transformers_block(layer: Any, base: Any, names: dict[nn.Module, str]) -> T
         attn,
         layer.mlp,
         attend,
-        lambda a: layer.lambda_1 * attn.o_proj(a),
+        lambda a, x: layer.lambda_1 * attn.o_proj(a),
         layer.layernorm_after,
         lambda h: layer.lambda_2 * h,
     )
@@ -82,7 +82,7 @@ def _timm_block(block: Any, model: Any, name: str) -> TransformerBlock:
         name,
         block,
         attend,
-        lambda a: scaled(attn.proj(a), block.gamma_1),
+        lambda a, x: scaled(attn.proj(a), block.gamma_1),
         lambda x: scaled(x, block.gamma_2),
     )
 
