@@ -179,6 +179,11 @@ CASES = [
     Case("timm-vit-pre-norm", partial(timm_vit, pre_norm=True), 16),
     Case("timm-vit-scale-norms", partial(timm_vit, scale_attn_norm=True, scale_mlp_norm=True), 16),
     Case("timm-vit-registers", partial(timm_vit, reg_tokens=2, no_embed_class=True), 16),
+    Case(
+        "timm-vit-registers-no-class",
+        partial(timm_vit, class_token=False, reg_tokens=4, no_embed_class=True, global_pool="avg"),
+        16,
+    ),
     Case("timm-vit-dynamic-size", partial(timm_vit, dynamic_img_size=True), 24),
     Case("timm-vit-rms-norm", partial(timm_vit, norm_layer=RmsNorm, proj_bias=False), 16),
     Case("timm-deit-distilled", partial(timm_vit, VisionTransformerDistilled), 16),

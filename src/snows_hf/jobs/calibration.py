@@ -63,7 +63,14 @@ def first_pass(
     source: ImageSource,
     checkpoint: Checkpoint,
 ) -> tuple[dict[str, int], Tensor | None]:
-    """Makes sure that the adapter computes what the model does.
+    """Makes sure that the adapter computes what the model does, before anything is measured.
+
+    Args:
+        chain: of the checkpoint as it was loaded: in its own types, on the CPU.
+        images: of the calibration.
+        labels: the data's own (n,), or None.
+        source: of the images.
+        checkpoint: whose classes the labels are matched to.
 
     Returns:
         Operations of every module on one image, by name, and the model's class of each of the data's labels (n,).
@@ -72,10 +79,6 @@ def first_pass(
         AdapterError: it does not.
         DataError: the classes cannot be matched.
     """
-    check_chain(chain, images[:2])
+    logits = check_chain(chain, images[:2])
     flops = count_flops(chain, images[:1])
-    if labels is None:
-        return flops, None
-    with torch.no_grad():
-        classes = chain.logits(images[:1].to(chain.device)).shape[1]
-    return flops, class_labels(labels, source, checkpoint, classes)
+    return flops, None if labels is None else class_labels(labels, source, checkpoint, logits.shape[1])

@@ -152,6 +152,7 @@ def prune(
         on_stage(f"{data} ({data_split}) has only {len(images)} images: all of them are used")
 
     run = describe_run(checkpoint, original, config, digest, labels)
+    flops, labels = first_pass(chain, images, labels, source, checkpoint)
     permuted, order = {}, order_for(config, candidates)
     if order is not None:
         on_stage(f"Ordering channels for {order}")
@@ -181,7 +182,6 @@ def prune(
         chain = place(chain, images[:2], target, config.offload, on_stage)
         dense = measure("dense")
         network.to(solver_dtype)
-        flops, labels = first_pass(chain, images, labels, source, checkpoint)
 
         first = next(candidate for candidate in candidates if candidate is not None)
         evidence = Evidence(

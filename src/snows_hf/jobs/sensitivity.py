@@ -89,9 +89,9 @@ def sensitivity(
     on_stage(f"Reading {config.samples} images of {name}")
     source = open_images(name, data_split)
     images, labels, _ = read_calibration(source, config, checkpoint, solver_dtype)
+    flops, labels = first_pass(chain, images, labels, source, checkpoint)
     chain.model.to(solver_dtype)
     chain = place(chain, images[:2], target_device, config.offload, on_stage)
-    flops, labels = first_pass(chain, images, labels, source, checkpoint)
     on_stage(f"Measuring {len(layers)} layers under {len(candidates)} patterns")
     on_device = {name: chain.weight(name).detach() for name in weights}
     evidence = Evidence(on_device, candidates[0], config, chain, images, labels)
