@@ -91,7 +91,7 @@ def test_a_block_that_is_missing_is_seen_in_any_type(name: str, dtype: torch.dty
     case = BY_NAME[name]
     chain = build_chain(case.model(dtype))
     check_chain(chain, case.images(2, dtype))
-    with pytest.raises(AdapterError, match="does not reproduce this model: logits differ by .* of their spread"):
+    with pytest.raises(AdapterError, match=r"does not reproduce this model: logits differ by .* of their spread"):
         check_chain(without(chain, BLOCKS[name]), case.images(2, dtype))
 
 
@@ -158,7 +158,9 @@ def test_the_model_itself_is_the_measure_and_no_frozen_one() -> None:
 
 def test_images_that_the_adapter_or_the_model_cannot_run() -> None:
     case = BY_NAME["transformers-beit-position-biases"]
-    with pytest.raises(AdapterError, match=r"^The adapter for BeitForImageClassification cannot run these images: .* Give images"):
+    with pytest.raises(
+        AdapterError, match=r"^The adapter for BeitForImageClassification cannot run these images: .* Give images"
+    ):
         check_chain(build_chain(case.model()), torch.zeros(2, 3, 24, 24))
     model = BY_NAME["cifar-resnet8"].model()
     right = build_chain(model)

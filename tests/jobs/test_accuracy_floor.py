@@ -17,9 +17,9 @@ def few_images(shared_data: Path, tmp_path: Path) -> Path:
 
 
 def test_a_prune_keeps_the_accuracy(shared_models: Path, shared_data: Path, few_images: Path) -> None:
-    """2:4 by magnitude, 128 images, K = 1, one joint step: of 91.9 % top-1 the mask alone leaves 71.2 %, and SNOWS 92.2,
-    91.1 and 91.3 % with seeds 0, 1 and 2. A wrong sign of the step leaves 71.2 %, one of the residual in conjugate
-    gradients 89.9. The floor leaves the rounding of other machines a point and a half."""
+    """2:4 by magnitude, 128 images, K = 1, one joint step: of 91.9 % top-1 the mask alone leaves 71.2 %, and SNOWS
+    92.2, 91.1 and 91.3 % with seeds 0, 1 and 2; steps of the wrong sign leave 71.2 %, residuals of the wrong sign in
+    conjugate gradients 89.9 %. The floor leaves a point and a half to the rounding of other machines."""
     report = prune(
         str(shared_models / "resnet20_cifar10"),
         "2:4",

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from transformers import SwinForImageClassification
 from transformers.models.swin import modeling_swin
 
-from ..errors import AdapterError
 from .attention import attention, split_heads
-from .base import Group, Operation, State, module_names, register
+from .base import Group, Operation, State, check_kind, module_names, register
 from .vit import TransformerBlock, timm_block, transformers_block
 
 
 def _merging(downsample: Any, names: dict[nn.Module, str], merge: Callable[[Tensor], Tensor]) -> Operation:
     name = names[downsample.reduction]
-    return Operation(name, lambda s: (merge(s[0]),), Group(name, (f"{name}.weight",), "downsample"))
+    return Operation(name, lambda s: (merge(s[0]),), Group.of(name, "downsample"))
 
 
 def _transformers_block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
@@ -78,13 +77,9 @@ def transformers_swin(model: Any) -> list[Operation]:
 
 
 def _timm_block(block: Any, names: dict[nn.Module, str]) -> TransformerBlock:
-    attn, mlp = block.attn, block.mlp
-    if type(attn) is not timm_swin.WindowAttention or type(mlp) is not Mlp:
-        raise AdapterError(
-            f"{names[block]} has a {type(attn).__name__} and a {type(mlp).__name__}; expected timm's WindowAttention "
-            "and Mlp.",
-            "This variant of timm's SwinTransformer has no adapter yet.",
-        )
+    attn = block.attn
+    check_kind(attn, names[attn], timm_swin.WindowAttention, model="SwinTransformer")
+    check_kind(block.mlp, names[block.mlp], Mlp, model="SwinTransformer")
     window, shift = tuple(block.window_size), tuple(block.shift_size)
 
     def attend(x: Tensor) -> Tensor:

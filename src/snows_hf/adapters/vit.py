@@ -15,9 +15,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 
-from ..errors import AdapterError
 from .attention import attention, split_heads
-from .base import Group, Operation, State, module_names, register
+from .base import Group, Operation, State, check_kind, module_names, register
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,14 @@ class TransformerBlock:
         yield Operation(
             f"{self.projection} > residual",
             lambda s: (s[1] + self.project(*s),),
-            Group(self.projection, (f"{self.projection}.weight",), "proj"),
+            Group.of(self.projection, "proj"),
         )
-        yield Operation(
-            self.mlp0_name,
-            lambda s: (self.mlp0(s[0]), s[0]),
-            Group(self.mlp0_name, (f"{self.mlp0_name}.weight",), "mlp0"),
-        )
+        yield Operation(self.mlp0_name, lambda s: (self.mlp0(s[0]), s[0]), Group.of(self.mlp0_name, "mlp0"))
         yield Operation(f"{self.mlp0_name} > activation", lambda s: (self.activation(s[0]), s[1]))
         yield Operation(
             f"{self.mlp3_name} > residual",
             lambda s: (s[1] + self.mlp3(s[0]),),
-            Group(self.mlp3_name, (f"{self.mlp3_name}.weight",), "mlp3"),
+            Group.of(self.mlp3_name, "mlp3"),
         )
 
 
@@ -101,7 +96,7 @@ def timm_block(
     mlp = block.mlp
     return TransformerBlock(
         attend=attend,
-        qkv=Group(f"{name}.attn.qkv", (f"{name}.attn.qkv.weight",), "qkv"),
+        qkv=Group.of(f"{name}.attn.qkv", "qkv"),
         project=project,
         projection=f"{name}.attn.proj",
         mlp0=lambda x: mlp.fc1(block.norm2(x)),
@@ -139,14 +134,8 @@ def transformers_vit(model: Any) -> list[Operation]:
 
 
 def _timm_block(block: Any, name: str) -> TransformerBlock:
-    parts = {"": Block, ".attn": Attention, ".mlp": Mlp}
-    for part, expected in parts.items():
-        found = type(block.get_submodule(part[1:]))
-        if found is not expected:
-            raise AdapterError(
-                f"{name}{part} is a {found.__name__}; expected timm's {expected.__name__}.",
-                "This variant of timm's VisionTransformer has no adapter yet.",
-            )
+    for part, expected in {"": Block, ".attn": Attention, ".mlp": Mlp}.items():
+        check_kind(block.get_submodule(part[1:]), f"{name}{part}", expected, model="VisionTransformer")
     attn = block.attn
 
     def attend(x: Tensor) -> Tensor:
