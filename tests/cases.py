@@ -179,6 +179,11 @@ CASES = [
     Case("timm-vit-pre-norm", partial(timm_vit, pre_norm=True), 16),
     Case("timm-vit-scale-norms", partial(timm_vit, scale_attn_norm=True, scale_mlp_norm=True), 16),
     Case("timm-vit-registers", partial(timm_vit, reg_tokens=2, no_embed_class=True), 16),
+    Case(
+        "timm-vit-registers-no-class",
+        partial(timm_vit, class_token=False, reg_tokens=4, no_embed_class=True, global_pool="avg"),
+        16,
+    ),
     Case("timm-vit-dynamic-size", partial(timm_vit, dynamic_img_size=True), 24),
     Case("timm-vit-rms-norm", partial(timm_vit, norm_layer=RmsNorm, proj_bias=False), 16),
     Case("timm-deit-distilled", partial(timm_vit, VisionTransformerDistilled), 16),
@@ -260,8 +265,10 @@ CASES = [
     Case("transformers-swin", transformers_swin, 16),
     Case("transformers-swin-padded", partial(transformers_swin, 20, use_absolute_embeddings=True), 20),
     Case("transformers-swin-odd", partial(transformers_swin, 18, window_size=3, qkv_bias=False), 18),
+    Case("transformers-swin-other-size", transformers_swin, 22),  # than in its configuration
     Case("timm-swin", timm_swin, 16),
     Case("timm-swin-padded", partial(timm_swin, 20), 20),
+    Case("timm-swin-dynamic-size", partial(timm_swin, strict_img_size=False), 22),
     Case("timm-swin-always-partition", partial(timm_swin, 20, always_partition=True, window_size=3), 20),
     Case("transformers-convnext", partial(transformers_convnext, ConvNextForImageClassification, ConvNextConfig), 32),
     Case(

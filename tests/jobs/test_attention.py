@@ -62,19 +62,25 @@ def test_nothing_is_recorded_outside_the_block() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, extra",
+    "name, extra, class_token",
     [
-        ("transformers-vit", 1),
-        ("timm-deit-distilled", 2),
-        ("timm-vit-registers", 3),
-        ("timm-vit-average", 0),
-        ("timm-vit-dynamic-size", 1),
-        ("transformers-dinov2-registers", 4),
-        ("transformers-siglip", 0),
-        ("transformers-clip", 1),
+        ("transformers-vit", 1, True),
+        ("transformers-deit", 2, True),
+        ("transformers-beit", 1, True),
+        ("timm-beit", 1, True),
+        ("timm-deit-distilled", 2, True),
+        ("timm-vit-registers", 3, True),
+        ("timm-vit-registers-no-class", 4, False),
+        ("timm-vit-average", 0, False),
+        ("timm-vit-map", 0, False),
+        ("timm-vit-dynamic-size", 1, True),
+        ("transformers-dinov2-registers", 4, True),
+        ("transformers-siglip", 0, False),
+        ("transformers-clip", 1, True),
     ],
 )
-def test_maps_by_their_definition(name: str, extra: int) -> None:
+def test_maps_by_their_definition(name: str, extra: int, class_token: bool) -> None:
+    """From the class token to the patches, or else from patch to patch: registers neither look nor are looked at."""
     case = BY_NAME[name]
     model, images = case.model(torch.float64), case.images(2, torch.float64)
     maps = attention_maps(build_chain(model), images)
@@ -87,8 +93,8 @@ def test_maps_by_their_definition(name: str, extra: int) -> None:
             rollout = mixed @ rollout
         last = weights[0].mean(0).numpy()
         for got, matrix in ((maps.last, last), (maps.rollout, rollout)):
-            from_whom = matrix[0] if extra else matrix.mean(0)
-            expected = from_whom[extra:].reshape(side, side)
+            looking = matrix[0] if class_token else matrix[extra:].mean(0)
+            expected = looking[extra:].reshape(side, side)
             np.testing.assert_allclose(got[i].numpy(), expected, rtol=1e-10)
 
 

@@ -8,7 +8,7 @@ import torch
 from masks.networks import convolutions, evidence, linears
 
 from snows_hf.errors import ConfigError, PatternError
-from snows_hf.masks.allocation import Sensitivity, allocate, layer_sensitivities
+from snows_hf.masks.allocation import Sensitivity, allocate, interpolated, layer_sensitivities
 from snows_hf.masks.choose import choose
 from snows_hf.patterns import NM, PerLayer, Unstructured, parse_candidates
 from snows_hf.patterns.plan import by_sensitivity, candidates_of
@@ -172,6 +172,18 @@ class TestChosen:
         steep = [(p, 1 / (1 - p.sparsity)) for p in grid]
         pattern = allocate(table(noisy, steep, weights=1000), config("0.8", allocation="sensitivity"))
         assert pattern.of("layer0.weight").sparsity == pytest.approx(0.95, abs=0.01)
+
+    def test_interpolated_losses_never_grow_with_the_weights_kept(self) -> None:
+        """At measured points the least loss of as many weights or fewer; measured to grow twice, by chance."""
+        measured = [(0.9, 4.0), (0.8, 1.0), (0.6, 3.0), (0.4, 0.5), (0.2, 2.0)]
+        rows = interpolated(table([(Unstructured(s), loss) for s, loss in measured], weights=10_000))
+        losses = [row.loss for row in rows]
+        assert losses == sorted(losses, reverse=True)
+        at = {row.kept: row.loss for row in rows}
+        assert [at[1000], at[8000]] == pytest.approx([4.0, 0.5])
+        between = [loss for kept, loss in at.items() if 2010 <= kept <= 3990]
+        assert between and between == pytest.approx([1.0] * len(between))
+        assert all(loss == pytest.approx(0.5) for kept, loss in at.items() if kept >= 6000)
 
 
 class TestSettings:

@@ -39,6 +39,11 @@ class Group:
     parameters: tuple[str, ...]
     kind: str
 
+    @classmethod
+    def of(cls, name: str, kind: str) -> "Group":
+        """A layer of one weight, as most are."""
+        return cls(name, (f"{name}.weight",), kind)
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -194,6 +199,19 @@ def _check_groups(chain: Chain) -> None:
                     "Merge or remove parametrisations such as LoRA or weight norm, and untie shared layers, first.",
                 )
             seen.add(name)
+
+
+def check_kind(module: nn.Module, name: str, *expected: type[nn.Module], model: str) -> None:
+    """Makes sure that a part of one of timm's models is of a class that its adapter knows.
+
+    Raises:
+        AdapterError: it is not, or of a class derived from it.
+    """
+    if type(module) not in expected:
+        raise AdapterError(
+            f"{name} is a {type(module).__name__}; expected timm's {' or '.join(c.__name__ for c in expected)}.",
+            f"This variant of timm's {model} has no adapter yet.",
+        )
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:

@@ -12,9 +12,8 @@ from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 from transformers import BeitForImageClassification
 
-from ..errors import AdapterError
 from .attention import attention, split_heads
-from .base import Operation, State, module_names, register
+from .base import Operation, State, check_kind, module_names, register
 from .vit import TransformerBlock, timm_block, transformers_block
 
 
@@ -37,7 +36,7 @@ def _transformers_block(layer: Any, base: Any, names: dict[nn.Module, str]) -> T
         attn,
         layer.mlp,
         attend,
-        lambda a: layer.lambda_1 * attn.o_proj(a),
+        lambda a, x: layer.lambda_1 * attn.o_proj(a),
         layer.layernorm_after,
         lambda h: layer.lambda_2 * h,
     )
@@ -58,13 +57,9 @@ def transformers_beit(model: Any) -> list[Operation]:
 
 
 def _timm_block(block: Any, model: Any, name: str) -> TransformerBlock:
-    attn, mlp = block.attn, block.mlp
-    for part, module, expected in (("attn", attn, Attention), ("mlp", mlp, Mlp)):
-        if type(module) is not expected:
-            raise AdapterError(
-                f"{name}.{part} is a {type(module).__name__}; expected timm's {expected.__name__}.",
-                "This variant of timm's Beit has no adapter yet.",
-            )
+    attn = block.attn
+    check_kind(attn, f"{name}.attn", Attention, model="Beit")
+    check_kind(block.mlp, f"{name}.mlp", Mlp, model="Beit")
 
     def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
         return x if gamma is None else gamma * x
@@ -82,7 +77,7 @@ def _timm_block(block: Any, model: Any, name: str) -> TransformerBlock:
         name,
         block,
         attend,
-        lambda a: scaled(attn.proj(a), block.gamma_1),
+        lambda a, x: scaled(attn.proj(a), block.gamma_1),
         lambda x: scaled(x, block.gamma_2),
     )
 

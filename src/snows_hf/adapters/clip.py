@@ -21,7 +21,7 @@ def _block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
     def attend(x: Tensor) -> Tensor:
         return attention(*split_heads(attn, layer.layer_norm1(x)), attn.scale)
 
-    return transformers_block(names, attn, layer.mlp, attend, attn.out_proj, layer.layer_norm2)
+    return transformers_block(names, attn, layer.mlp, attend, lambda a, x: attn.out_proj(a), layer.layer_norm2)
 
 
 @register(CLIPForImageClassification, family="vit")

@@ -13,15 +13,10 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from transformers import ConvNextForImageClassification, ConvNextV2ForImageClassification
 
-from ..errors import AdapterError
-from .base import Group, Operation, module_names, register
+from .base import Group, Operation, check_kind, module_names, register
 
 
 Function = Callable[[Tensor], Tensor]
-
-
-def _group(name: str, kind: str) -> Group:
-    return Group(name, (f"{name}.weight",), kind)
 
 
 def _block(
@@ -37,19 +32,19 @@ def _block(
 ) -> Iterator[Operation]:
     """x → finish(mlp3(before_mlp3(activation(mlp0(norm(depthwise(x))))))) + shortcut(x), x (n, c, h, w)."""
     names_of = [names[module] for module in (depthwise, mlp0, mlp3)]
-    yield Operation(names_of[0], lambda s: (depthwise(s[0]), s[0]), _group(names_of[0], "depthwise"))
-    yield Operation(names_of[1], lambda s: (mlp0(norm(s[0])), s[1]), _group(names_of[1], "mlp0"))
+    yield Operation(names_of[0], lambda s: (depthwise(s[0]), s[0]), Group.of(names_of[0], "depthwise"))
+    yield Operation(names_of[1], lambda s: (mlp0(norm(s[0])), s[1]), Group.of(names_of[1], "mlp0"))
     yield Operation(f"{names_of[1]} > activation", lambda s: (activation(s[0]), s[1]))
     yield Operation(
         f"{names_of[2]} > residual",
         lambda s: (finish(mlp3(before_mlp3(s[0]))) + shortcut(s[1]),),
-        _group(names_of[2], "mlp3"),
+        Group.of(names_of[2], "mlp3"),
     )
 
 
 def _downsampling(parts: Iterable[nn.Module], names: dict[nn.Module, str]) -> Operation:
     norm, conv = parts
-    return Operation(names[conv], lambda s: (conv(norm(s[0])),), _group(names[conv], "downsample"))
+    return Operation(names[conv], lambda s: (conv(norm(s[0])),), Group.of(names[conv], "downsample"))
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -96,11 +91,7 @@ def transformers_convnext(model: Any) -> list[Operation]:
 
 def _timm_block(block: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
     mlp = block.mlp
-    if type(mlp) not in (Mlp, GlobalResponseNormMlp):
-        raise AdapterError(
-            f"{names[mlp]} is a {type(mlp).__name__}; expected timm's Mlp or GlobalResponseNormMlp.",
-            "This variant of timm's ConvNeXt has no adapter yet.",
-        )
+    check_kind(mlp, names[mlp], Mlp, GlobalResponseNormMlp, model="ConvNeXt")
 
     def norm(x: Tensor) -> Tensor:
         return block.norm(x if block.use_conv_mlp else _channels_last(x))

@@ -26,7 +26,7 @@ def _block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
     def attend(x: Tensor) -> Tensor:
         return attention(*split_heads(attn, layer.norm1(x)), attn.scaling)
 
-    def project(a: Tensor) -> Tensor:
+    def project(a: Tensor, x: Tensor) -> Tensor:
         return layer.layer_scale1(attn.o_proj(a))
 
     return transformers_block(names, attn, mlp, attend, project, layer.norm2, layer.layer_scale2)

@@ -24,15 +24,9 @@ def _separable(block: Any, name: str) -> Iterator[Operation]:
         )
     depthwise, pointwise = f"{name}.conv_dw", f"{name}.conv_pw"
     shortcut = slice(1 if block.has_skip else 0)  # the block's input goes on only where it is read again
-    yield Operation(
-        depthwise,
-        lambda s: (block.conv_dw(s[0]), *s[shortcut]),
-        Group(depthwise, (f"{depthwise}.weight",), "depthwise"),
-    )
+    yield Operation(depthwise, lambda s: (block.conv_dw(s[0]), *s[shortcut]), Group.of(depthwise, "depthwise"))
     yield Operation(f"{depthwise} > activation", lambda s: (block.se(block.aa(block.bn1(s[0]))), *s[1:]))
-    yield Operation(
-        pointwise, lambda s: (block.conv_pw(s[0]), *s[1:]), Group(pointwise, (f"{pointwise}.weight",), "pointwise")
-    )
+    yield Operation(pointwise, lambda s: (block.conv_pw(s[0]), *s[1:]), Group.of(pointwise, "pointwise"))
     yield Operation(
         f"{pointwise} > activation", lambda s: (block.bn2(s[0]) + s[1] if block.has_skip else block.bn2(s[0]),)
     )
@@ -51,11 +45,7 @@ def mobilenet(model: Any) -> list[Operation]:
             operations += _separable(block, names[block])
     if isinstance(model.conv_head, nn.Conv2d):  # mobilenetv1_100h: one more pointwise convolution before pooling
         operations += [
-            Operation(
-                "conv_head",
-                lambda s: (model.conv_head(s[0]),),
-                Group("conv_head", ("conv_head.weight",), "pointwise"),
-            ),
+            Operation("conv_head", lambda s: (model.conv_head(s[0]),), Group.of("conv_head", "pointwise")),
             Operation("conv_head > activation", lambda s: (model.bn2(s[0]),)),
         ]
     return [*operations, Operation("classifier", lambda s: (model.forward_head(s[0]),))]

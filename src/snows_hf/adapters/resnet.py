@@ -14,8 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from transformers import ResNetForImageClassification
 
-from ..errors import AdapterError
-from .base import Group, Operation, State, module_names, register
+from .base import Group, Operation, State, check_kind, module_names, register
 from .cifar_resnet import CifarResNet
 
 
@@ -32,7 +31,7 @@ class Convolution:
 
     @property
     def group(self) -> Group:
-        return Group(self.name, (f"{self.name}.weight",), self.kind)
+        return Group.of(self.name, self.kind)
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,7 @@ def timm_resnet(model: Any) -> list[Operation]:
         Operation("conv1 > activation", lambda s: (model.maxpool(model.act1(model.bn1(s[0]))),)),
     ]
     for unit in (*model.layer1, *model.layer2, *model.layer3, *model.layer4):
-        if type(unit) not in (BasicBlock, Bottleneck):
-            raise AdapterError(
-                f"{names[unit]} is a {type(unit).__name__}; expected timm's BasicBlock or Bottleneck.",
-                "This variant of timm's ResNet has no adapter yet.",
-            )
+        check_kind(unit, names[unit], BasicBlock, Bottleneck, model="ResNet")
         if isinstance(unit, BasicBlock):
             convs, last_act = [unit.conv1, unit.conv2], unit.act2
             afters = [_present(unit.bn1, unit.drop_block, unit.act1, unit.aa), _present(unit.bn2, unit.se)]

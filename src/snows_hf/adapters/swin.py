@@ -1,9 +1,11 @@
 """Swin Transformers (transformers and timm): ViT blocks whose attention stays within windows.
 
-Operations as in vit.py, with the attention's output by window, (n, windows, window², width), and one more operation
-where a stage begins with fewer and wider tokens: the ``reduction`` that merges four neighbours.
+Operations as in vit.py, on tokens in their grid, (n, rows, columns, width), with the attention's output by window,
+(n, windows, window², width), and one more operation where a stage begins with fewer and wider tokens: the
+``reduction`` that merges four neighbours.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,78 +16,75 @@ from torch import Tensor, nn
 from transformers import SwinForImageClassification
 from transformers.models.swin import modeling_swin
 
-from ..errors import AdapterError
 from .attention import attention, split_heads
-from .base import Group, Operation, State, module_names, register
+from .base import Group, Operation, State, check_kind, module_names, register
 from .vit import TransformerBlock, timm_block, transformers_block
 
 
-def _merging(downsample: Any, names: dict[nn.Module, str], grid: tuple[int, int] | None = None) -> Operation:
+def _merging(downsample: Any, names: dict[nn.Module, str], merge: Callable[[Tensor], Tensor]) -> Operation:
     name = names[downsample.reduction]
-
-    def merge(s: State) -> State:
-        return (downsample(s[0]) if grid is None else downsample(s[0], grid),)
-
-    return Operation(name, merge, Group(name, (f"{name}.weight",), "downsample"))
+    return Operation(name, lambda s: (merge(s[0]),), Group.of(name, "downsample"))
 
 
-def _transformers_block(layer: Any, names: dict[nn.Module, str], grid: tuple[int, int]) -> TransformerBlock:
+def _transformers_block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
     attn = layer.attention
-    height, width = grid
 
     def attend(x: Tensor) -> Tensor:
-        layer.set_shift_and_window_size(grid)  # as the model does before each run: windows no larger than the grid
-        x, _ = layer.maybe_pad(layer.layernorm_before(x).unflatten(1, grid), height, width)
+        height, width = x.shape[1:3]
+        layer.set_shift_and_window_size((height, width))  # as the model does: windows no larger than the grid
+        x, _ = layer.maybe_pad(layer.layernorm_before(x), height, width)
         windows = modeling_swin.window_partition(layer.cyclic_shift(x), layer.window_size)
         windows = windows.flatten(1, 2).unflatten(0, (len(x), -1))
         bias = attn.relative_position_bias()
         mask = layer.get_attn_mask(x.shape[1], x.shape[2], x.dtype, x.device)
         return attention(*split_heads(attn, windows), attn.scaling, bias if mask is None else bias + mask[:, None])
 
-    def project(a: Tensor) -> Tensor:
-        size = layer.window_size
+    def project(a: Tensor, x: Tensor) -> Tensor:
+        (height, width), size = x.shape[1:3], layer.window_size
         padded = (-(-height // size) * size, -(-width // size) * size)
         windows = attn.o_proj(a).flatten(0, 1).unflatten(1, (size, size))
         x = layer.cyclic_shift(modeling_swin.window_reverse(windows, size, *padded), reverse=True)
-        return x[:, :height, :width].flatten(1, 2)
+        return x[:, :height, :width]
 
     return transformers_block(names, attn, layer.mlp, attend, project, layer.layernorm_after)
 
 
 @register(SwinForImageClassification, family="vit")
 def transformers_swin(model: Any) -> list[Operation]:
-    """Operations of a transformers Swin classifier, on images of the size in its configuration."""
+    """Operations of a transformers Swin classifier."""
     base, names = model.swin, module_names(model)
-    operations = [Operation(names[base.embeddings], lambda s: (base.embeddings(s[0])[0],))]
-    grid = tuple(base.embeddings.patch_grid)
+
+    def embed(s: State) -> State:
+        tokens, grid = base.embeddings(s[0])
+        return (tokens.unflatten(1, grid),)
+
+    operations = [Operation(names[base.embeddings], embed)]
     for stage in base.encoder.layers:
         for layer in stage.blocks:
-            operations += _transformers_block(layer, names, grid).operations()
+            operations += _transformers_block(layer, names).operations()
         if stage.downsample is not None:
-            operations.append(_merging(stage.downsample, names, grid))
-            grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+
+            def merge(x: Tensor, downsample: Any = stage.downsample) -> Tensor:
+                height, width = x.shape[1:3]
+                return downsample(x.flatten(1, 2), (height, width)).unflatten(1, (-(-height // 2), -(-width // 2)))
+
+            operations.append(_merging(stage.downsample, names, merge))
 
     def head(s: State) -> State:
-        return (model.classifier(base.pooler(base.layernorm(s[0]).transpose(1, 2)).flatten(1)),)
+        return (model.classifier(base.pooler(base.layernorm(s[0].flatten(1, 2)).transpose(1, 2)).flatten(1)),)
 
     return [*operations, Operation("classifier", head)]
 
 
 def _timm_block(block: Any, names: dict[nn.Module, str]) -> TransformerBlock:
-    attn, mlp = block.attn, block.mlp
-    if type(attn) is not timm_swin.WindowAttention or type(mlp) is not Mlp:
-        raise AdapterError(
-            f"{names[block]} has a {type(attn).__name__} and a {type(mlp).__name__}; expected timm's WindowAttention "
-            "and Mlp.",
-            "This variant of timm's SwinTransformer has no adapter yet.",
-        )
+    attn = block.attn
+    check_kind(attn, names[attn], timm_swin.WindowAttention, model="SwinTransformer")
+    check_kind(block.mlp, names[block.mlp], Mlp, model="SwinTransformer")
     window, shift = tuple(block.window_size), tuple(block.shift_size)
-    height, width = block.input_resolution
-    bottom, right = -height % window[0], -width % window[1]
 
     def attend(x: Tensor) -> Tensor:
         x = torch.roll(block.norm1(x), (-shift[0], -shift[1]), (1, 2))
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
         windows = timm_swin.window_partition(x, window).flatten(1, 2).unflatten(0, (len(x), -1))
         # (n, windows, tokens, 3·heads·d) → three of (n, windows, heads, tokens, d)
         q, k, v = attn.qkv(windows).unflatten(-1, (3, attn.num_heads, -1)).movedim(-3, 0).transpose(-3, -2)
@@ -93,9 +92,10 @@ def _timm_block(block: Any, names: dict[nn.Module, str]) -> TransformerBlock:
         bias = attn._get_rel_pos_bias()
         return attention(q, k, v, attn.scale, bias if mask is None else bias + mask[:, None])
 
-    def project(a: Tensor) -> Tensor:
+    def project(a: Tensor, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
         windows = attn.proj(a).flatten(0, 1).unflatten(1, window)
-        x = timm_swin.window_reverse(windows, window, height + bottom, width + right)
+        x = timm_swin.window_reverse(windows, window, height + -height % window[0], width + -width % window[1])
         return torch.roll(x[:, :height, :width], shift, (1, 2))
 
     return timm_block(names[block], block, attend, project)
@@ -103,12 +103,12 @@ def _timm_block(block: Any, names: dict[nn.Module, str]) -> TransformerBlock:
 
 @register(timm_swin.SwinTransformer, family="vit")
 def timm_swin_transformer(model: Any) -> list[Operation]:
-    """Operations of a timm SwinTransformer, on images of the size that it was made for."""
+    """Operations of a timm SwinTransformer."""
     names = module_names(model)
     operations = [Operation("patch_embed", lambda s: (model.patch_embed(s[0]),))]
     for stage in model.layers:
         if not isinstance(stage.downsample, nn.Identity):
-            operations.append(_merging(stage.downsample, names))
+            operations.append(_merging(stage.downsample, names, stage.downsample))
         for block in stage.blocks:
             operations += _timm_block(block, names).operations()
     return [*operations, Operation("head", lambda s: (model.forward_head(model.norm(s[0])),))]

@@ -15,19 +15,18 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 
-from ..errors import AdapterError
 from .attention import attention, split_heads
-from .base import Group, Operation, State, module_names, register
+from .base import Group, Operation, State, check_kind, module_names, register
 
 
 @dataclass(frozen=True)
 class TransformerBlock:
-    """What a pre-norm block computes, x → x + out(attend(norm(x))) → x + mlp3(act(mlp0(norm(x)))), as callables on
-    tokens x (n, …, width), with the live names of the prunable layers."""
+    """What a pre-norm block computes, x → x + project(attend(x), x) → x + mlp3(act(mlp0(x))), norms included, as
+    callables on tokens x (n, …, width), with the live names of the prunable layers."""
 
     attend: Callable[[Tensor], Tensor]
     qkv: Group
-    project: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor, Tensor], Tensor]
     projection: str
     mlp0: Callable[[Tensor], Tensor]
     mlp0_name: str
@@ -39,19 +38,15 @@ class TransformerBlock:
         yield Operation(f"{self.qkv.name} > attention", lambda s: (self.attend(s[0]), s[0]), self.qkv)
         yield Operation(
             f"{self.projection} > residual",
-            lambda s: (s[1] + self.project(s[0]),),
-            Group(self.projection, (f"{self.projection}.weight",), "proj"),
+            lambda s: (s[1] + self.project(*s),),
+            Group.of(self.projection, "proj"),
         )
-        yield Operation(
-            self.mlp0_name,
-            lambda s: (self.mlp0(s[0]), s[0]),
-            Group(self.mlp0_name, (f"{self.mlp0_name}.weight",), "mlp0"),
-        )
+        yield Operation(self.mlp0_name, lambda s: (self.mlp0(s[0]), s[0]), Group.of(self.mlp0_name, "mlp0"))
         yield Operation(f"{self.mlp0_name} > activation", lambda s: (self.activation(s[0]), s[1]))
         yield Operation(
             f"{self.mlp3_name} > residual",
             lambda s: (s[1] + self.mlp3(s[0]),),
-            Group(self.mlp3_name, (f"{self.mlp3_name}.weight",), "mlp3"),
+            Group.of(self.mlp3_name, "mlp3"),
         )
 
 
@@ -60,7 +55,7 @@ def transformers_block(
     attn: Any,
     mlp: Any,
     attend: Callable[[Tensor], Tensor],
-    project: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor, Tensor], Tensor],
     norm2: Callable[[Tensor], Tensor],
     scale2: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008  has no state
 ) -> TransformerBlock:
@@ -71,7 +66,7 @@ def transformers_block(
         attn: what owns the projections; the one for the output is ``o_proj`` or ``out_proj``.
         mlp: what owns fc1 and fc2.
         attend: tokens to the attention's output, norm included.
-        project: that output to what is added to the residual stream.
+        project: that output, and the tokens, to what is added to these.
         norm2: before the MLP.
         scale2: after it.
     """
@@ -93,7 +88,7 @@ def timm_block(
     name: str,
     block: Any,
     attend: Callable[[Tensor], Tensor],
-    project: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor, Tensor], Tensor],
     scale2: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008  has no state
 ) -> TransformerBlock:
     """A block with timm's ``attn.qkv``, ``attn.proj``, ``norm2`` and ``mlp``; ``name`` is its live one, and the
@@ -101,7 +96,7 @@ def timm_block(
     mlp = block.mlp
     return TransformerBlock(
         attend=attend,
-        qkv=Group(f"{name}.attn.qkv", (f"{name}.attn.qkv.weight",), "qkv"),
+        qkv=Group.of(f"{name}.attn.qkv", "qkv"),
         project=project,
         projection=f"{name}.attn.proj",
         mlp0=lambda x: mlp.fc1(block.norm2(x)),
@@ -118,7 +113,7 @@ def _vit_block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
     def attend(x: Tensor) -> Tensor:
         return attention(*split_heads(attn, layer.layernorm_before(x)), attn.scaling)
 
-    return transformers_block(names, attn, layer.mlp, attend, attn.o_proj, layer.layernorm_after)
+    return transformers_block(names, attn, layer.mlp, attend, lambda a, x: attn.o_proj(a), layer.layernorm_after)
 
 
 @register(ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, family="vit")
@@ -139,14 +134,8 @@ def transformers_vit(model: Any) -> list[Operation]:
 
 
 def _timm_block(block: Any, name: str) -> TransformerBlock:
-    parts = {"": Block, ".attn": Attention, ".mlp": Mlp}
-    for part, expected in parts.items():
-        found = type(block.get_submodule(part[1:]))
-        if found is not expected:
-            raise AdapterError(
-                f"{name}{part} is a {found.__name__}; expected timm's {expected.__name__}.",
-                "This variant of timm's VisionTransformer has no adapter yet.",
-            )
+    for part, expected in {"": Block, ".attn": Attention, ".mlp": Mlp}.items():
+        check_kind(block.get_submodule(part[1:]), f"{name}{part}", expected, model="VisionTransformer")
     attn = block.attn
 
     def attend(x: Tensor) -> Tensor:
@@ -155,7 +144,7 @@ def _timm_block(block: Any, name: str) -> TransformerBlock:
         a = attn.norm(attention(attn.q_norm(q), attn.k_norm(k), v, attn.scale))
         return a if attn.gate is None else a * attn.gate(x).sigmoid()
 
-    return timm_block(name, block, attend, lambda a: block.ls1(attn.proj(a)), block.ls2)
+    return timm_block(name, block, attend, lambda a, x: block.ls1(attn.proj(a)), block.ls2)
 
 
 @register(VisionTransformer, family="vit")

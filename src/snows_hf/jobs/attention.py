@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import Chain, build_chain, frozen
 from ..adapters.attention import recorded_attention
+from ..adapters.check import check_chain
 from ..data.images import Preprocess, calibration_images, open_images
 from ..data.names import Name, distinct_names
 from ..errors import AdapterError, ConfigError
@@ -25,6 +26,9 @@ from .request import check_attention
 
 BATCH = 8
 """Images whose attention is held at once: ViT-B/16 at 224 pixels needs 22 MB for one."""
+
+CLASS_TOKENS = ("cls_token", "class_embedding")
+"""How the name of a class token ends, which is the first token in every supported model that has one."""
 
 KINDS = {"last": "last layer", "rollout": "rollout"}
 
@@ -131,7 +135,7 @@ def describe_grid(maps: AttentionMaps) -> str:
 @torch.no_grad()
 def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
     """Where a Vision Transformer looks: attention from the class token to the patches, the mean over heads; where
-    there is no class token, from all patches.
+    there is no class token, the mean over all patches. Registers neither look nor are looked at.
 
     ``rollout`` is Abnar and Zuidema's (2020): the product over the layers of ½(A + I), A being the mean over heads.
 
@@ -140,8 +144,9 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
         images: preprocessed, (n, 3, height, width).
 
     Raises:
-        AdapterError: a model without attention, or with attention within windows.
+        AdapterError: a model without attention, with attention within windows, or that its chain does not reproduce.
     """
+    check_chain(chain, images[:2])
     with frozen(chain.model), recorded_attention() as record:
         chain.logits(images)
     what = type(chain.model).__name__
@@ -159,9 +164,10 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
     for weights in layers:
         rolled = (weights + identity) / 2 @ rolled
     extra = layers[0].shape[-1] - rows * columns
+    class_first = any(name.endswith(CLASS_TOKENS) for name, _ in chain.model.named_parameters())
 
     def to_map(weights: Tensor) -> Tensor:
-        looking = weights[:, 0] if extra else weights.mean(1)
+        looking = weights[:, 0] if class_first else weights[:, extra:].mean(1)
         return looking[:, extra:].unflatten(1, (rows, columns))
 
     return AttentionMaps(to_map(layers[-1]), to_map(rolled))

@@ -73,7 +73,12 @@ def class_labels(labels: Tensor, source: ImageSource, checkpoint: Checkpoint, cl
 
 
 def first_pass(chain: Chain, calibration: Calibration, checkpoint: Checkpoint) -> tuple[dict[str, int], Tensor | None]:
-    """Makes sure that the adapter computes what the model does.
+    """Makes sure that the adapter computes what the model does, before anything is measured.
+
+    Args:
+        chain: of the checkpoint as it was loaded: in its own types, on the CPU.
+        calibration: images, and labels if there are any.
+        checkpoint: whose classes the labels are matched to.
 
     Returns:
         Operations of every module on one image, by name, and the model's class of each of the data's labels (n,).
@@ -82,11 +87,8 @@ def first_pass(chain: Chain, calibration: Calibration, checkpoint: Checkpoint) -
         AdapterError: it does not.
         DataError: the classes cannot be matched.
     """
-    images = calibration.images
-    check_chain(chain, images[:2])
+    images, labels = calibration.images, calibration.labels
+    logits = check_chain(chain, images[:2])
     flops = count_flops(chain, images[:1])
-    if calibration.labels is None:
-        return flops, None
-    with torch.no_grad():
-        classes = chain.logits(images[:1].to(chain.device)).shape[1]
-    return flops, class_labels(calibration.labels, calibration.source, checkpoint, classes)
+    classes = None if labels is None else class_labels(labels, calibration.source, checkpoint, logits.shape[1])
+    return flops, classes

@@ -37,7 +37,7 @@ from ..runtime.run import Progress, Run
 from ..runtime.version import __version__
 from ..settings import PruneConfig
 from ..settings import preset as preset_for
-from .calibration import Calibration, calibrate, first_pass
+from .calibration import calibrate, first_pass
 from .measure import measure
 from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype
 from .subject import Subject, load_subject, restore_untouched
@@ -145,6 +145,7 @@ def prune(
     images = calibration.images
     read = calibration.digest, calibration.labels
     description = describe_run(subject.checkpoint, subject.original, subject.config, *read)
+    flops, labels = first_pass(subject.chain, calibration, subject.checkpoint)
     subject, permuted, ordered = permute(run, subject, images[:2], candidates)
     description |= ordered | {"dtype": dtype, "device": run.device.type, "update": update, "processes": processes()}
 
@@ -157,7 +158,7 @@ def prune(
         classifier = subject.network if chain.offloaded is None else Logits(chain)
         accuracy = partial(measure, run, classifier=classifier, checkpoint=subject.checkpoint, data=evaluation)
         report: dict[str, Any] = {"dense": accuracy("dense"), "masked": None, "pruned": None}
-        chosen = choose(run, subject, calibration, candidates, update)
+        chosen = choose(run, subject, candidates, images, labels, flops, update)
         if evaluation is not None or not update:
             apply_alone(subject, chosen.choice)
             report["masked"] = report["pruned"] = accuracy("masked")
@@ -210,15 +211,20 @@ def permute(
 
 
 def choose(
-    run: Run, subject: Subject, calibration: Calibration, candidates: Sequence[Candidate], update: bool
+    run: Run,
+    subject: Subject,
+    candidates: Sequence[Candidate],
+    images: Images,
+    labels: Tensor | None,
+    flops: dict[str, int],
+    update: bool,
 ) -> Chosen:
     """Patterns and masks of all layers, from the dense network, which computes in the run's type from here on."""
     chain, config = subject.chain, subject.config
     subject.network.to(run.dtype)
-    flops, labels = first_pass(chain, calibration, subject.checkpoint)
     weights = {name: weight.to(chain.weight(name).device) for name, weight in subject.weights.items()}
     first = next(candidate for candidate in candidates if candidate is not None)
-    evidence = Evidence(weights, first, config, chain, calibration.images, labels, run)
+    evidence = Evidence(weights, first, config, chain, images, labels, run)
     allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
     if by_sensitivity(config):
         evidence, allocation = find_allocation(evidence, candidates, flops)

@@ -76,9 +76,9 @@ def sensitivity(
     subject = load_subject(run, model, revision, configure, candidates)
     source, config = open_images(name, data_split), subject.config
     calibration = calibrate(run, source, config, subject.checkpoint)
+    flops, labels = first_pass(subject.chain, calibration, subject.checkpoint)
     subject.network.to(run.dtype)
     chain = place(run, subject.chain, calibration.images[:2], config.offload)
-    flops, labels = first_pass(chain, calibration, subject.checkpoint)
     run.say(f"Measuring {len(subject.layers)} layers under {len(candidates)} patterns")
     on_device = {name: chain.weight(name).detach() for name in subject.weights}
     evidence = Evidence(on_device, candidates[0], config, chain, calibration.images, labels, run)
