@@ -6,7 +6,7 @@ A criterion maps evidence (weights, network, images, labels) to scores of the we
 from pkgutil import resolve_name
 
 from .base import Choice, Score
-from .criteria import find_criterion
+from ..criteria import find_criterion
 
 
 def criterion(name: str) -> Score:
