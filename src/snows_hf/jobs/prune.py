@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..hub.card import write_card
 from ..hub.load import Checkpoint, buffers_follow_weights, load
 from ..hub.repack import pack_into
-from ..hub.save import save_checkpoint
+from ..hub.save import claim, save_checkpoint
 from ..masks import Evidence, load_masks, split_by_fit
 from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
 from ..masks.permutation import order_channels
@@ -36,7 +36,6 @@ from ..runtime.distributed import from_main, processes
 from ..runtime.files import check_output, whole_folder
 from ..runtime.journal import Record, digest_of, open_journal
 from ..runtime.memory import check_memory, room
-from ..runtime.version import __version__
 from ..settings import preset as preset_for
 from .calibration import DEFAULT_DATA, first_pass, read_calibration
 from .request import check_apart, check_mask, find_dtype
@@ -276,7 +275,8 @@ def save(checkpoint: Checkpoint, output: Path, work: Path | None, report: dict[s
     Raises:
         SaveError: the disk is full or refuses.
     """
-    summary = {"version": __version__, "pattern": report["pattern"], "sparsity": round(report["sparsity"], 6)}
+    bound = map(checkpoint.model.get_parameter, report["pruned_parameters"])
+    summary = claim(report["pattern"], report["sparsity"], bound)
     with whole_folder(output, work) as folder:
         target = folder / "ordinary" if packed else folder
         target.mkdir(exist_ok=True)

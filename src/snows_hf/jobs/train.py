@@ -29,7 +29,7 @@ from ..errors import ConfigError
 from ..hub.card import write_training_card
 from ..hub.create import create
 from ..hub.load import Checkpoint
-from ..hub.save import save_checkpoint
+from ..hub.save import claim, save_checkpoint
 from ..masks import Evidence, choose, split_by_fit
 from ..masks.choices import fit_criterion
 from ..masks.collapse import find_collapse
@@ -165,10 +165,10 @@ def train(
         return PruneResult(network, None, {"output": None, **report})
     on_stage(f"Saving to {output}")
     report["name"] = Path(output).resolve().name
-    summary = {"version": __version__, "pattern": report["pattern"], "sparsity": round(report["sparsity"], 6)}
+    summary = claim(str(chosen_pattern), report["sparsity"], masks.values()) if masks else {"version": __version__}
     with whole_folder(Path(output)) as folder:
         saved = replace(checkpoint, folder=folder)  # a licence of the configuration's is not one of these weights
-        save_checkpoint(saved, folder, summary if masks else {"version": __version__}, report)
+        save_checkpoint(saved, folder, summary, report)
         write_training_card(saved, folder, report)
     return PruneResult(network, Path(output), {"output": str(output), **report})
 
