@@ -16,7 +16,7 @@ import PIL.Image
 import torch
 from datasets import ClassLabel, Image, Value
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from timm.data import ImageNetInfo
 from torch import Tensor
 
@@ -164,6 +164,8 @@ def describe_rows(name: str, split: str, rows: Any, homes: tuple[str, ...] = ())
     # Data sets with coarse and fine classes: the finer ones are what classifiers are trained on.
     label = max(labels, key=lambda column: getattr(features[column], "num_classes", 0), default=None)
     names = tuple(features[label].names) if label and isinstance(features[label], ClassLabel) else None
+    if isinstance(rows, datasets.IterableDataset):
+        rows = rows.decode(False)  # a stream from the Hub comes with a step that opens whatever its rows name
     return ImageSource(name, split, rows.cast_column(image, Image(decode=False)), image, label, names, homes)
 
 
@@ -348,7 +350,7 @@ def _decode(row: dict[str, Any], source: ImageSource, position: int) -> PIL.Imag
         # Pillow would clip 16-bit greys at 255, which turns all but the darkest into white.
         grey = image.point(lambda v: v / 257, "L") if image.mode.startswith("I;16") else image
         return grey.convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError, PIL.Image.DecompressionBombError) as error:
+    except (HTTPError, OSError, ValueError, SyntaxError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise DataError(
             f"Image {value.get('path') or f'number {position}'} of {source.name} ({source.split}) cannot be read: "
             f"{one_line(error)}",
