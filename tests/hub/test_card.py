@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Pruned, pruned
-from embedded import VIT, copy_of
+from embedded import VIT, Pruned, copy_of, pruned
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import pruned
-from embedded import VIT, copy_of
+from embedded import VIT, copy_of, pruned
 
 from snows_hf import load, pack, push, unpack
 from snows_hf.errors import LoadError
