@@ -355,7 +355,9 @@ def lacking_weights(model: Any, folder: Path, stored: dict[str, torch.Tensor]) -
         stored: what its file holds, by name.
     """
     state = model.state_dict()
-    lacking = [] if model.num_classes else ["a classifier"]
+    heads = model.pretrained_cfg.get("classifier") or ()
+    lacking = [f"{head}.weight" for head in ((heads,) if isinstance(heads, str) else heads)]
+    lacking = [name for name in lacking if name not in state] or ([] if model.num_classes else ["a classifier"])
     changed = [
         name
         for name, tensor in state.items()
