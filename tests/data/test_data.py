@@ -1,16 +1,20 @@
 """Images from every kind of local data, and labels matched to a model's classes."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from embedded import DIGITS
+from hub.server import Hub
 from PIL import Image
+from pyarrow import parquet
 from timm.data import ImageNetInfo
 from torch import Tensor
 
@@ -174,6 +178,87 @@ def test_a_broken_image_without_a_name_is_numbered() -> None:
         rows = Dataset.from_dict({"image": [*images, broken]}, Features({"image": ImageFeature()}))
         with pytest.raises(DataError, match=r"Image number 2 of d \(train\) cannot be read"):
             calibration_images(describe_rows("d", "train", rows), 3, 0, pixels)
+
+
+def rows_that_name(folder: Path, *paths: str) -> Path:
+    """A folder of parquet whose rows have no bytes, but name these."""
+    features = Features({"image": ImageFeature(), "label": ClassLabel(2)})
+    images = pa.array([{"bytes": None, "path": path} for path in paths], features["image"].pa_type)
+    table = pa.table({"image": images, "label": pa.array([0] * len(paths), pa.int64())})
+    folder.mkdir(parents=True)
+    parquet.write_table(table.cast(features.arrow_schema), folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["local", "file://", "..", "relative", "zip://", "http://", "hf://", "http in a zip"])
+def test_a_row_that_names_something_elsewhere_is_refused(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = grey(tmp_path / "outside.png", 7)
+    with Hub().running() as hub:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.hf_file_system.constants.ENDPOINT", hub.url)
+        named = {
+            "local": str(outside),
+            "file://": f"file://{outside}",
+            "..": f"{tmp_path}/d/../outside.png",
+            "relative": "outside.png",
+            "zip://": f"zip://a.png::{tmp_path}/outside.zip",
+            "http://": f"{hub.url}/datasets/me/d/resolve/main/a.png",
+            "hf://": "hf://datasets/me/d@main/a.png",
+            "http in a zip": f"{hub.url}/a.png::{tmp_path}/d/train.parquet",
+        }[how]
+        monkeypatch.chdir(tmp_path)
+        source = open_images(rows_that_name(tmp_path / "d", named), "train")
+        stream = describe_rows("d", "train", source.rows.to_iterable_dataset(), source.homes)
+        reads = (
+            lambda: calibration_images(source, 1, 0, pixels),
+            lambda: next(labelled_batches(source, pixels, 4)),
+            lambda: pictures(drawn_labelled(stream, 1, 0)[0], [0]),
+        )
+        for read in reads:
+            with pytest.raises(DataError, match="which is no file of the data's own, and is not read"):
+                read()
+        assert hub.requests == []
+
+
+def test_bytes_are_read_and_not_the_file_that_has_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets, where it encodes rows, takes a file of that name in place of the bytes."""
+    grey(tmp_path / "1.png", 200)
+    monkeypatch.chdir(tmp_path)
+    carried = {"bytes": grey(tmp_path / "other/2.png", 7).read_bytes(), "path": "1.png"}
+    features = Features({"image": ImageFeature(decode=False), "label": Value("int64")})
+    images = pa.array([carried], features["image"].pa_type)
+    rows = Dataset(pa.table({"image": images, "label": [0]}).cast(features.arrow_schema)).cast_column(
+        "image", ImageFeature()
+    )
+    for each in (rows, rows.to_iterable_dataset()):
+        found, _ = drawn_labelled(describe_rows("d", "train", each), 1, seed=0)
+        assert pixels(pictures(found, [0])).unique().tolist() == [7]
+
+
+def test_files_of_the_folders_own_are_read_through_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = grey(tmp_path / "elsewhere/9.png", 9)
+    grey(tmp_path / "d/train/a/1.png", 1)
+    (tmp_path / "d/train/a/2.png").symlink_to(elsewhere)
+    (tmp_path / "link").symlink_to("d")
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "d", Path("d"), tmp_path / "link", Path("link"), Path("elsewhere/../d")):
+        assert sorted(drawn(folder, 4)) == [1, 9]
+    own = rows_that_name(tmp_path / "rows", str(tmp_path / "rows/images/1.png"))
+    grey(own / "images/1.png", 5)
+    assert open_images(own, "train").size == 1
+    (tmp_path / "rows/images/1.png").unlink()
+    with pytest.raises(DataError, match=r"rows/images/1\.png of .* cannot be read"):
+        drawn(own, 1)
+
+
+def test_images_in_an_archive(tmp_path: Path) -> None:
+    for value in (1, 2):
+        grey(tmp_path / f"images/{value}.png", value)
+    (tmp_path / "d").mkdir()
+    shutil.make_archive(str(tmp_path / "d/train"), "zip", tmp_path / "images")
+    assert sorted(drawn(tmp_path / "d", 4)) == [1, 2]
 
 
 @pytest.mark.parametrize("label, kind", [("cat", Value("string")), (None, Value("int64")), (0.5, Value("float32"))])

@@ -15,9 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import pyarrow.parquet
 import pytest
 from embedded import DIGITS, NO_HUB, VIT, copy_of
 from huggingface_hub import ModelCard, snapshot_download
+from PIL import Image
 from server import READER, WRITER, Hub, Repository
 
 from snows_hf import push
@@ -308,6 +311,57 @@ def only_files_of_a_checkpoint_are_pushed(hub: Hub, machine: Machine, model: Pat
     assert (result["left_out"], result["deleted"]) == (sorted([*stray, "logs"]), [])
     published = {".gitattributes", "report.json", *(path.name for path in model.iterdir())}
     assert hub.repositories["models", "me/new"].files.keys() == published
+
+
+@scenario
+def links_out_of_the_folder_are_not_pushed(hub: Hub, machine: Machine, model: Path) -> None:
+    folder = copy_of(model, machine.place / "folder")
+    secret = machine.place / "secret"
+    secret.write_text("my private key")
+    for name in ("LICENSE", "README.md"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(secret)
+    (folder / "LICENSE.own").write_text("Do good.")
+    (folder / "LICENSE.too").symlink_to("LICENSE.own")
+    result = json.loads(machine("push", folder, "me/new", "--json").succeeds().out)
+    assert result["left_out"] == ["LICENSE", "README.md"]
+    files = hub.repositories["models", "me/new"].files
+    assert files["LICENSE.too"] == files["LICENSE.own"] == b"Do good."
+    assert not files.keys() & {"LICENSE", "README.md"} and b"my private key" not in b"".join(files.values())
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(machine.place / name)
+        (folder / name).symlink_to(machine.place / name)
+        done = machine("push", folder, "me/other")
+        done.fails_with(f"{folder}/{name} is a link to", "is no part of the checkpoint", "Put the file itself")
+        (folder / name).unlink()
+        (machine.place / name).rename(folder / name)
+    assert ("models", "me/other") not in hub.repositories
+
+
+@scenario
+def images_of_a_repository(hub: Hub, machine: Machine, model: Path) -> None:
+    """Files of its own are read, streamed and from the cache; those that a row names elsewhere are not asked for."""
+    folder = machine.place / "images"
+    for i in range(4):
+        (folder / f"test/{i}").mkdir(parents=True)
+        Image.new("L", (8, 8), 60 * i).save(folder / f"test/{i}/{i}.png")
+    hub.add("datasets", "me/images", folder)
+    measured = json.loads(machine("eval", VIT, "--data", "me/images", "--json").succeeds().out)
+    assert measured["images"] == 4
+    snapshot_download("me/images", endpoint=hub.url, cache_dir=machine.cache, repo_type="dataset")
+    done = machine("eval", VIT, "--data", "me/images", "--json", offline=True).succeeds()
+    assert json.loads(done.out) == measured
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    for name, path in (("me/named", "hf://datasets/me/images@main/test/0/0.png"), ("me/url", f"{hub.url}/x.png")):
+        images = pyarrow.array([{"bytes": None, "path": path}], features["image"].pa_type)
+        table = pyarrow.table({"image": images, "label": pyarrow.array([0], pyarrow.int64())})
+        rows = machine.place / name
+        rows.mkdir(parents=True)
+        pyarrow.parquet.write_table(table.cast(features.arrow_schema), rows / "test.parquet")
+        hub.add("datasets", name, rows)
+        hub.heal()
+        machine("eval", VIT, "--data", name).fails_with(f"given as '{path}', which is no file of the data's own")
+        assert not [request for request in hub.requests if "images" in request or "x.png" in request]
 
 
 @scenario

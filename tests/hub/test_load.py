@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from snows_hf import build_chain, finetune, from_pretrained, load, prune
+from snows_hf import build_chain, finetune, from_pretrained, load, pack, prune
 from snows_hf.data.names import short_name
 from snows_hf.errors import LoadError
+from snows_hf.hub.create import create
 from snows_hf.hub.load import find_folder, library_of
 
 
@@ -78,6 +79,7 @@ def test_timm_weights_keep_the_type_of_the_file(tiny_timm: Path, tmp_path: Path,
 
 
 SWIN = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (2,), "num_heads": (2,)}
+VIT_SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 BEIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
@@ -108,6 +110,115 @@ def test_they_follow_when_pruned_weights_get_their_type_back(dtype: torch.dtype,
     retrained = finetune(str(pruned.output), data, output=tmp_path / "retrained", samples=8, epochs=1)
     for model in (pruned.model, retrained.model):
         assert model(torch.zeros(1, 3, 16, 16, dtype=dtype)).dtype == dtype
+
+
+def without(folder: Path, part: str) -> Path:
+    return write_tensors(folder, {name: tensor for name, tensor in tensors_of(folder).items() if part not in name})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name, arguments, part", [
+    ("vit_tiny_patch16_224", VIT_SIZES, "blocks.1.mlp.fc1.weight"),
+    ("vit_tiny_patch16_224", VIT_SIZES, "blocks.0.norm1.bias"),  # which timm would make zeros of
+    ("vit_tiny_patch16_224", VIT_SIZES, "head.bias"),
+    ("resnet10t", {}, "layer1.0.bn1.running_var"),
+    ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}, "stages.0.blocks.0.gamma"),
+])  # fmt: skip
+def test_weights_that_timm_would_leave_at_random_are_refused(
+    name: str, arguments: dict[str, object], part: str, packed: bool, tmp_path: Path
+) -> None:
+    folder = save_timm(tmp_path / "m", name, torch.float32, **arguments)
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, model_args=config.get("model_args", {}) | {"pretrained_strict": False})
+    load(folder)
+    without(folder, part)
+    if packed:
+        pack(folder, tmp_path / "packed")
+    with pytest.raises(LoadError, match=f"lacks weights of .*: {part} for 10 classes"):
+        load(tmp_path / "packed" if packed else folder)
+
+
+def test_an_architecture_that_timm_never_loads_strictly(tmp_path: Path) -> None:
+    """Nothing in the configuration says so: it is timm's own choice for DLA."""
+    folder = save_timm(tmp_path / "m", "dla34", torch.float32)
+    assert "pretrained_strict" not in (folder / "config.json").read_text()
+    from_pretrained(folder)
+    with pytest.raises(LoadError, match=r"lacks weights of DLA, .*: level2.tree1.conv1.weight for 10 classes"):
+        from_pretrained(without(folder, "level2.tree1.conv1.weight"))
+
+
+def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"module.{name}": tensor for name, tensor in tensors.items()}
+
+
+def of_another_size(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"pos_embed": torch.randn(1, 17, 16)}
+
+
+@pytest.mark.parametrize("layout", [renamed, of_another_size])
+def test_layouts_that_timm_converts_are_read(layout: object, tiny_timm: Path, tmp_path: Path) -> None:
+    """And what is missing in them is found all the same."""
+    folder = copy_of(tiny_timm, tmp_path / "m")
+    tensors = tensors_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, model_args=config["model_args"] | {"pretrained_strict": False})
+    write_tensors(folder, layout(tensors))
+    state = load(folder).model.state_dict()
+    assert state.keys() == tensors.keys()
+    same = [name for name in tensors if torch.equal(state[name], tensors[name])]
+    assert len(same) == len(tensors) - (layout is of_another_size)
+    with pytest.raises(LoadError, match=r"blocks.1.norm2.weight for 10 classes"):
+        load(without(folder, "blocks.1.norm2.weight"))
+
+
+def test_classes_are_counted_by_the_model(tiny_timm: Path, tmp_path: Path) -> None:
+    """Names that are too few or too many do not change how many classes there are."""
+    for count in (3, 12):
+        names = [f"class {i}" for i in range(count)]
+        folder = edit_config(copy_of(tiny_timm, tmp_path / f"timm{count}"), label_names=names)
+        assert load(folder).class_names == (*names, *"0123456789"[count:])[:10]
+
+
+@pytest.mark.parametrize("where", ["config", "pretrained_cfg", "model_args", "no classifier", "another name"])
+def test_a_timm_head_for_other_classes_is_refused(where: str, tiny_timm: Path, tmp_path: Path) -> None:
+    """Wherever a configuration says a number of classes that is not the file's: timm would draw a new head."""
+    folder = copy_of(tiny_timm, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    own, arguments = config["pretrained_cfg"], config["model_args"]
+    if where == "config":
+        edit_config(folder, num_classes=7)
+    elif where == "pretrained_cfg":
+        arguments.pop("num_classes")
+        edit_config(folder, num_classes=None, model_args=arguments, pretrained_cfg=own | {"num_classes": 7})
+    elif where == "model_args":
+        edit_config(folder, model_args=arguments | {"num_classes": 7})
+    elif where == "another name":
+        edit_config(folder, pretrained_cfg=own | {"classifier": "nothing"})
+    else:
+        edit_config(folder, num_classes=0, model_args=arguments | {"num_classes": 0, "pretrained_strict": False},
+                    pretrained_cfg=own | {"classifier": None, "num_classes": 0})  # fmt: skip
+    messages = {
+        "no classifier": "lacks weights of VisionTransformer, .*: a classifier for 0 classes",
+        "pretrained_cfg": "size mismatch for head.weight",
+        "another name": "lacks weights of VisionTransformer, .*: nothing.weight for 10 classes",
+    }
+    with pytest.raises(LoadError, match=messages.get(where, r"lacks weights of .*: head.weight.* for \d+ classes")):
+        load(folder)
+
+
+def test_an_untrained_network_has_the_classes_of_the_data(tiny_timm: Path, tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(3)]
+    assert create("resnet20_cifar", names, 0).model.num_classes == 3
+    assert create("resnet20_cifar", names, 0).class_names == tuple(names)
+    assert create("resnet20_cifar", None, 0).model.num_classes == 10
+    ten = [f"number {i}" for i in range(10)]
+    for source in (tiny_timm, VIT):  # a configuration keeps its own number
+        assert create(source, names, 0).class_names == tuple("0123456789")
+        assert create(source, None, 0).class_names == tuple("0123456789")
+        made = create(source, ten, 0)
+        assert made.class_names == tuple(ten)
+        key = "label_names" if source == tiny_timm else "id2label"
+        assert [*made.config[key]] == (ten if source == tiny_timm else list("0123456789"))
 
 
 def test_classes_without_a_name_are_called_by_their_number(tiny_timm: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is in a saved folder, and that it is whole or not there."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def test_config(result: Pruned) -> None:
     before = json.loads((result.source / "config.json").read_text())
     after = json.loads((result.folder / "config.json").read_text())
     summary = after.pop("snows")
-    assert summary.keys() == {"version", "pattern", "sparsity"}
+    assert summary.keys() == {"version", "pattern", "sparsity", "weights"}
     assert (summary["pattern"], summary["sparsity"]) == ("2:4", 0.5)
+    assert summary["weights"] == sum(math.prod(layer["shape"]) for layer in result.report["layers"])
     if result.report["library"] == "timm":
         assert before["model_args"].pop("num_classes") == before["num_classes"]
     assert after == before

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from os import fspath
+from os.path import abspath, normpath, realpath
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import PIL.Image
 import torch
 from datasets import ClassLabel, Image, Value
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from timm.data import ImageNetInfo
 from torch import Tensor
 
@@ -52,6 +53,8 @@ class ImageSource:
         image_column: name of the image column.
         label_column: name of the label column, or None.
         class_names: names of the data's classes by label, or None where the data does not say.
+        homes: folders, or repositories as ``hf://datasets/USER/NAME``, that hold the data's own files: a row without
+            bytes may name one of these, and nothing else.
     """
 
     name: str
@@ -60,6 +63,7 @@ class ImageSource:
     image_column: str
     label_column: str | None
     class_names: tuple[str, ...] | None
+    homes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int | None:
@@ -76,10 +80,19 @@ def open_images(name: Name, split: str) -> ImageSource:
     """
     name = fspath(name)
     local = data_folder(name)
-    rows = _load_folder(name, local) if local is not None else _load_from_hub(*split_revision(name))
+    repository, revision = split_revision(name)
+    rows = _load_folder(name, local) if local is not None else _load_from_hub(repository, revision)
+    homes = (abspath(local), realpath(local)) if local is not None else _homes_of(repository)
     if split not in rows:
         raise DataError(f"Data {name} has no split {split!r}.", f"It has {', '.join(rows)}.")
-    return describe_rows(name, split, rows[split])
+    return describe_rows(name, split, rows[split], homes)
+
+
+def _homes_of(repository: str) -> tuple[str, ...]:
+    """Where files of a Hub dataset are: on the Hub, in the Hub's cache, or in that of datasets."""
+    in_cache = Path(constants.HF_HUB_CACHE, f"datasets--{repository.replace('/', '--')}")
+    downloads = datasets.config.DOWNLOADED_DATASETS_PATH
+    return f"hf://datasets/{repository}", *(f(path) for path in (in_cache, downloads) for f in (abspath, realpath))
 
 
 def _load_folder(name: str, folder: Path) -> Any:
@@ -125,8 +138,14 @@ def _unreadable(what: str) -> Iterator[None]:
         raise DataError(f"{what} cannot be read: {one_line(error)}") from error
 
 
-def describe_rows(name: str, split: str, rows: Any) -> ImageSource:
+def describe_rows(name: str, split: str, rows: Any, homes: tuple[str, ...] = ()) -> ImageSource:
     """Finds the image and label columns of a datasets ``Dataset`` or ``IterableDataset``.
+
+    Args:
+        name: as the user wrote it.
+        split: name of the split.
+        rows: the dataset.
+        homes: where rows may name files: see :class:`ImageSource`. Without any, they must carry their bytes.
 
     Raises:
         DataError: no image column.
@@ -141,7 +160,9 @@ def describe_rows(name: str, split: str, rows: Any) -> ImageSource:
     # Data sets with coarse and fine classes: the finer ones are what classifiers are trained on.
     label = max(labels, key=lambda column: getattr(features[column], "num_classes", 0), default=None)
     names = tuple(features[label].names) if label and isinstance(features[label], ClassLabel) else None
-    return ImageSource(name, split, rows.cast_column(image, Image(decode=False)), image, label, names)
+    if isinstance(rows, datasets.IterableDataset):
+        rows = rows.decode(False)  # a stream from the Hub comes with a step that opens whatever its rows name
+    return ImageSource(name, split, rows.cast_column(image, Image(decode=False)), image, label, names, homes)
 
 
 def calibration_chunks(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Iterator[Tensor]:
@@ -233,7 +254,7 @@ def drawn_labelled(source: ImageSource, samples: int | None, seed: int) -> tuple
         )
     else:
         taken = _stream(source, _shuffled(source, seed).take(samples))
-        rows = datasets.Dataset.from_list(list(taken), features=source.rows.features)
+        rows = datasets.Dataset.from_list([_nameless(row, source) for row in taken], features=source.rows.features)
     if len(rows) == 0:
         raise DataError(f"Data {source.name} ({source.split}) is empty.")
     labels = [
@@ -287,14 +308,45 @@ def _label(row: dict[str, Any], source: ImageSource, position: int) -> int:
     return label
 
 
+def _nameless(row: dict[str, Any], source: ImageSource) -> dict[str, Any]:
+    """A row whose image is its bytes alone, where it has them: datasets prefers a file of that name, if there is one
+    here."""
+    value = row[source.image_column]
+    carried = value is not None and value.get("bytes") is not None
+    return row | {source.image_column: {"path": None, "bytes": value["bytes"]}} if carried else row
+
+
+def _is_own(path: str, homes: Sequence[str]) -> bool:
+    """Whether a path, as datasets gives it, is that of a file in one of the data's own places; links there are
+    followed, since only who made the folder can have put them there."""
+    # A file in an archive: zip://IN_THE_ARCHIVE::ARCHIVE.
+    *inner, place = path.split("::")
+    if not all(re.match("(zip|gzip|bz2|xz|lz4|zstd)://", part) for part in inner):
+        return False
+    for home in homes:
+        if home.startswith("hf://"):
+            if place.startswith((f"{home}@", f"{home}/")) and ".." not in place.split("/"):
+                return True
+        elif "://" not in place and Path(normpath(place)).is_relative_to(home):
+            return True
+    return False
+
+
 def _decode(row: dict[str, Any], source: ImageSource, position: int) -> PIL.Image.Image:
     value = row[source.image_column] or {"path": None, "bytes": None}
+    path, carried = value.get("path"), value.get("bytes")
+    if carried is None and path is not None and not _is_own(path, source.homes):
+        raise DataError(
+            f"Image number {position} of {source.name} ({source.split}) is given as {path!r:.200}, which is no file "
+            "of the data's own, and is not read.",
+            "Expected rows that carry their images' bytes, or files in the data's folder.",
+        )
     try:
-        image = Image().decode_example(value)
+        image = Image().decode_example({"path": path, "bytes": carried})
         # Pillow would clip 16-bit greys at 255, which turns all but the darkest into white.
         grey = image.point(lambda v: v / 257, "L") if image.mode.startswith("I;16") else image
         return grey.convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError, PIL.Image.DecompressionBombError) as error:
+    except (HTTPError, OSError, ValueError, SyntaxError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise DataError(
             f"Image {value.get('path') or f'number {position}'} of {source.name} ({source.split}) cannot be read: "
             f"{one_line(error)}",

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.names import local_folder
-from .load import Checkpoint
+from .load import Checkpoint, leads_out
 from .save import retrainings
 
 
@@ -17,6 +17,11 @@ PLACEHOLDER = "THIS_FOLDER"
 """Stands in the card's snippets for where the checkpoint is; a push puts the repository's id in its place."""
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
+LICENCE_LINK = re.compile(r"https?://[\w.~:/?#@%+=,;-]+|LICENSE[\w.-]*")
+
+LONGEST = 200
+"""Characters of one name or text of somebody else's, in a card."""
+
 BAR = 20
 """Characters of a full bar in the table of layers."""
 
@@ -29,6 +34,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         folder: where README.md goes.
         report: the prune's report, as in snows_config.json.
     """
+    report = plain(report)
     retrained = retrainings(report)
     # Figures of the weights that are in the folder, or none.
     accuracy, measured = (retrained[-1]["after"], retrained[-1]) if retrained else (report["pruned"], report)
@@ -52,7 +58,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
     values = {
         "retrainings": retrained,
         "source": report["source"],
-        "architecture": checkpoint.config.get("architecture", ""),
+        "architecture": plain(str(checkpoint.config.get("architecture", ""))),
         "licence": licence,
         "layers": [layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_start" in layer],
     }
@@ -67,6 +73,7 @@ def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, 
         folder: where README.md goes.
         report: of the training, as in snows_config.json.
     """
+    report = plain(report)
     tags = ["snows-hf", *(["sparse", "pruned", "pruning-at-initialization"] if report["pattern"] else [])]
     names = {report[key]["name"] for key in ("data", "eval_data") if report[key]}
     data = ModelCardData(
@@ -77,7 +84,7 @@ def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, 
         datasets=sorted(name for name in names if "/" in name) or None,
         eval_results=results_of(report["accuracy"], report["eval_data"]),
     )
-    architecture = checkpoint.config.get("architecture", report["source"])
+    architecture = plain(str(checkpoint.config.get("architecture", report["source"])))
     save_card("training_card_template.md", folder, data, checkpoint, report, architecture=architecture)
 
 
@@ -110,13 +117,35 @@ def save_card(
 
 
 def licence_of(folder: Path) -> dict[str, str]:
-    """What the base model's card says of its licence, by the card's own keys; empty where it says nothing."""
+    """What the base model's card says of its licence, by the card's own keys, as plain text; empty where it says
+    nothing. Of links only addresses on the web and names of LICENSE files are taken over."""
     path = folder / "README.md"
     try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+        own = path.is_file() and not leads_out(path, folder)
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if own else {}
     except (OSError, ValueError, yaml.YAMLError):  # someone else's file, and only its licence is wanted
         return {}
-    return {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
+    said = {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
+    link = said.pop("license_link", "")
+    licence = {key: plain(text) for key, text in said.items() if plain(text)}
+    return licence | ({"license_link": link} if LICENCE_LINK.fullmatch(link) else {})
+
+
+def plain(value: Any) -> Any:
+    """A report, or any part of it, whose texts are one line each and hold nothing that Markdown, HTML or YAML would
+    read as more than text: what others wrote (names of models, data, layers; a report that is retrained) stays that,
+    wherever a card puts it."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = re.sub(r"[^\w.,:;/+=@%()'×·…–-]+", " ", value)
+    # GitHub's Markdown makes links of bare addresses, too.
+    text = re.sub(r"(?<=\w)@(?=\w)", " @ ", text.replace("://", ":/"))
+    text = re.sub(r"\bwww\.", "www ", text, flags=re.IGNORECASE)
+    return text.strip(" -+=.:")[:LONGEST]
 
 
 def bar_of(layer: dict[str, Any]) -> str:

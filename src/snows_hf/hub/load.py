@@ -19,13 +19,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
+from timm.models import clean_state_dict
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
 from ..data.images import Preprocess
 from ..data.names import Name, local_folder, model_folder
-from ..errors import LoadError, NumericsError, SnowsError, one_line
+from ..errors import LoadError, NumericsError, SnowsError, one_line, shortened
 from ..runtime.remote import hub_errors
 from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, read_packed
@@ -119,6 +120,14 @@ def check_whole(source: str, revision: str | None, snapshot: Path, library: str)
         name = source.removeprefix("hf-hub:")
         with hub_errors(LoadError, "model", name, revision):
             model_info(name, revision=revision)
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file of a checkpoint's folder, or a folder in it, is a link to somewhere else: a copy of it would
+    publish what nobody put there. A snapshot of the Hub's cache is made of links to its repository's own blobs."""
+    home, target = folder.resolve(), path.resolve()
+    own = [home, *([(home.parents[1] / "blobs").resolve()] if home.parent.name == "snapshots" else [])]
+    return not any(target.is_relative_to(place) for place in own)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -302,33 +311,67 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     packed = (folder / PACKED_FILE).is_file()
     if not packed and not (folder / "model.safetensors").is_file():
         raise LoadError(f"{folder} has no model.safetensors, the file that timm reads.")
-    model: Any
     with library_errors(f"timm cannot load {source}"):
         if packed:
             stored = read_packed(folder / PACKED_FILE)[0]
-            source_of_weights = {"source": "", "state_dict": stored}
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=source_of_weights)
-            model.pretrained_cfg.pop("state_dict")
+            model = _timm_of(folder, stored)
         else:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
             stored = load_file(folder / "model.safetensors")
-        heads = model.pretrained_cfg.get("classifier") or ()
-        state = model.state_dict(keep_vars=True)
-        for head in (heads,) if isinstance(heads, str) else heads:
-            name = f"{head}.weight"
-            # timm puts a random head in the place of one for another number of classes.
-            trained = name in state and name in stored and state[name].shape == stored[name].shape
-            if not trained or model.num_classes != model.pretrained_cfg["num_classes"]:
-                raise LoadError(
-                    f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {name} for "
-                    f"{model.num_classes} classes.",
-                    "Expected a checkpoint with a trained classification head.",
-                )
+        lacking = lacking_weights(model, folder, stored)
+    if lacking:
+        raise LoadError(
+            f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)} "
+            f"for {model.num_classes} classes.",
+            "Expected a checkpoint with a trained classification head, and the config.json that belongs to it.",
+        )
+    state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if name in stored:  # timm computes in float32 whatever the file has
             tensor.data = tensor.data.to(stored[name].dtype)
     buffers_follow_weights(model)
     return of_timm(source, folder, config, model)
+
+
+def _timm_of(folder: Path, stored: dict[str, torch.Tensor]) -> Any:
+    """timm's model of a configuration with the weights of a dictionary, as if it were the file's."""
+    weights = {"source": "", "state_dict": clean_state_dict(stored)}
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=weights)
+    model.pretrained_cfg.pop("state_dict")
+    return model
+
+
+@torch.no_grad()
+def lacking_weights(model: Any, folder: Path, stored: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the weights that timm left as it drew them: of a head for other classes, say, or whatever is missing in
+    the file where the configuration, or the architecture itself, has timm load without being strict.
+
+    Args:
+        model: as timm loaded it.
+        folder: of the checkpoint.
+        stored: what its file holds, by name.
+    """
+    state = model.state_dict()
+    heads = model.pretrained_cfg.get("classifier") or ()
+    lacking = [f"{head}.weight" for head in ((heads,) if isinstance(heads, str) else heads)]
+    lacking = [name for name in lacking if name not in state] or ([] if model.num_classes else ["a classifier"])
+    changed = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point()
+        and not (
+            name in stored
+            and stored[name].shape == tensor.shape
+            and torch.equal(stored[name].to(tensor.dtype), tensor)
+        )
+    ]
+    if changed:
+        # timm reads other projects' layouts, too, and renames, splits or resizes what it finds there. What comes of a
+        # file is NaN if that file holds nothing else.
+        nothing = {n: torch.full_like(t, torch.nan) if t.is_floating_point() else t for n, t in stored.items()}
+        traced = _timm_of(folder, nothing).state_dict()
+        lacking += [name for name in changed if not traced[name].isnan().any()]
+    return lacking
 
 
 def of_timm(source: str, folder: Path, config: dict[str, Any], model: Any) -> Checkpoint:

@@ -10,8 +10,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from ..errors import SaveError
 from ..runtime.remote import check_push, hub_errors
 from .card import PLACEHOLDER
-from .load import check_weights, library_of, read_config
-from .repack import weight_files
+from .load import check_weights, leads_out, library_of, read_config
+from .repack import check_own, weight_files
 from .save import REPORT_FILE
 
 
@@ -37,7 +37,7 @@ class Pushed:
         url: its page.
         revision: the commit.
         files: what it wrote.
-        left_out: what else lies in the folder.
+        left_out: what else lies in the folder, links out of it included.
         deleted: weights of an earlier push that it removed.
     """
 
@@ -52,8 +52,9 @@ class Pushed:
 def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
     """Publishes a saved checkpoint. The folder is only read, so that a push that failed can be repeated.
 
-    Only the checkpoint's own files go there. The repository is made where there is none. Weights at its root that this
-    push does not replace are deleted in the same commit, since a loader would read them in place of the new ones.
+    Only the checkpoint's own files go there, and no link to a file elsewhere. The repository is made where there is
+    none. Weights at its root that this push does not replace are deleted in the same commit, since a loader would read
+    them in place of the new ones.
 
     Args:
         folder: as ``snows-hf prune`` saves it.
@@ -61,16 +62,20 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
         private: make it private; a repository that exists and is public is refused.
 
     Raises:
-        LoadError: the folder holds no checkpoint, or lacks a file of its weights.
+        LoadError: the folder holds no checkpoint, lacks a file of its weights, or has it by a link to elsewhere.
         SaveError: the Hub cannot be reached, or refuses.
     """
     folder = Path(expanduser(folder))
     library_of(read_config(folder), folder)
     check_weights(folder)
-    wanted = PUSHED | weight_files(folder)
+    needed = weight_files(folder) | {"config.json", "preprocessor_config.json"}
+    for name in sorted(needed):  # without these it would be another checkpoint; other links are left out
+        check_own(folder / name, folder)
+    wanted = PUSHED | needed
     info = check_push(repository, private)
     paths = sorted(folder.iterdir())
     files = [path for path in paths if path.is_file() and (path.name in wanted or path.name.startswith("LICENSE"))]
+    files = [path for path in files if not leads_out(path, folder)]
     names = tuple(path.name for path in files)
     old = [file.rfilename for file in info.siblings or ()] if info is not None else []
     deleted = tuple(name for name in sorted(old) if OLD_WEIGHTS.fullmatch(name) and name not in names)

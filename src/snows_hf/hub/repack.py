@@ -19,7 +19,7 @@ from ..data.names import Name
 from ..errors import LoadError, one_line
 from ..runtime.files import check_output, whole_folder, write_json
 from .card import PLACEHOLDER
-from .load import find_folder
+from .load import find_folder, leads_out
 from .packed import PACKED_FILE, check_packed, opened, read_packed, write_packed
 
 
@@ -64,7 +64,7 @@ def pack(source: Name, output: str | Path, revision: str | None = None) -> dict[
         ``output``, and the bytes of weights ``bytes_before`` and ``bytes_after``.
 
     Raises:
-        LoadError: no such checkpoint, no safetensors weights, or packed or quantised already.
+        LoadError: no such checkpoint, no safetensors weights, packed or quantised already, or a link to elsewhere.
         SaveError: the output cannot be written.
     """
     return _copied(pack_into, source, Path(output), revision)
@@ -76,7 +76,7 @@ def unpack(source: Name, output: str | Path, revision: str | None = None) -> dic
     Its weights are in one model.safetensors, also where they came from shards.
 
     Raises:
-        LoadError: no such checkpoint, not packed, or damaged.
+        LoadError: no such checkpoint, not packed, damaged, or with a link to elsewhere.
         SaveError: the output cannot be written.
     """
     return _copied(unpack_into, source, Path(output), revision)
@@ -169,14 +169,32 @@ def _read_dense(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | None,
 
 
 def _copy(source: Path, folder: Path, without: set[str]) -> None:
+    def copy(path: str | Path, to: str | Path) -> None:
+        check_own(Path(path), source)
+        shutil.copyfile(path, to)
+
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in without:
-            shutil.copyfile(path, folder / path.name)
+            copy(path, folder / path.name)
         elif path.is_dir() and not path.name.startswith("."):
-            shutil.copytree(path, folder / path.name)
+            shutil.copytree(path, folder / path.name, copy_function=copy)
+
+
+def check_own(path: Path, folder: Path) -> None:
+    """Refuses to copy what a link puts into a checkpoint's folder from elsewhere.
+
+    Raises:
+        LoadError: it is such a link.
+    """
+    if leads_out(path, folder):
+        raise LoadError(
+            f"{path} is a link to {path.resolve()}, which is no part of the checkpoint, and is not copied.",
+            "Put the file itself in its place, or remove it.",
+        )
 
 
 def _read_text(path: Path) -> str:
+    check_own(path, path.parent)
     try:
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

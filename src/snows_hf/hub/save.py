@@ -2,16 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from timm.models import save_for_hf
+from torch import Tensor
 
 from ..errors import LoadError, one_line
 from ..runtime.files import write_json
-from .load import Checkpoint
+from ..runtime.version import __version__
+from .load import Checkpoint, leads_out
 
 
 REPORT_FILE = "snows_config.json"
@@ -39,7 +41,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
         checkpoint: holding the pruned model.
         folder: an empty folder.
         summary: small; goes into config.json under ``snows``.
-        report: everything; goes into snows_config.json.
+        report: everything; goes into snows_config.json. Licences that were not copied, since they are links to
+            elsewhere, are added as ``left_out``.
     """
     model: Any = checkpoint.model
     config = deepcopy(checkpoint.config)
@@ -56,10 +59,25 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
             config["num_classes"] = config["model_args"].pop("num_classes")
     # The libraries' own rewriting of the configuration depends on their versions: only ``snows`` is new.
     write_json(folder / "config.json", {**config, "snows": summary})
+    licences = [path for path in sorted(checkpoint.folder.glob("LICENSE*")) if path.is_file()]
+    if left_out := [path.name for path in licences if leads_out(path, checkpoint.folder)]:
+        report["left_out"] = left_out
     write_json(folder / REPORT_FILE, report)
-    for licence in checkpoint.folder.glob("LICENSE*"):  # most licences want to go along
-        if licence.is_file():
+    for licence in licences:  # most licences want to go along
+        if licence.name not in left_out:
             shutil.copyfile(licence, folder / licence.name)
+
+
+def claim(pattern: str, sparsity: float, weights: Iterable[Tensor]) -> dict[str, Any]:
+    """What config.json says under ``snows``, which ``inspect`` holds the weights against.
+
+    Args:
+        pattern: of the weights that were pruned.
+        sparsity: share of zeros of the layers that were pruned.
+        weights: those that the pattern binds; how many they are says whether a report names all of them.
+    """
+    count = sum(weight.numel() for weight in weights)
+    return {"version": __version__, "pattern": pattern, "sparsity": round(sparsity, 6), "weights": count}
 
 
 def read_report(folder: Path) -> dict[str, Any]:

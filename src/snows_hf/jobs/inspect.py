@@ -1,24 +1,27 @@
 """What a checkpoint is: its prunable layers, their sparsity and pattern, and its operations."""
 
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..adapters import build_chain
+from ..adapters import Group, build_chain
 from ..data.names import Name
 from ..errors import PatternError
 from ..hub.load import load
 from ..hub.save import REPORT_FILE
-from ..patterns import NM, Unstructured, parse_pattern
+from ..patterns import NM, Unstructured, parse_candidates
 
 
 COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
 
 
 def inspect(source: Name, operations: bool = False, revision: str | None = None) -> dict[str, Any]:
-    """Measures a checkpoint's sparsity on its tensors; the metadata only say which pattern to look for.
+    """Measures a checkpoint's sparsity on its tensors, and holds what config.json claims against them.
 
     Args:
         source: Hub id or folder.
@@ -27,11 +30,11 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
 
     Returns:
         ``pattern`` (claimed in config.json, else the tightest common N:M that all sparse layers follow, else None),
-        ``pattern_ok`` (all layers that were pruned follow it, and there are some), ``sparsity`` over all prunable
-        weights, ``architecture``, ``library``, ``layers`` with name, shape, sparsity, pattern and pattern_ok (both
-        None where dense), and ``operations`` if asked for. Which layers were pruned snows_config.json says where
-        config.json claims a pattern, else a tenth of zeros does. Where it has a pattern for each layer (an allocation
-        by sensitivity), each is held against its own.
+        ``pattern_ok`` (all layers that were pruned follow it, there are some, and they have as many weights and zeros
+        as config.json claims), ``sparsity`` over all prunable weights, ``architecture``, ``library``, ``layers`` with
+        name, shape, sparsity, pattern and pattern_ok (both None where dense), and ``operations`` if asked for. Which
+        layers were pruned snows_config.json says, as far as it agrees with config.json: see :func:`bound_by`. Where it
+        has a pattern for each layer (an allocation by sensitivity), each is held against its own.
 
     Raises:
         SnowsError: no such model, or one that cannot be read.
@@ -42,30 +45,26 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
     weights = {name: chain.weight(name).detach() for _, group in groups for name in group.parameters}
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     claimed = checkpoint.config.get("snows", {})
-    title = claimed.get("pattern") if isinstance(claimed, dict) else None
-    pruned, own = claims(checkpoint.folder, weights) if title is not None else ([], {})
-    # A trained weight is hardly ever exactly zero: a layer counts as sparse from one zero in ten on.
-    pruned = pruned or [name for name, weight in weights.items() if zeros[name] >= 0.1 * weight.numel()]
-    sparse = {name: weights[name] for name in pruned}
-    if own:
-        holds = {name: obeys(weights[name], pattern) for name, pattern in own.items()}
-    else:
-        pattern = _parsed(title)
-        if title is None and sparse:
-            pattern = next((p for p in COMMON_PATTERNS if all(p.holds(weight) for weight in sparse.values())), None)
-            title = str(pattern) if pattern is not None else None
-        holds = {name: pattern is not None and pattern.holds(weight) for name, weight in sparse.items()}
-        if isinstance(pattern, Unstructured):  # it binds all pruned weights together, to within the rounding of one
-            total = sum(weight.numel() for weight in sparse.values())
-            enough = sum(zeros[name] for name in sparse) >= pattern.sparsity * total - 1
-            holds = dict.fromkeys(sparse, enough)
+    claimed = claimed if isinstance(claimed, dict) and claimed.get("pattern") is not None else {}
+    title = claimed.get("pattern")
+    said = read_claims(checkpoint.folder, groups) if claimed else Claims()
+    pruned = bound_by(claimed, said, weights)
+    if not claimed:
+        pattern = next((p for p in COMMON_PATTERNS if all(p.holds(weights[name]) for name in pruned)), None)
+        title = str(pattern) if pruned and pattern is not None else None
+    holds = held(str(title), said.patterns, {name: weights[name] for name in pruned})
+    of_layers = {*pruned, *said.patterns}
+    counted = [name for _, group in groups if of_layers & {*group.parameters} for name in group.parameters]
+    # Where single layers break it, those are named; too few zeros in all are nobody's fault in particular.
+    if all(holds.values()) and not is_as_claimed(claimed, pruned, [weights[name] for name in counted], weights):
+        holds = dict.fromkeys(holds, False)
 
     total_sparsity = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
     layers = []
     for _, group in groups:
         parts = [weights[name] for name in group.parameters]
         bound = [name for name in group.parameters if name in holds]
-        patterns = dict.fromkeys(str(own.get(name, title)) for name in bound)
+        patterns = dict.fromkeys(str(said.patterns.get(name) or title) for name in bound)
         layers.append(
             {
                 "name": group.name,
@@ -94,20 +93,107 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
     return result
 
 
-def claims(folder: Path, weights: dict[str, Tensor]) -> tuple[list[str], dict[str, NM | Unstructured]]:
-    """What snows_config.json says: names of the weights that were pruned, and their own patterns, less those left
-    dense, where each layer has its own; nothing where there is no such file, or it says neither."""
+@dataclass(frozen=True)
+class Claims:
+    """What snows_config.json says of layers, by parameter name.
+
+    Attributes:
+        pruned: those that were pruned.
+        patterns: where each layer has its own; None for those left dense by choice.
+        excused: those that were not to be pruned, by ``--layers`` or for a reason that it names.
+    """
+
+    pruned: tuple[str, ...] = ()
+    patterns: dict[str, NM | Unstructured | None] = field(default_factory=dict)
+    excused: frozenset[str] = frozenset()
+
+
+def read_claims(folder: Path, groups: list[tuple[int, Group]]) -> Claims:
+    """:class:`Claims` of these groups; empty where there is no such file, or it says nothing of the kind."""
+    known = {name: group for _, group in groups for name in group.parameters}
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        names = report.get("pruned_parameters") or [  # not there in what `train` writes
+        pruned = report.get("pruned_parameters") or [  # not there in what `train` writes
             name for layer in report["layers"] for name in layer.get("parameters", [layer["name"]])
         ]
         patterns = dict(report.get("allocation", {}).get("patterns", {}))
-        own = {name: _parsed(text) for name, text in patterns.items() if name in weights}
-        pruned = [name for name in names if name in weights]
+        globs = report.get("settings", {}).get("layers") or ["*"]
+        dense = {layer["name"] for layer in report.get("dense_layers", [])}
+        touched = {name for layer in report["layers"] for name in layer.get("parameters", [])}
+        excused = frozenset(
+            name
+            for name, group in known.items()
+            if name in touched or group.name in dense
+            or not any(fnmatchcase(n, glob) for n in (group.name, *group.parameters) for glob in globs)
+        )  # fmt: skip
+        return Claims(
+            tuple(dict.fromkeys(name for name in pruned if name in known)),
+            {name: _parsed(text) for name, text in patterns.items() if name in known},
+            excused,
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # another's file
-        return [], {}
-    return pruned, {name: pattern for name, pattern in own.items() if pattern is not None}
+        return Claims()
+
+
+def bound_by(claimed: dict[str, Any], said: Claims, weights: dict[str, Tensor]) -> list[str]:
+    """Names of the weights that the claim of config.json binds.
+
+    The report names them, and must excuse all others that the pattern fits. config.json says how many they are:
+    a report that names fewer is not believed, and the weights with most zeros are taken instead, as where there is no
+    report. Where config.json does not say it either (of an earlier version, or without a claim), a layer counts as
+    sparse from one zero in ten on: a trained weight is hardly ever exactly zero.
+    """
+    count = claimed.get("weights", 0)
+    candidates = [one for one in _candidates(claimed.get("pattern")) if one is not None]
+    fitting = [name for name, weight in weights.items() if any(one.fits(weight.shape) for one in candidates)]
+    named = dict.fromkeys([*said.pruned, *(name for name in fitting if name not in said.excused)])
+    if said.pruned and _reaches(count, named, weights):
+        return list(named)
+    share = {name: float((weight == 0).double().mean()) for name, weight in weights.items()}
+    if "weights" not in claimed:
+        return [name for name in weights if share[name] >= 0.1]
+    bound: list[str] = []
+    for name in sorted(weights, key=lambda name: share[name], reverse=True):
+        if not _reaches(count, bound, weights):
+            bound.append(name)
+    return bound
+
+
+def held(title: str, own: dict[str, NM | Unstructured | None], pruned: dict[str, Tensor]) -> dict[str, bool]:
+    """Whether each of the weights that were pruned has the zeros of the pattern, or of its own where each has one.
+
+    Its own counts if it is one of the set that the title names, or a share of zeros where the title is one.
+    """
+    candidates = _candidates(title)
+    pattern = candidates[0] if len(candidates) == 1 else None
+    if any(own.values()):
+        both = {name: (own.get(name), weight) for name, weight in pruned.items()}
+        shares = isinstance(pattern, Unstructured)
+        return {
+            name: one is not None
+            and (one in candidates or (shares and isinstance(one, Unstructured)))
+            and obeys(weight, one)
+            for name, (one, weight) in both.items()
+        }
+    if isinstance(pattern, Unstructured):  # it binds all pruned weights together, to within the rounding of one
+        total = sum(weight.numel() for weight in pruned.values())
+        enough = sum(int((weight == 0).sum()) for weight in pruned.values()) >= pattern.sparsity * total - 1
+        return dict.fromkeys(pruned, enough)
+    return {name: pattern is not None and pattern.holds(weight) for name, weight in pruned.items()}
+
+
+def is_as_claimed(
+    claimed: dict[str, Any], pruned: Sequence[str], counted: list[Tensor], weights: dict[str, Tensor]
+) -> bool:
+    """Whether there are as many weights, and as many zeros in their layers (to six digits), as config.json claims."""
+    sparsity = claimed.get("sparsity", 0.0)
+    zeros = sum(int((weight == 0).sum()) for weight in counted)
+    enough = isinstance(sparsity, int | float) and zeros >= (sparsity - 1e-6) * sum(w.numel() for w in counted)
+    return enough and _reaches(claimed.get("weights", 0), pruned, weights)
+
+
+def _reaches(count: object, names: Iterable[str], weights: dict[str, Tensor]) -> bool:
+    return isinstance(count, int) and sum(weights[name].numel() for name in names) >= count
 
 
 def obeys(weight: Tensor, pattern: NM | Unstructured) -> bool:
@@ -118,7 +204,13 @@ def obeys(weight: Tensor, pattern: NM | Unstructured) -> bool:
 
 
 def _parsed(text: object) -> NM | Unstructured | None:
+    candidates = _candidates(text)
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _candidates(text: object) -> list[NM | Unstructured | None]:
+    """Patterns that a text names, of other people's making; none where it is no pattern."""
     try:
-        return parse_pattern(str(text)) if text is not None else None
-    except PatternError:
-        return None
+        return parse_candidates(str(text))
+    except (PatternError, ValueError):  # more digits than Python reads
+        return []

@@ -16,7 +16,7 @@ from ..data.names import Name
 from ..hub.card import write_card
 from ..hub.load import Checkpoint
 from ..hub.repack import pack_into
-from ..hub.save import save_checkpoint
+from ..hub.save import claim, save_checkpoint
 from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
 from ..masks.choose import load_masks
 from ..masks.evidence import Evidence
@@ -34,7 +34,6 @@ from ..runtime.files import check_output, whole_folder
 from ..runtime.journal import digest_of
 from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
-from ..runtime.version import __version__
 from ..settings import PruneConfig
 from ..settings import preset as preset_for
 from .calibration import calibrate, first_pass
@@ -294,7 +293,8 @@ def save(checkpoint: Checkpoint, output: Path, work: Path | None, report: dict[s
     Raises:
         SaveError: the disk is full or refuses.
     """
-    summary = {"version": __version__, "pattern": report["pattern"], "sparsity": round(report["sparsity"], 6)}
+    bound = map(checkpoint.model.get_parameter, report["pruned_parameters"])
+    summary = claim(report["pattern"], report["sparsity"], bound)
     with whole_folder(output, work) as folder:
         target = folder / "ordinary" if packed else folder
         target.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..hub.card import write_training_card
 from ..hub.create import create
 from ..hub.load import Checkpoint
-from ..hub.save import save_checkpoint
+from ..hub.save import claim, save_checkpoint
 from ..masks.choices import fit_criterion
 from ..masks.choose import choose, split_by_fit
 from ..masks.collapse import find_collapse
@@ -129,7 +129,8 @@ def train(
     if output is None:
         return PruneResult(network, None, {"output": None, **report})
     run.say(f"Saving to {output}")
-    return PruneResult(network, Path(output), {"output": str(output), **save(checkpoint, Path(output), report)})
+    report = save(checkpoint, Path(output), start.masks, report)
+    return PruneResult(network, Path(output), {"output": str(output), **report})
 
 
 @dataclass(frozen=True)
@@ -192,17 +193,19 @@ def describe(checkpoint: Checkpoint, chain: Chain, start: Start, config: TrainCo
     }
 
 
-def save(checkpoint: Checkpoint, output: Path, report: dict[str, Any]) -> dict[str, Any]:
+def save(checkpoint: Checkpoint, output: Path, masks: Masks, report: dict[str, Any]) -> dict[str, Any]:
     """Writes the network with its card and report; gives the report, which has a name now.
 
     Raises:
         SaveError: the disk is full or refuses.
     """
     report = report | {"name": output.resolve().name}
-    summary = {"version": __version__, "pattern": report["pattern"], "sparsity": round(report["sparsity"], 6)}
+    summary: dict[str, Any] = {"version": __version__}
+    if masks:
+        summary = claim(report["pattern"], report["sparsity"], masks.values())
     with whole_folder(output) as folder:
         saved = replace(checkpoint, folder=folder)  # a licence of the configuration's is not one of these weights
-        save_checkpoint(saved, folder, summary if report["pattern"] else {"version": __version__}, report)
+        save_checkpoint(saved, folder, summary, report)
         write_training_card(saved, folder, report)
     return report
 

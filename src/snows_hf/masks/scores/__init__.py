@@ -5,8 +5,8 @@ A criterion maps evidence (weights, network, images, labels) to scores of the we
 
 from pkgutil import resolve_name
 
-from .base import Choice, Score
 from ..criteria import find_criterion
+from .base import Choice, Score
 
 
 def criterion(name: str) -> Score:
