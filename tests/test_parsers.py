@@ -9,8 +9,7 @@ import pytest
 import timm
 import torch
 from embedded import RESNET, VIT, copy_of
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from snows_hf.cli.options import read_settings
 from snows_hf.cli.prune import default_output

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snows_hf.errors import ConfigError
 from snows_hf.settings import FinetuneConfig, PruneConfig, Settings, SolverConfig, TrainConfig, check_seed

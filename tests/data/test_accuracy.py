@@ -7,8 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from datasets import Image as ImageFeature
+from datasets import ClassLabel, Dataset, Features, Image as ImageFeature, Value
 from embedded import DIGITS, VIT
 from PIL import Image
 from torch import Tensor, nn

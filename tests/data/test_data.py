@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from datasets import Image as ImageFeature
+from datasets import ClassLabel, Dataset, Features, Image as ImageFeature, Value
 from embedded import DIGITS
 from hub.server import Hub
 from PIL import Image

@@ -9,8 +9,7 @@ import pytest
 import yaml
 from embedded import VIT, Pruned, copy_of, pruned
 from huggingface_hub import ModelCard
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snows_hf import load
 from snows_hf.hub.card import licence_of, plain, write_card, write_training_card

@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import Pruned
 from embedded import DIGITS, VIT, copy_of, edit_config, pruned, tensors_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

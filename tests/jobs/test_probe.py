@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case
-from datasets import ClassLabel, Dataset, Features
-from datasets import Image as ImageFeature
+from datasets import ClassLabel, Dataset, Features, Image as ImageFeature
 from embedded import DIGITS
 from PIL import Image
 from scipy.stats import binomtest

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from embedded import DIGITS, VIT
-from hypothesis import given as given_examples
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import given as given_examples, settings, strategies as st
 from networks import Small, evidence
 from torch import nn
 

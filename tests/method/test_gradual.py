@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from snows_hf.adapters import build_chain, frozen

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from snows_hf.method.newton import Expansion, NewtonResult, NewtonState, NewtonStatus, armijo, newton

@@ -10,8 +10,7 @@ import typer
 from ..data.names import data_folder, short_name
 from ..errors import SaveError, SnowsError
 from ..jobs.request import DEFAULT_DATA, check_pruning, check_request
-from ..settings import PruneConfig
-from ..settings import preset as preset_for
+from ..settings import PruneConfig, preset as preset_for
 from .options import Device, Json, Model, Quiet, checked, given, setting, settings_from
 from .push import push_and_show
 from .sink import Sink, open_sink, shown

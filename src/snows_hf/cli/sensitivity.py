@@ -7,8 +7,7 @@ import typer
 
 from ..data.names import data_folder
 from ..jobs.request import DEFAULT_DATA, DEFAULT_PATTERNS, check_plot, check_sensitivity
-from ..settings import PruneConfig
-from ..settings import preset as preset_for
+from ..settings import PruneConfig, preset as preset_for
 from .options import DataSplit, Device, Json, Model, Quiet, Revision, Set, checked, setting, settings_from
 from .sink import open_sink, shown
 from .watch import Watch

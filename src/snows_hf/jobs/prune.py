@@ -34,8 +34,7 @@ from ..runtime.files import check_output, whole_folder
 from ..runtime.journal import digest_of
 from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
-from ..settings import PruneConfig
-from ..settings import preset as preset_for
+from ..settings import PruneConfig, preset as preset_for
 from .calibration import calibrate, first_pass
 from .measure import measure
 from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype

@@ -18,8 +18,7 @@ from ..patterns import parse_candidates
 from ..patterns.plan import at_initialisation, layer_patterns, order_for
 from ..runtime.files import check_file, check_output
 from ..runtime.launch import check_device, check_memory
-from ..settings import PruneConfig, TrainConfig, check_seed
-from ..settings import preset as preset_for
+from ..settings import PruneConfig, TrainConfig, check_seed, preset as preset_for
 
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from ..masks.evidence import Evidence
 from ..patterns import NM, Unstructured, parse_candidates
 from ..reports.describe import describe_data, finite
 from ..runtime.run import Progress, Run
-from ..settings import PruneConfig
-from ..settings import preset as preset_for
+from ..settings import PruneConfig, preset as preset_for
 from .calibration import calibrate, first_pass
 from .request import DEFAULT_DATA, DEFAULT_PATTERNS, check_plot, check_sensitivity, find_dtype
 from .subject import load_subject
