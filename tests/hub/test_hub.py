@@ -29,9 +29,9 @@ from snows_hf.errors import LoadError
 
 QUICK = ("--pattern", "2:4", "--data", "me/digits", "--samples", 32, "--k", 0)
 NO_REPORT = """
-import sys
+from importlib import import_module
 from snows_hf.cli import main
-sys.modules["snows_hf.jobs.report"].HTML_FILE = "missing/report.html"  # a place that cannot be written
+import_module("snows_hf.jobs.report").HTML_FILE = "missing/report.html"  # a place that cannot be written
 main()
 """
 LICENCE = "---\nlicense: other\nlicense_name: digits-licence\nlicense_link: LICENSE\n---\n# A model\n"
