@@ -76,7 +76,7 @@ def test_a_report_cannot_leave_out_what_is_dense_again(how: str, sparse: Path, t
     elif how == "no number":  # as of an earlier version
         claim(folder, weights=None)
     elif how == "own patterns":
-        own = {name: "0.001" for layer in everything for name in layer["parameters"]}
+        own = {name: "0.00001" for layer in everything for name in layer["parameters"]}
         edit_config(folder, "snows_config.json", allocation={"patterns": own}, pruned_parameters=list(own))
     found = inspect(folder)
     assert (found["pattern"], found["pattern_ok"]) == ("2:4", False)
