@@ -13,6 +13,7 @@ Zero means all bits zero: -0.0 and every NaN survive. Tensors that would not shr
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,10 +105,7 @@ def check_parts(name: str, parts: Mapping[str, Tensor]) -> torch.Size:
     expect(shape.dtype == torch.int64 and 1 <= len(shape) <= _MAX_DIMENSIONS, "its shape is not a list of dimensions")
     sizes = shape.tolist()
     expect(all(size > 0 for size in sizes), f"its shape {sizes} has a dimension below 1")
-    numel = 1
-    for size in sizes:  # Python's integers: a product that lies overflows nothing
-        numel *= size
-
+    numel = math.prod(sizes)  # of Python's integers: a product that lies overflows nothing
     per_byte = 12 if suffix == ":2to4" else 8
     expect(
         len(mask) == -(-numel // per_byte),

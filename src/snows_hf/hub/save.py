@@ -10,10 +10,10 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import Tensor
 
-from ..errors import LoadError, one_line
+from ..errors import LoadError
 from ..runtime.files import write_json
 from ..runtime.version import __version__
-from .load import Checkpoint, leads_out
+from .load import Checkpoint, leads_out, read_json
 
 
 REPORT_FILE = "snows_config.json"
@@ -87,28 +87,17 @@ def read_report(folder: Path) -> dict[str, Any]:
         LoadError: there is none, or it is not what ``prune`` writes.
     """
     path = folder / REPORT_FILE
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(report, allow_nan=False)  # Python reads NaN and infinity, which are no JSON
-    except FileNotFoundError:
-        raise LoadError(
-            f"{folder} has no {REPORT_FILE}.", "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
-    if isinstance(report, dict) and "collapse" in report:
+    expected = "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
+    report = read_json(path, expected, finite=True)
+    if "collapse" in report:
         raise LoadError(
             f"{folder} is what `snows-hf train` wrote; expected what `snows-hf prune` writes.",
             "`snows-hf eval` and `snows-hf inspect` read it.",
         )
-    if not isinstance(report, dict):
-        wrong = [f"a {type(report).__name__}"]
-    else:
-        keys = [key for key, kind in REPORT.items() if not is_a(report.get(key), kind)]
-        wrong = [f"its {key!r} is {report.get(key)!r:.60}" for key in keys]
-        earlier = report.get("earlier_finetunes", [])
-        if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
-            wrong.append("its 'earlier_finetunes' are no list of retrainings")
+    wrong = [f"its {k!r} is {report.get(k)!r:.60}" for k, kind in REPORT.items() if not is_a(report.get(k), kind)]
+    earlier = report.get("earlier_finetunes", [])
+    if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
+        wrong.append("its 'earlier_finetunes' are no list of retrainings")
     if wrong:
         raise LoadError(
             f"{path} is not a report that this version of `snows-hf prune` writes: {wrong[0]}.", "Prune again."

@@ -20,9 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import SaveError, SnowsError, one_line
 
 
-REACH = "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder."
 TOKEN = "set HF_TOKEN or run `hf auth login`"
-SETTINGS = "https://huggingface.co/settings/tokens"
 
 
 @contextmanager
@@ -86,12 +84,12 @@ def explain(
         )
     return (
         f"{what} is no folder here, is not whole in the cache, and cannot be read from the Hub: {_shown(error)}",
-        REACH,
+        "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder.",
     )
 
 
 def _get_a_token(rights: str = "") -> str:
-    return f"Make one {f'{rights} ' if rights else ''}on {SETTINGS}, then {TOKEN}."
+    return f"Make one {f'{rights} ' if rights else ''}on https://huggingface.co/settings/tokens, then {TOKEN}."
 
 
 def _shown(error: BaseException) -> str:
