@@ -134,13 +134,8 @@ def _unreadable(what: str) -> Iterator[None]:
 
 
 def describe_rows(name: str, split: str, rows: Any, homes: tuple[str, ...] = ()) -> ImageSource:
-    """Finds the image and label columns of a datasets ``Dataset`` or ``IterableDataset``.
-
-    Args:
-        name: as the user wrote it.
-        split: name of the split.
-        rows: the dataset.
-        homes: where rows may name files: see :class:`ImageSource`. Without any, they must carry their bytes.
+    """Finds the image and label columns of a datasets ``Dataset`` or ``IterableDataset``. Without ``homes``, see
+    :class:`ImageSource`, its rows must carry their bytes.
 
     Raises:
         DataError: no image column.

@@ -1,6 +1,5 @@
 """From a Hub id or a folder to a model with its preprocessing, of transformers or timm."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import timm
 import torch
 from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from timm.models import clean_state_dict
@@ -26,6 +26,7 @@ from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets w
 from ..data.images import Preprocess
 from ..data.names import Name, local_folder, model_folder
 from ..errors import LoadError, NumericsError, SnowsError, one_line, shortened
+from ..runtime.files import checksum
 from ..runtime.remote import hub_errors
 from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, opened, read_packed
@@ -95,10 +96,7 @@ def check_download(name: str, snapshot: Path) -> None:
         blob = path.resolve()
         if path.is_dir() or blob == path.absolute() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
             continue  # no link into the cache (Windows): nothing says what it should be
-        digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
-        with blob.open("rb") as file:
-            hashlib.file_digest(file, lambda digest=digest: digest)
-        if digest.hexdigest() != blob.name:
+        if blob.name != (checksum(blob) if len(blob.name) == 64 else git_hash(blob.read_bytes())):
             path.unlink()
             blob.unlink()
             raise LoadError(
@@ -348,13 +346,7 @@ def _timm_of(folder: Path, stored: dict[str, torch.Tensor]) -> Any:
 @torch.no_grad()
 def lacking_weights(model: Any, folder: Path, stored: dict[str, torch.Tensor]) -> list[str]:
     """Names of the weights that timm left as it drew them: of a head for other classes, say, or whatever is missing in
-    the file where the configuration, or the architecture itself, has timm load without being strict.
-
-    Args:
-        model: as timm loaded it.
-        folder: of the checkpoint.
-        stored: what its file holds, by name.
-    """
+    the file (``stored``) where the configuration, or the architecture itself, has timm load without being strict."""
     state = model.state_dict()
     heads = model.pretrained_cfg.get("classifier") or ()
     lacking = [f"{head}.weight" for head in ((heads,) if isinstance(heads, str) else heads)]

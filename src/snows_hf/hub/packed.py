@@ -46,7 +46,6 @@ _CHOICE_OF = np.full(16, 255, np.uint8)
 _CHOICE_OF[_CHOICES @ (1, 2, 4, 8)] = np.arange(6)
 _TRIPLES = np.concatenate([_CHOICES[np.arange(216) // 6**i % 6] for i in range(3)], axis=1)
 """(216, 12): which weights of three groups each byte keeps."""
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
 # ---- one tensor
@@ -119,7 +118,7 @@ def check_parts(name: str, parts: Mapping[str, Tensor]) -> torch.Size:
         count = numel // 2
     else:
         expect(rest == 0 or bytes_[-1] % (1 << 8 - rest) == 0, "its mask is longer than the tensor")
-        count = int(_ONES[bytes_].sum(dtype=np.int64))
+        count = int(np.bitwise_count(bytes_).sum(dtype=np.int64))
     expect(len(values) == count, f"{len(values)} values for a mask that keeps {count}")
     return torch.Size(sizes)
 

@@ -8,9 +8,11 @@ most one key of metadata, as transformers, timm and ``prune`` do.
 import re
 import shutil
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,25 +31,6 @@ INDEX_FILE = "model.safetensors.index.json"
 _CONFIG_OPENING = '{\n  "quantization_config": {"quant_method": "snows"},'
 # What the card says of loading holds for the unpacked copy alone: until then it is a comment.
 _LOADING = re.compile("\n## How to load it\n.*?(?=\n## |\\Z)", re.DOTALL)
-_CARD_OPENING = f"""
-<!-- packed -->
-## How to load it
-
-This copy is packed: its weights are in `{PACKED_FILE}`, without their zeros, which stock libraries do not read.
-
-```python
-import snows_hf
-
-checkpoint = snows_hf.from_pretrained("{PLACEHOLDER}")
-model, preprocess = checkpoint.model, checkpoint.preprocess
-```
-
-Once `snows_hf` is imported, transformers' `from_pretrained` reads it too. `snows-hf unpack {PLACEHOLDER} OUT` makes an
-ordinary checkpoint of it again.
-
-<!-- unpacked:
-"""
-_CARD_END = "\nend of unpacked -->\n"
 _PACKED_CARD = re.compile("\n<!-- packed -->\n.*?\n<!-- unpacked:\n(.*?)\nend of unpacked -->\n", re.DOTALL)
 
 
@@ -94,8 +77,8 @@ def pack_into(source: Path, folder: Path) -> None:
     """Like :func:`pack`, into an existing folder."""
     if (source / PACKED_FILE).exists():
         raise LoadError(f"{source} is packed already.", "`snows-hf unpack` makes an ordinary checkpoint of it.")
-    files, tensors, metadata = weight_files(source), dict[str, Tensor](), dict[str, str]()
-    for name in sorted(files - {INDEX_FILE}):
+    weights, tensors, metadata = weight_files(source), dict[str, Tensor](), dict[str, str]()
+    for name in sorted(weights - {INDEX_FILE}):
         with opened(source / name) as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
             metadata |= file.metadata() or {}
@@ -105,7 +88,7 @@ def pack_into(source: Path, folder: Path) -> None:
         raise LoadError(f"{source} is quantised.", "Only checkpoints of plain weights can be packed.")
     packed_text = text.replace("{", _CONFIG_OPENING, 1)
     read_json(path, text=packed_text)
-    _copy(source, folder, {*files, INDEX_FILE}, _packed_card)
+    _copy(source, folder, {*weights, INDEX_FILE}, _packed_card)
     write_packed(folder / PACKED_FILE, tensors, metadata or None)
     (folder / "config.json").write_bytes(packed_text.encode())
 
@@ -129,7 +112,9 @@ def unpack_into(source: Path, folder: Path) -> None:
 def _packed_card(text: str) -> str:
     found = _LOADING.search(text)
     start, end = found.span() if found else (len(text), len(text))
-    return text[:start] + _CARD_OPENING + text[start:end] + _CARD_END + text[end:]
+    template = files("snows_hf.hub").joinpath("packed_card_template.md").read_text(encoding="utf-8")
+    values = {"here": PLACEHOLDER, "packed_file": PACKED_FILE, "unpacked": text[start:end]}
+    return text[:start] + Template(template, keep_trailing_newline=True).render(values) + text[end:]
 
 
 def weight_files(folder: Path) -> set[str]:

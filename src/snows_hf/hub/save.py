@@ -69,13 +69,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
 
 
 def claim(pattern: str, sparsity: float, weights: Iterable[Tensor]) -> dict[str, Any]:
-    """What config.json says under ``snows``, which ``inspect`` holds the weights against.
-
-    Args:
-        pattern: of the weights that were pruned.
-        sparsity: share of zeros of the layers that were pruned.
-        weights: those that the pattern binds; how many they are says whether a report names all of them.
-    """
+    """What config.json says under ``snows``, which ``inspect`` holds the weights against: pattern and share of zeros
+    of what was pruned, and the number of ``weights`` that the pattern binds, all of which a report must name."""
     count = sum(weight.numel() for weight in weights)
     return {"version": __version__, "pattern": pattern, "sparsity": round(sparsity, 6), "weights": count}
 
