@@ -28,7 +28,6 @@ from .names import Name, data_folder, split_revision
 Preprocess = Callable[[Sequence[Any]], Tensor]
 """RGB PIL images → pixel values (n, 3, height, width)."""
 
-
 T = TypeVar("T")
 
 STREAMS = 128

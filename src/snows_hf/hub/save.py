@@ -35,14 +35,10 @@ REPORT = {
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any], report: dict[str, Any]) -> None:
-    """Writes model, config and preprocessing in the library's own format, and the report beside them.
+    """Writes model, config and preprocessing in the library's own format, and the report, into an empty folder.
 
-    Args:
-        checkpoint: holding the pruned model.
-        folder: an empty folder.
-        summary: small; goes into config.json under ``snows``.
-        report: everything; goes into snows_config.json. Licences that were not copied, since they are links to
-            elsewhere, are added as ``left_out``.
+    The ``summary``, which is small, goes into config.json under ``snows``, the ``report`` into snows_config.json;
+    licences that were not copied, since they are links to elsewhere, are added to it as ``left_out``.
     """
     model: Any = checkpoint.model
     config = deepcopy(checkpoint.config)

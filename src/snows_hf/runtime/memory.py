@@ -25,9 +25,6 @@ from ..errors import ConfigError, MemoryLimitError, SaveError, one_line
 T = TypeVar("T")
 Tensors = tuple[Tensor, ...]
 
-M_MMAP_THRESHOLD = -3
-"""A parameter of ``mallopt`` in glibc's malloc.h."""
-
 PREFIX = "snows-hf-activations-"
 """Of temporary folders, which hold a lock and files named by numbers, and nothing else."""
 
@@ -173,7 +170,7 @@ def room(memory: float | None) -> int | None:
     # Blocks of more than 1 MB that are freed go back to the system at once. GNU's C library otherwise takes what has
     # been freed for a sign that it is needed again, and holes in what it keeps add up; others may not know the call.
     with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of its malloc.h
     used = psutil.Process().memory_info().rss
     left = int(memory * 1e9) - used
     if left <= 0:
