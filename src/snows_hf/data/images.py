@@ -106,20 +106,16 @@ def _load_folder(name: str, folder: Path) -> Any:
 
 def _load_from_hub(name: str, revision: str | None) -> Any:
     with hub_errors(DataError, "dataset", name, revision), _unreadable(f"Dataset {name}"):
-        if constants.HF_HUB_OFFLINE:
-            return _load_offline(name, revision)
-        # Downloads nothing, and says at once what datasets says after many retries.
-        snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[])
-        return datasets.load_dataset(name, revision=revision, streaming=True)
-
-
-def _load_offline(name: str, revision: str | None) -> Any:
-    try:
-        return datasets.load_dataset(snapshot_download(name, repo_type="dataset", revision=revision))
-    except LocalEntryNotFoundError:
-        with suppress(OSError, ValueError, datasets.exceptions.DatasetsError):
-            return datasets.load_dataset(name, revision=revision)  # what datasets itself prepared earlier
-        raise
+        if not constants.HF_HUB_OFFLINE:
+            # Downloads nothing, and says at once what datasets says after many retries.
+            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[])
+            return datasets.load_dataset(name, revision=revision, streaming=True)
+        try:
+            return datasets.load_dataset(snapshot_download(name, repo_type="dataset", revision=revision))
+        except LocalEntryNotFoundError as error:
+            with suppress(OSError, ValueError, datasets.exceptions.DatasetsError):
+                return datasets.load_dataset(name, revision=revision)  # what datasets itself prepared earlier
+            raise error from None
 
 
 @contextmanager

@@ -75,9 +75,8 @@ def _encode_2to4(kept: Tensor) -> Tensor | None:
     choices = _CHOICE_OF[groups @ np.array([1, 2, 4, 8], np.uint8)]
     if (choices == 255).any():
         return None
-    triples = np.zeros(3 * -(-len(choices) // 3), np.uint8)
-    triples[: len(choices)] = choices
-    return torch.from_numpy(triples.reshape(-1, 3) @ np.array([1, 6, 36], np.uint8))
+    triples = np.pad(choices, (0, -len(choices) % 3)).reshape(-1, 3)
+    return torch.from_numpy(triples @ np.array([1, 6, 36], np.uint8))
 
 
 def check_parts(name: str, parts: Mapping[str, Tensor]) -> torch.Size:
