@@ -81,17 +81,20 @@ def test_torn_files_are_made_again(joint: bytes, tmp_path: Path) -> None:
     assert weights(tmp_path / "out") == joint
 
 
-def broken_off(*options: object, after_layers: int = 3) -> None:
-    """A process that is killed once so many layers are finished."""
+def broken_off(
+    *options: object, after_layers: int = 3, records: str = "layer", by: signal.Signals = signal.SIGKILL
+) -> tuple[int, str]:
+    """A process that is killed once so many layers, or masks of layers, are finished: exit code and stderr."""
     command = [sys.executable, "-m", "snows_hf", *command_line(*options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": NO_HUB}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while len(list(Path(WORK).glob("layer-*.safetensors"))) < after_layers:
+        while len(list(Path(WORK).glob(f"{records}-*.safetensors"))) < after_layers:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.send_signal(by)
+        error = process.communicate()[1].decode()
     assert Path(WORK).is_dir() and not Path("out").exists()
+    return process.returncode, error
 
 
 def command_line(*options: object, model: Path = VIT) -> list[str]:
@@ -119,6 +122,54 @@ def test_killed_twice(run, elsewhere: Path, one_thread: None) -> None:
     assert os.listdir() == ["out"]
     prune(str(VIT), "2:4", output="whole", **QUICK)
     assert weights(Path("out")) == weights(Path("whole"))
+
+
+def records_of_masks() -> dict[str, int]:
+    """Names of the records of single layers' masks, and when they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in Path(WORK).glob("choice-layer-*.safetensors")}
+
+
+def test_masks_of_layers_are_not_chosen_again(elsewhere: Path) -> None:
+    layers = 0
+    found: dict[str, int] = {}
+    said: list[str] = []
+
+    def break_off(progress: Progress) -> None:
+        if progress.stage == "Layers of swap masks" and progress.done == 5:
+            raise BrokenOffError
+
+    def watch(progress: Progress) -> None:
+        nonlocal layers
+        if progress.stage == "Layers of swap masks":
+            layers = progress.total
+            found.update(records_of_masks())
+
+    prune(str(VIT), "2:4", output="whole", mask="swap", **QUICK)
+    with pytest.raises(BrokenOffError):
+        prune(str(VIT), "2:4", output="out", mask="swap", on_progress=break_off, on_stage=said.append, **QUICK)
+    kept = records_of_masks()
+    assert len(kept) == 5 and "is kept in" in said[-1]
+    prune(str(VIT), "2:4", output="out", mask="swap", on_progress=watch, on_stage=said.append, **QUICK)
+    assert "Going on where an earlier run was broken off, with masks of 5 layers" in said
+    assert kept.items() <= found.items()  # untouched
+    assert len(found) == layers > 5  # the others alone were chosen anew
+    assert weights(Path("out")) == weights(Path("whole"))
+
+
+def test_killed_while_masks_are_chosen(run, elsewhere: Path, one_thread: None) -> None:
+    broken_off("--mask", "swap", records="choice-layer")
+    kept = len(records_of_masks())
+    done = run(*command_line("--mask", "swap"))
+    assert done.code == 0 and f"with masks of {kept} layers" in done.err
+    prune(str(VIT), "2:4", output="whole", mask="swap", **QUICK)
+    assert weights(Path("out")) == weights(Path("whole"))
+
+
+def test_ctrl_c_while_masks_are_chosen_says_what_is_kept(run, elsewhere: Path) -> None:
+    code, error = broken_off("--mask", "swap", "--no-update", records="choice-layer", by=signal.SIGINT)
+    assert code == 130 and "Traceback" not in error
+    assert f"is kept in {elsewhere / WORK}: the same command goes on from there" in " ".join(error.split())
+    assert f"with masks of {len(records_of_masks())} layers" in run(*command_line("--mask", "swap", "--no-update")).err
 
 
 def keep_three_layers(model: Path = VIT, **settings: object) -> None:

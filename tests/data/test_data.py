@@ -18,13 +18,12 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from snows_hf.data.images import (
-    calibration_examples,
     calibration_images,
     describe_rows,
+    drawn as drawn_from,
     drawn_labelled,
     label_map,
     labelled_batches,
-    labelled_chunks,
     open_images,
     pictures,
     to_classes,
@@ -69,7 +68,7 @@ def test_calibration_examples_are_the_calibration_images_with_their_labels(tmp_p
     for value in range(12):
         grey(tmp_path / f"d/train/{'even' if value % 2 == 0 else 'odd'}/{value}.png", value)
     source = open_images(str(tmp_path / "d"), "train")
-    images, labels = calibration_examples(source, 7, 3, pixels)
+    ((images, labels),) = labelled_batches(drawn_from(source, 7, 3), pixels)
     assert torch.equal(images, calibration_images(source, 7, 3, pixels))
     assert labels.tolist() == [value % 2 for value in images[:, 0, 0, 0].tolist()]
     assert to_classes(labels, torch.tensor([5, 8]), source).tolist() == [5 + 3 * label for label in labels.tolist()]
@@ -80,7 +79,7 @@ def test_calibration_examples_are_the_calibration_images_with_their_labels(tmp_p
 def test_calibration_examples_need_labels(tmp_path: Path) -> None:
     grey(tmp_path / "d/1.png", 1)
     with pytest.raises(DataError, match="has no labels"):
-        calibration_examples(open_images(str(tmp_path / "d"), "train"), 1, 0, pixels)
+        next(labelled_batches(drawn_from(open_images(str(tmp_path / "d"), "train"), 1, 0), pixels))
 
 
 def test_image_folder_with_splits(tmp_path: Path) -> None:
@@ -175,8 +174,14 @@ def test_a_broken_image_without_a_name_is_numbered() -> None:
     images = [*row.cast_column("image", ImageFeature(decode=False))["image"]][:2]
     for broken in ({"bytes": b"no image", "path": None}, None):
         rows = Dataset.from_dict({"image": [*images, broken]}, Features({"image": ImageFeature()}))
-        with pytest.raises(DataError, match=r"Image number 2 of d \(train\) cannot be read"):
-            calibration_images(describe_rows("d", "train", rows), 3, 0, pixels)
+        source = describe_rows("d", "train", rows)
+        labelled = describe_rows("d", "train", rows.add_column("label", [0, 1, 2]))
+        for read in (
+            lambda source=source: calibration_images(source, 3, 0, pixels),
+            lambda source=labelled: pictures(drawn_labelled(source, 3, 0)[0], range(3)),
+        ):
+            with pytest.raises(DataError, match=r"Image number 2 of d \(train\) cannot be read"):
+                read()
 
 
 def rows_that_name(folder: Path, *paths: str) -> Path:
@@ -345,7 +350,7 @@ def test_drawn_images_are_read_by_number_and_keep_their_labels(streamed: bool) -
     again, same = drawn_labelled(source, 20, seed=3)
     assert torch.equal(pixels(pictures(again, range(20))), images)
     assert torch.equal(labels, same)
-    chunks = list(labelled_chunks(source, 20, 3, pixels))
+    chunks = list(labelled_batches(drawn_from(source, 20, 3), pixels, 16))
     assert torch.equal(torch.cat([x for x, _ in chunks]), images)
     assert torch.equal(torch.cat([y for _, y in chunks]), labels)
     if not streamed:

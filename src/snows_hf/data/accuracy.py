@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import logits_of
-from ..errors import DataError
 from ..runtime.memory import Tensors, in_parts
 from ..runtime.run import Run
 from .images import ImageSource, Preprocess, label_map, labelled_batches, to_classes
@@ -56,7 +55,7 @@ def accuracy_of(
     def classify(state: Tensors) -> Tensors:
         return (logits_of(model, state[0].to(parameter.device, parameter.dtype)),)
 
-    batches = labelled_batches(source, preprocess, batch_size)
+    batches = labelled_batches(source, preprocess, batch_size, "measuring accuracy")
     count = None if source.size is None else -(-source.size // batch_size)
     model.eval()
     try:
@@ -74,6 +73,4 @@ def accuracy_of(
             images += len(labels)
     finally:
         model.train(training)
-    if images == 0:
-        raise DataError(f"Data {source.name} ({source.split}) is empty.")
     return Accuracy(100 * top1 / images, 100 * top5 / images, images, dict(confusion))

@@ -3,9 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from os import fspath
 from os.path import abspath, normpath, realpath
 from pathlib import Path
@@ -28,10 +28,6 @@ from .names import Name, data_folder, split_revision
 Preprocess = Callable[[Sequence[Any]], Tensor]
 """RGB PIL images → pixel values (n, 3, height, width)."""
 
-
-Rows = list[tuple[int, dict[str, Any]]]
-"""Rows of a dataset with their numbers."""
-
 T = TypeVar("T")
 
 STREAMS = 128
@@ -39,7 +35,7 @@ STREAMS = 128
 order of its classes; local data are shuffled whole."""
 
 CHUNK = 64
-"""Calibration images that are decoded and preprocessed together."""
+"""Images that are decoded and preprocessed together, if nobody asks for another number."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,7 @@ class ImageSource:
         class_names: names of the data's classes by label, or None where the data does not say.
         homes: folders, or repositories as ``hf://datasets/USER/NAME``, that hold the data's own files: a row without
             bytes may name one of these, and nothing else.
+        numbers: of the rows in the whole split, for messages, where images have been drawn.
     """
 
     name: str
@@ -64,6 +61,7 @@ class ImageSource:
     label_column: str | None
     class_names: tuple[str, ...] | None
     homes: tuple[str, ...] = ()
+    numbers: Sequence[int] | None = None
 
     @property
     def size(self) -> int | None:
@@ -98,33 +96,25 @@ def _homes_of(repository: str) -> tuple[str, ...]:
 def _load_folder(name: str, folder: Path) -> Any:
     try:
         return datasets.load_dataset(str(folder))
-    except (datasets.exceptions.DataFilesNotFoundError, FileNotFoundError) as error:
-        raise DataError(
-            f"Data folder {name} holds no images.", "Expected image files in one folder per class, or parquet."
-        ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        empty = isinstance(error, datasets.exceptions.DataFilesNotFoundError | FileNotFoundError)
+        fault = "holds no images." if empty else f"cannot be read as a dataset: {one_line(error)}"
         raise DataError(
-            f"Data folder {name} cannot be read as a dataset: {one_line(error)}",
-            "Expected image files in one folder per class, or parquet.",
+            f"Data folder {name} {fault}", "Expected image files in one folder per class, or parquet."
         ) from error
 
 
 def _load_from_hub(name: str, revision: str | None) -> Any:
     with hub_errors(DataError, "dataset", name, revision), _unreadable(f"Dataset {name}"):
-        if constants.HF_HUB_OFFLINE:
-            return _load_offline(name, revision)
-        # Downloads nothing, and says at once what datasets says after many retries.
-        snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[])
-        return datasets.load_dataset(name, revision=revision, streaming=True)
-
-
-def _load_offline(name: str, revision: str | None) -> Any:
-    try:
-        return datasets.load_dataset(snapshot_download(name, repo_type="dataset", revision=revision))
-    except LocalEntryNotFoundError as error:
+        if not constants.HF_HUB_OFFLINE:
+            # Downloads nothing, and says at once what datasets says after many retries.
+            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[])
+            return datasets.load_dataset(name, revision=revision, streaming=True)
         try:
-            return datasets.load_dataset(name, revision=revision)  # what datasets itself prepared earlier
-        except (OSError, ValueError, datasets.exceptions.DatasetsError):
+            return datasets.load_dataset(snapshot_download(name, repo_type="dataset", revision=revision))
+        except LocalEntryNotFoundError as error:
+            with suppress(OSError, ValueError, datasets.exceptions.DatasetsError):
+                return datasets.load_dataset(name, revision=revision)  # what datasets itself prepared earlier
             raise error from None
 
 
@@ -139,13 +129,8 @@ def _unreadable(what: str) -> Iterator[None]:
 
 
 def describe_rows(name: str, split: str, rows: Any, homes: tuple[str, ...] = ()) -> ImageSource:
-    """Finds the image and label columns of a datasets ``Dataset`` or ``IterableDataset``.
-
-    Args:
-        name: as the user wrote it.
-        split: name of the split.
-        rows: the dataset.
-        homes: where rows may name files: see :class:`ImageSource`. Without any, they must carry their bytes.
+    """Finds the image and label columns of a datasets ``Dataset`` or ``IterableDataset``. Without ``homes``, see
+    :class:`ImageSource`, its rows must carry their bytes.
 
     Raises:
         DataError: no image column.
@@ -165,48 +150,6 @@ def describe_rows(name: str, split: str, rows: Any, homes: tuple[str, ...] = ())
     return ImageSource(name, split, rows.cast_column(image, Image(decode=False)), image, label, names, homes)
 
 
-def calibration_chunks(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Iterator[Tensor]:
-    """``samples`` images drawn at random, fewer where there are fewer, in preprocessed chunks (c, 3, height, width).
-
-    Raises:
-        DataError: no image at all, or an unreadable one.
-    """
-    for pictures, _ in _drawn(source, samples, seed):
-        yield preprocess(pictures)
-
-
-def calibration_images(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Tensor:
-    """All of :func:`calibration_chunks` in one tensor (n, 3, height, width)."""
-    return torch.cat(list(calibration_chunks(source, samples, seed, preprocess)))
-
-
-def calibration_examples(
-    source: ImageSource, samples: int, seed: int, preprocess: Preprocess
-) -> tuple[Tensor, Tensor]:
-    """The images of :func:`calibration_images`, and the data's own labels (n,).
-
-    Raises:
-        DataError: also where there are no labels, or they are no numbers.
-    """
-    check_labels(source, "the mask criterion")
-    images, labels = zip(*labelled_chunks(source, samples, seed, preprocess), strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
-def labelled_chunks(
-    source: ImageSource, samples: int, seed: int, preprocess: Preprocess
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The chunks of :func:`calibration_chunks` with the data's own labels: (c, 3, height, width) and (c,).
-
-    Raises:
-        DataError: no image, no label column, labels that are no numbers, or an unreadable image.
-    """
-    check_labels(source, "training")
-    for pictures, rows in _drawn(source, samples, seed):
-        labels = torch.tensor([_label(row, source, i) for i, row in rows])
-        yield preprocess(pictures), labels
-
-
 def check_labels(source: ImageSource, what: str) -> None:
     """Makes sure that a split has labels, for ``what`` needs them.
 
@@ -220,86 +163,100 @@ def check_labels(source: ImageSource, what: str) -> None:
         )
 
 
-def _drawn(source: ImageSource, samples: int, seed: int) -> Iterator[tuple[list[PIL.Image.Image], Rows]]:
-    """Decoded images and their numbered rows, some at a time."""
-    rows: Iterable[tuple[int, dict[str, Any]]]
+def drawn(source: ImageSource, samples: int | None, seed: int) -> ImageSource:
+    """The same split with ``samples`` of its images drawn at random, fewer where there are fewer, or all for None; of
+    a stream the first that come, from places all over it."""
     if source.size is None:
-        rows = enumerate(_stream(source, _shuffled(source, seed).take(samples)))
-    else:
-        order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-        rows = ((i, source.rows[i]) for i in order)
-    empty = True
-    for chunk in _chunks(rows, CHUNK):
-        empty = False
-        yield [_decode(row, source, i) for i, row in chunk], chunk
-    if empty:
-        raise DataError(f"Data {source.name} ({source.split}) is empty.")
+        rows = source.rows.reshard().shuffle(seed=seed, buffer_size=1000, max_buffer_input_shards=STREAMS)
+        return replace(source, rows=rows.take(samples))
+    order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    return replace(source, rows=source.rows.select(order), numbers=order)
+
+
+def image_batches(source: ImageSource, preprocess: Preprocess, size: int = CHUNK) -> Iterator[Tensor]:
+    """All images of a split in order, (b, 3, height, width).
+
+    Raises:
+        DataError: no image at all, or an unreadable one.
+    """
+    for rows in _batches(source, size):
+        yield preprocess([_decode(row, source, i) for i, row in rows])
+
+
+def labelled_batches(
+    source: ImageSource, preprocess: Preprocess, size: int = CHUNK, purpose: str = "training"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images of a split in order, with the data's own labels: (b, 3, height, width) and (b,).
+
+    Raises:
+        DataError: also where there are no labels, which ``purpose`` needs, or they are no numbers.
+    """
+    check_labels(source, purpose)
+    for rows in _batches(source, size):
+        labels = [_label(row[str(source.label_column)], source, i) for i, row in rows]
+        yield preprocess([_decode(row, source, i) for i, row in rows]), torch.tensor(labels)
+
+
+def calibration_images(source: ImageSource, samples: int, seed: int, preprocess: Preprocess) -> Tensor:
+    """``samples`` images drawn at random, in one tensor (n, 3, height, width)."""
+    return torch.cat([*image_batches(drawn(source, samples, seed), preprocess)])
 
 
 def drawn_labelled(source: ImageSource, samples: int | None, seed: int) -> tuple[ImageSource, Tensor]:
-    """``samples`` images drawn at random, or all for None, that can be read again and again by number, and the data's
-    own labels (n,). They stay encoded: on disk, or those of a stream in memory.
+    """:func:`drawn` images that can be read again and again by number, and the data's own labels (n,). They stay
+    encoded: on disk, or those of a stream in memory.
 
     Raises:
         DataError: no image, no label column, labels that are no numbers, or all of a stream.
     """
     check_labels(source, "training")
-    if source.size is not None:
-        order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples]
-        rows = source.rows.select(order.tolist())
-    elif samples is None:
+    if source.size is None and samples is None:
         raise DataError(
             f"Data {source.name} ({source.split}) is streamed from the Hub.",
             "Give --samples, the images to take of it.",
         )
-    else:
-        taken = _stream(source, _shuffled(source, seed).take(samples))
-        rows = datasets.Dataset.from_list([_nameless(row, source) for row in taken], features=source.rows.features)
-    if len(rows) == 0:
-        raise DataError(f"Data {source.name} ({source.split}) is empty.")
-    labels = [
-        _label({str(source.label_column): value}, source, i) for i, value in enumerate(rows[source.label_column])
-    ]
-    return replace(source, rows=rows), torch.tensor(labels)
+    source = drawn(source, samples, seed)
+    if source.size is None:
+        taken = [_nameless(row, source) for rows in _batches(source, CHUNK) for _, row in rows]
+        source = replace(source, rows=datasets.Dataset.from_list(taken, features=source.rows.features))
+    if not source.size:
+        raise _empty(source)
+    labels = [_label(label, source, i) for i, label in _numbered(source, source.rows[source.label_column])]
+    return source, torch.tensor(labels)
 
 
-def pictures(source: ImageSource, numbers: Iterable[int]) -> list[PIL.Image.Image]:
-    """The images of these numbers, decoded, of a source that is no stream."""
-    return [_decode(source.rows[i], source, i) for i in numbers]
+def pictures(source: ImageSource, places: Iterable[int]) -> list[PIL.Image.Image]:
+    """The images at these places, decoded, of a source that is no stream."""
+    return [_decode(source.rows[i], source, i if source.numbers is None else source.numbers[i]) for i in places]
 
 
-def labelled_batches(source: ImageSource, preprocess: Preprocess, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images of a split in order, with the data's own labels: (b, 3, height, width) and (b,).
-
-    Raises:
-        DataError: no label column, labels that are no numbers, or an unreadable image.
-    """
-    check_labels(source, "measuring accuracy")
-    for chunk in _chunks(enumerate(_stream(source, source.rows)), batch_size):
-        labels = [_label(row, source, i) for i, row in chunk]
-        yield preprocess([_decode(row, source, i) for i, row in chunk]), torch.tensor(labels)
+def _numbered(source: ImageSource, items: Iterable[T]) -> Iterator[tuple[int, T]]:
+    return zip(count() if source.numbers is None else source.numbers, items, strict=False)
 
 
-def _shuffled(source: ImageSource, seed: int) -> Any:
-    return source.rows.reshard().shuffle(seed=seed, buffer_size=1000, max_buffer_input_shards=STREAMS)
-
-
-def _stream(source: ImageSource, rows: Iterable[T]) -> Iterator[T]:
+def _stream(source: ImageSource) -> Iterator[dict[str, Any]]:
     if source.size is not None:
-        yield from rows
+        yield from source.rows
         return
     with hub_errors(DataError, "dataset", source.name), _unreadable(f"Data {source.name} ({source.split})"):
-        yield from rows
+        yield from source.rows
 
 
-def _chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
-    remaining = iter(rows)
-    while chunk := list(islice(remaining, size)):
-        yield chunk
+def _batches(source: ImageSource, size: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Rows with their numbers, ``size`` at a time."""
+    rows, empty = _numbered(source, _stream(source)), True
+    while batch := list(islice(rows, size)):
+        yield batch
+        empty = False
+    if empty:
+        raise _empty(source)
 
 
-def _label(row: dict[str, Any], source: ImageSource, position: int) -> int:
-    label = row[str(source.label_column)]
+def _empty(source: ImageSource) -> DataError:
+    return DataError(f"Data {source.name} ({source.split}) is empty.")
+
+
+def _label(label: Any, source: ImageSource, position: int) -> int:
     if not isinstance(label, int):
         raise DataError(
             f"Image number {position} of {source.name} ({source.split}) has the label {label!r}; expected the number "

@@ -27,13 +27,8 @@ BAR = 20
 
 
 def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
-    """Writes README.md: what was pruned and how, what it cost, how to load it.
-
-    Args:
-        checkpoint: the pruned model.
-        folder: where README.md goes.
-        report: the prune's report, as in snows_config.json.
-    """
+    """Writes README.md of a pruned model: what was pruned and how, what it cost, how to load it; from its report, as
+    in snows_config.json."""
     report = plain(report)
     retrained = retrainings(report)
     # Figures of the weights that are in the folder, or none.
@@ -66,13 +61,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
 
 
 def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
-    """Writes README.md of a network that was pruned at initialisation and trained.
-
-    Args:
-        checkpoint: the trained model.
-        folder: where README.md goes.
-        report: of the training, as in snows_config.json.
-    """
+    """Writes README.md of a network that was pruned at initialisation and trained, from the training's report."""
     report = plain(report)
     tags = ["snows-hf", *(["sparse", "pruned", "pruning-at-initialization"] if report["pattern"] else [])]
     names = {report[key]["name"] for key in ("data", "eval_data") if report[key]}

@@ -68,7 +68,6 @@ def _transformers(source: str, folder: Path, config: dict[str, Any], class_names
             settings.id2label = dict(enumerate(class_names))
             settings.label2id = {name: i for i, name in enumerate(class_names)}
             config |= {"id2label": {str(i): name for i, name in enumerate(class_names)}, "label2id": settings.label2id}
-        if getattr(settings, "quantization_config", None) is not None:
-            del settings.quantization_config
+        vars(settings).pop("quantization_config", None)
         model = AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
     return tried(of_transformers(source, folder, config, model))

@@ -1,9 +1,8 @@
 """From a Hub id or a folder to a model with its preprocessing, of transformers or timm."""
 
-import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ import timm
 import torch
 from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from timm.models import clean_state_dict
@@ -27,9 +26,10 @@ from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets w
 from ..data.images import Preprocess
 from ..data.names import Name, local_folder, model_folder
 from ..errors import LoadError, NumericsError, SnowsError, one_line, shortened
+from ..runtime.files import checksum
 from ..runtime.remote import hub_errors
 from . import quantizer  # noqa: F401  registers packed files with transformers
-from .packed import PACKED_FILE, check_packed, read_packed
+from .packed import PACKED_FILE, check_packed, opened, read_packed
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -96,11 +96,7 @@ def check_download(name: str, snapshot: Path) -> None:
         blob = path.resolve()
         if path.is_dir() or blob == path.absolute() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
             continue  # no link into the cache (Windows): nothing says what it should be
-        digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
-        with blob.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        if digest.hexdigest() != blob.name:
+        if blob.name != (checksum(blob) if len(blob.name) == 64 else git_hash(blob.read_bytes())):
             path.unlink()
             blob.unlink()
             raise LoadError(
@@ -136,16 +132,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         LoadError: missing or no JSON object.
     """
-    path = folder / "config.json"
+    return read_json(folder / "config.json", "Expected a transformers or timm checkpoint.")
+
+
+def read_json(path: Path, expected: str = "", text: str | None = None, finite: bool = False) -> dict[str, Any]:
+    """The JSON object in a file, or in the ``text`` that it holds; ``finite`` refuses NaN and infinity, which Python
+    reads though they are no JSON.
+
+    Raises:
+        LoadError: missing (``expected`` says what it should have been), or no JSON object.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8") if text is None else text)
+        json.dumps(value, allow_nan=not finite)
     except FileNotFoundError:
-        raise LoadError(f"{folder} has no config.json.", "Expected a transformers or timm checkpoint.") from None
+        raise LoadError(f"{path.parent} has no {path.name}.", expected) from None
     except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{path}: expected a JSON object, got {type(config).__name__}.")
-    return config
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+    return value
 
 
 def library_of(config: dict[str, Any], folder: Path) -> str:
@@ -186,13 +192,8 @@ def check_weights(folder: Path) -> None:
             )
         raise LoadError(f"{folder} has no *.safetensors file.", "Pickles (.bin, .pth) are never read.")
     for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise LoadError(
-                f"{path} is corrupt or truncated: {one_line(error)}", "Download or copy it again."
-            ) from error
+        with opened(path):
+            pass
 
 
 @contextmanager
@@ -282,14 +283,21 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lacking = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+    check_complete(source, model, sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]))
+    return of_transformers(source, folder, config, model)
+
+
+def check_complete(source: str, model: nn.Module, lacking: Sequence[str], of_what: str = "") -> None:
+    """
+    Raises:
+        LoadError: a weight is lacking.
+    """
+    if lacking:
         raise LoadError(
-            f"{source} lacks weights of {type(model).__name__}, or has them in another shape: "
-            f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}.",
+            f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)}"
+            f"{of_what}.",
             "Expected a checkpoint with a trained classification head, and the config.json that belongs to it.",
         )
-    return of_transformers(source, folder, config, model)
 
 
 def of_transformers(source: str, folder: Path, config: dict[str, Any], model: Any) -> Checkpoint:
@@ -304,7 +312,11 @@ def of_transformers(source: str, folder: Path, config: dict[str, Any], model: An
     ):
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     names = names_of(model.config.id2label, model.config.num_labels)
-    return Checkpoint(source, folder, "transformers", config, model.eval(), by_processor(processor), processor, names)
+
+    def preprocess(images: Sequence[PIL.Image.Image]) -> Any:
+        return processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    return Checkpoint(source, folder, "transformers", config, model.eval(), preprocess, processor, names)
 
 
 def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -312,21 +324,11 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
     if not packed and not (folder / "model.safetensors").is_file():
         raise LoadError(f"{folder} has no model.safetensors, the file that timm reads.")
     with library_errors(f"timm cannot load {source}"):
-        if packed:
-            stored = read_packed(folder / PACKED_FILE)[0]
-            model = _timm_of(folder, stored)
-        else:
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-            stored = load_file(folder / "model.safetensors")
+        stored = read_packed(folder / PACKED_FILE)[0] if packed else load_file(folder / "model.safetensors")
+        model = _timm_of(folder, stored)
         lacking = lacking_weights(model, folder, stored)
-    if lacking:
-        raise LoadError(
-            f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)} "
-            f"for {model.num_classes} classes.",
-            "Expected a checkpoint with a trained classification head, and the config.json that belongs to it.",
-        )
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
+    check_complete(source, model, lacking, f" for {model.num_classes} classes")
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored:  # timm computes in float32 whatever the file has
             tensor.data = tensor.data.to(stored[name].dtype)
     buffers_follow_weights(model)
@@ -344,13 +346,7 @@ def _timm_of(folder: Path, stored: dict[str, torch.Tensor]) -> Any:
 @torch.no_grad()
 def lacking_weights(model: Any, folder: Path, stored: dict[str, torch.Tensor]) -> list[str]:
     """Names of the weights that timm left as it drew them: of a head for other classes, say, or whatever is missing in
-    the file where the configuration, or the architecture itself, has timm load without being strict.
-
-    Args:
-        model: as timm loaded it.
-        folder: of the checkpoint.
-        stored: what its file holds, by name.
-    """
+    the file (``stored``) where the configuration, or the architecture itself, has timm load without being strict."""
     state = model.state_dict()
     heads = model.pretrained_cfg.get("classifier") or ()
     lacking = [f"{head}.weight" for head in ((heads,) if isinstance(heads, str) else heads)]
@@ -386,7 +382,11 @@ def of_timm(source: str, folder: Path, config: dict[str, Any], model: Any) -> Ch
     labels = config.get("label_names") or model.pretrained_cfg.get("label_names")
     with library_errors(f"timm cannot read {source}'s preprocessing or names of classes"):
         names = names_of(labels, model.num_classes) if labels else None
-        preprocess = by_transform(model)
+        transform = create_transform(**resolve_data_config(model=model), is_training=False)
+
+    def preprocess(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
+        return torch.stack([transform(image) for image in images])
+
     return Checkpoint(source, folder, "timm", config, model.eval(), preprocess, None, names)
 
 
@@ -402,14 +402,3 @@ def names_of(labels: Any, count: int) -> tuple[str, ...]:
     """Names of the classes by logit, of a list or a mapping; one that has none is called by its number."""
     named = dict(enumerate(labels)) if isinstance(labels, list | tuple) else {int(i): labels[i] for i in labels}
     return tuple(str(named.get(i, i)) for i in range(count))
-
-
-def by_processor(processor: Any) -> Preprocess:
-    """What a transformers image processor does."""
-    return lambda images: processor(images=list(images), return_tensors="pt")["pixel_values"]
-
-
-def by_transform(model: nn.Module) -> Preprocess:
-    """What timm's configuration of a model says."""
-    transform = create_transform(**resolve_data_config(model=model), is_training=False)
-    return lambda images: torch.stack([transform(image) for image in images])

@@ -13,6 +13,7 @@ Zero means all bits zero: -0.0 and every NaN survive. Tensors that would not shr
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,6 @@ _CHOICE_OF = np.full(16, 255, np.uint8)
 _CHOICE_OF[_CHOICES @ (1, 2, 4, 8)] = np.arange(6)
 _TRIPLES = np.concatenate([_CHOICES[np.arange(216) // 6**i % 6] for i in range(3)], axis=1)
 """(216, 12): which weights of three groups each byte keeps."""
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
 # ---- one tensor
@@ -75,9 +75,8 @@ def _encode_2to4(kept: Tensor) -> Tensor | None:
     choices = _CHOICE_OF[groups @ np.array([1, 2, 4, 8], np.uint8)]
     if (choices == 255).any():
         return None
-    triples = np.zeros(3 * -(-len(choices) // 3), np.uint8)
-    triples[: len(choices)] = choices
-    return torch.from_numpy(triples.reshape(-1, 3) @ np.array([1, 6, 36], np.uint8))
+    triples = np.pad(choices, (0, -len(choices) % 3)).reshape(-1, 3)
+    return torch.from_numpy(triples @ np.array([1, 6, 36], np.uint8))
 
 
 def check_parts(name: str, parts: Mapping[str, Tensor]) -> torch.Size:
@@ -104,10 +103,7 @@ def check_parts(name: str, parts: Mapping[str, Tensor]) -> torch.Size:
     expect(shape.dtype == torch.int64 and 1 <= len(shape) <= _MAX_DIMENSIONS, "its shape is not a list of dimensions")
     sizes = shape.tolist()
     expect(all(size > 0 for size in sizes), f"its shape {sizes} has a dimension below 1")
-    numel = 1
-    for size in sizes:  # Python's integers: a product that lies overflows nothing
-        numel *= size
-
+    numel = math.prod(sizes)  # of Python's integers: a product that lies overflows nothing
     per_byte = 12 if suffix == ":2to4" else 8
     expect(
         len(mask) == -(-numel // per_byte),
@@ -121,7 +117,7 @@ def check_parts(name: str, parts: Mapping[str, Tensor]) -> torch.Size:
         count = numel // 2
     else:
         expect(rest == 0 or bytes_[-1] % (1 << 8 - rest) == 0, "its mask is longer than the tensor")
-        count = int(_ONES[bytes_].sum(dtype=np.int64))
+        count = int(np.bitwise_count(bytes_).sum(dtype=np.int64))
     expect(len(values) == count, f"{len(values)} values for a mask that keeps {count}")
     return torch.Size(sizes)
 

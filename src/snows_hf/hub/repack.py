@@ -5,13 +5,14 @@ model.safetensors as safetensors writes it: the file that went in, byte for byte
 most one key of metadata, as transformers, timm and ``prune`` do.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..data.names import Name
 from ..errors import LoadError, one_line
 from ..runtime.files import check_output, whole_folder, write_json
 from .card import PLACEHOLDER
-from .load import find_folder, leads_out
+from .load import find_folder, leads_out, read_json
 from .packed import PACKED_FILE, check_packed, opened, read_packed, write_packed
 
 
@@ -30,25 +31,6 @@ INDEX_FILE = "model.safetensors.index.json"
 _CONFIG_OPENING = '{\n  "quantization_config": {"quant_method": "snows"},'
 # What the card says of loading holds for the unpacked copy alone: until then it is a comment.
 _LOADING = re.compile("\n## How to load it\n.*?(?=\n## |\\Z)", re.DOTALL)
-_CARD_OPENING = f"""
-<!-- packed -->
-## How to load it
-
-This copy is packed: its weights are in `{PACKED_FILE}`, without their zeros, which stock libraries do not read.
-
-```python
-import snows_hf
-
-checkpoint = snows_hf.from_pretrained("{PLACEHOLDER}")
-model, preprocess = checkpoint.model, checkpoint.preprocess
-```
-
-Once `snows_hf` is imported, transformers' `from_pretrained` reads it too. `snows-hf unpack {PLACEHOLDER} OUT` makes an
-ordinary checkpoint of it again.
-
-<!-- unpacked:
-"""
-_CARD_END = "\nend of unpacked -->\n"
 _PACKED_CARD = re.compile("\n<!-- packed -->\n.*?\n<!-- unpacked:\n(.*?)\nend of unpacked -->\n", re.DOTALL)
 
 
@@ -95,19 +77,20 @@ def pack_into(source: Path, folder: Path) -> None:
     """Like :func:`pack`, into an existing folder."""
     if (source / PACKED_FILE).exists():
         raise LoadError(f"{source} is packed already.", "`snows-hf unpack` makes an ordinary checkpoint of it.")
-    tensors, metadata, files = _read_dense(source)
+    weights, tensors, metadata = weight_files(source), dict[str, Tensor](), dict[str, str]()
+    for name in sorted(weights - {INDEX_FILE}):
+        with opened(source / name) as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+            metadata |= file.metadata() or {}
     path = source / "config.json"
     text = _read_text(path)
-    if "quantization_config" in _json(path, text):
+    if "quantization_config" in read_json(path, text=text):
         raise LoadError(f"{source} is quantised.", "Only checkpoints of plain weights can be packed.")
     packed_text = text.replace("{", _CONFIG_OPENING, 1)
-    _json(path, packed_text)
-    _copy(source, folder, {*files, "config.json", "README.md"})
-    write_packed(folder / PACKED_FILE, tensors, metadata)
-    (folder / "config.json").write_text(packed_text, encoding="utf-8", newline="")
-    if (source / "README.md").is_file():
-        card = _packed_card(_read_text(source / "README.md"))
-        (folder / "README.md").write_text(card, encoding="utf-8", newline="")
+    read_json(path, text=packed_text)
+    _copy(source, folder, {*weights, INDEX_FILE}, _packed_card)
+    write_packed(folder / PACKED_FILE, tensors, metadata or None)
+    (folder / "config.json").write_bytes(packed_text.encode())
 
 
 def unpack_into(source: Path, folder: Path) -> None:
@@ -116,25 +99,22 @@ def unpack_into(source: Path, folder: Path) -> None:
     if not path.is_file():
         raise LoadError(f"{source} has no {PACKED_FILE}.", "Give what `snows-hf pack` made.")
     check_packed(path)
-    text = _read_text(source / "config.json")
-    restored = text.replace(_CONFIG_OPENING, "{", 1)
-    config = _json(source / "config.json", restored)
-    _copy(source, folder, {PACKED_FILE, "config.json", "README.md"})
+    restored = _read_text(source / "config.json").replace(_CONFIG_OPENING, "{", 1)
+    config = read_json(source / "config.json", text=restored)
+    _copy(source, folder, {PACKED_FILE}, lambda card: _PACKED_CARD.sub(r"\1", card, count=1))
     tensors, metadata = read_packed(path)
     save_file(tensors, folder / DENSE_FILE, metadata)
-    if config.pop("quantization_config", None) is None:
-        (folder / "config.json").write_text(restored, encoding="utf-8", newline="")
-    else:  # somebody wrote config.json anew
+    (folder / "config.json").write_bytes(restored.encode())
+    if config.pop("quantization_config", None) is not None:  # somebody wrote config.json anew
         write_json(folder / "config.json", config)
-    if (source / "README.md").is_file():
-        card = _PACKED_CARD.sub(r"\1", _read_text(source / "README.md"), count=1)
-        (folder / "README.md").write_text(card, encoding="utf-8", newline="")
 
 
 def _packed_card(text: str) -> str:
     found = _LOADING.search(text)
     start, end = found.span() if found else (len(text), len(text))
-    return text[:start] + _CARD_OPENING + text[start:end] + _CARD_END + text[end:]
+    template = files("snows_hf.hub").joinpath("packed_card_template.md").read_text(encoding="utf-8")
+    values = {"here": PLACEHOLDER, "packed_file": PACKED_FILE, "unpacked": text[start:end]}
+    return text[:start] + Template(template, keep_trailing_newline=True).render(values) + text[end:]
 
 
 def weight_files(folder: Path) -> set[str]:
@@ -149,32 +129,24 @@ def weight_files(folder: Path) -> set[str]:
     index = folder / INDEX_FILE
     if not index.is_file():
         raise LoadError(f"{folder} has no {DENSE_FILE}.", "Expected a safetensors checkpoint of transformers or timm.")
-    shards = _json(index, _read_text(index)).get("weight_map")
+    shards = read_json(index, text=_read_text(index)).get("weight_map")
     names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
     if not names or any(Path(name).name != name or not (folder / name).is_file() for name in names):
         raise LoadError(f"{index} names shards that are not beside it.", "Download or copy it again.")
     return names | {INDEX_FILE}
 
 
-def _read_dense(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | None, set[str]]:
-    """Tensors and metadata of the files of an ordinary checkpoint's weights, and the names of these files."""
-    files = weight_files(folder)
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] | None = None
-    for name in sorted(files - {INDEX_FILE}):
-        with opened(folder / name) as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-            metadata = {**(metadata or {}), **(file.metadata() or {})} or None
-    return tensors, metadata, files | {INDEX_FILE}
+def _copy(source: Path, folder: Path, weights: set[str], card: Callable[[str], str]) -> None:
+    """Copies what is no weights, with a card that is changed so, and leaves out config.json."""
 
-
-def _copy(source: Path, folder: Path, without: set[str]) -> None:
     def copy(path: str | Path, to: str | Path) -> None:
         check_own(Path(path), source)
         shutil.copyfile(path, to)
 
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in without:
+        if path.name == "README.md" and path.is_file():
+            (folder / path.name).write_bytes(card(_read_text(path)).encode())
+        elif path.is_file() and path.name not in weights | {"config.json"}:
             copy(path, folder / path.name)
         elif path.is_dir() and not path.name.startswith("."):
             shutil.copytree(path, folder / path.name, copy_function=copy)
@@ -199,13 +171,3 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def _json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path}: expected a JSON object, got {type(value).__name__}.")
-    return value

@@ -10,10 +10,10 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import Tensor
 
-from ..errors import LoadError, one_line
+from ..errors import LoadError
 from ..runtime.files import write_json
 from ..runtime.version import __version__
-from .load import Checkpoint, leads_out
+from .load import Checkpoint, leads_out, read_json
 
 
 REPORT_FILE = "snows_config.json"
@@ -35,14 +35,10 @@ REPORT = {
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any], report: dict[str, Any]) -> None:
-    """Writes model, config and preprocessing in the library's own format, and the report beside them.
+    """Writes model, config and preprocessing in the library's own format, and the report, into an empty folder.
 
-    Args:
-        checkpoint: holding the pruned model.
-        folder: an empty folder.
-        summary: small; goes into config.json under ``snows``.
-        report: everything; goes into snows_config.json. Licences that were not copied, since they are links to
-            elsewhere, are added as ``left_out``.
+    The ``summary``, which is small, goes into config.json under ``snows``, the ``report`` into snows_config.json;
+    licences that were not copied, since they are links to elsewhere, are added to it as ``left_out``.
     """
     model: Any = checkpoint.model
     config = deepcopy(checkpoint.config)
@@ -69,13 +65,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
 
 
 def claim(pattern: str, sparsity: float, weights: Iterable[Tensor]) -> dict[str, Any]:
-    """What config.json says under ``snows``, which ``inspect`` holds the weights against.
-
-    Args:
-        pattern: of the weights that were pruned.
-        sparsity: share of zeros of the layers that were pruned.
-        weights: those that the pattern binds; how many they are says whether a report names all of them.
-    """
+    """What config.json says under ``snows``, which ``inspect`` holds the weights against: pattern and share of zeros
+    of what was pruned, and the number of ``weights`` that the pattern binds, all of which a report must name."""
     count = sum(weight.numel() for weight in weights)
     return {"version": __version__, "pattern": pattern, "sparsity": round(sparsity, 6), "weights": count}
 
@@ -87,28 +78,17 @@ def read_report(folder: Path) -> dict[str, Any]:
         LoadError: there is none, or it is not what ``prune`` writes.
     """
     path = folder / REPORT_FILE
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(report, allow_nan=False)  # Python reads NaN and infinity, which are no JSON
-    except FileNotFoundError:
-        raise LoadError(
-            f"{folder} has no {REPORT_FILE}.", "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is not valid JSON: {one_line(error)}") from error
-    if isinstance(report, dict) and "collapse" in report:
+    expected = "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
+    report = read_json(path, expected, finite=True)
+    if "collapse" in report:
         raise LoadError(
             f"{folder} is what `snows-hf train` wrote; expected what `snows-hf prune` writes.",
             "`snows-hf eval` and `snows-hf inspect` read it.",
         )
-    if not isinstance(report, dict):
-        wrong = [f"a {type(report).__name__}"]
-    else:
-        keys = [key for key, kind in REPORT.items() if not is_a(report.get(key), kind)]
-        wrong = [f"its {key!r} is {report.get(key)!r:.60}" for key in keys]
-        earlier = report.get("earlier_finetunes", [])
-        if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
-            wrong.append("its 'earlier_finetunes' are no list of retrainings")
+    wrong = [f"its {k!r} is {report.get(k)!r:.60}" for k, kind in REPORT.items() if not is_a(report.get(k), kind)]
+    earlier = report.get("earlier_finetunes", [])
+    if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
+        wrong.append("its 'earlier_finetunes' are no list of retrainings")
     if wrong:
         raise LoadError(
             f"{path} is not a report that this version of `snows-hf prune` writes: {wrong[0]}.", "Prune again."

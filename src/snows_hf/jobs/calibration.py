@@ -9,7 +9,7 @@ from torch import Tensor
 from ..adapters import Chain
 from ..adapters.check import check_chain
 from ..adapters.flops import count_flops
-from ..data.images import ImageSource, calibration_chunks, check_labels, label_map, labelled_chunks, to_classes
+from ..data.images import ImageSource, drawn, image_batches, label_map, labelled_batches, to_classes
 from ..hub.load import Checkpoint
 from ..masks.criteria import needs_labels
 from ..runtime.distributed import local_processes
@@ -46,15 +46,14 @@ def calibrate(run: Run, source: ImageSource, config: PruneConfig, checkpoint: Ch
     run.say(f"Reading {config.samples} images of {source.name}")
     shelf = Shelf(available() / 2 / local_processes() if run.left is None else run.left / 4)
     images, labels, digest = Images(shelf), list[Tensor](), Digest()
-    given = source, config.samples, config.seed, checkpoint.preprocess
-    chunks: Iterable[tuple[Tensor, Tensor | None]] = ((chunk, None) for chunk in calibration_chunks(*given))
+    given = drawn(source, config.samples, config.seed), checkpoint.preprocess
+    batches: Iterable[tuple[Tensor, Tensor | None]] = ((batch, None) for batch in image_batches(*given))
     if needs_labels(config.mask):
-        check_labels(source, f"the mask criterion {config.mask!r}")
-        chunks = labelled_chunks(*given)
-    for chunk, own in chunks:
+        batches = labelled_batches(*given, purpose=f"the mask criterion {config.mask!r}")
+    for batch, own in batches:
         # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.
-        images.append(chunk.to(run.dtype, memory_format=torch.channels_last))
-        digest.add(chunk)
+        images.append(batch.to(run.dtype, memory_format=torch.channels_last))
+        digest.add(batch)
         if own is not None:
             labels.append(own)
         run.tell("Reading images", len(images), config.samples)

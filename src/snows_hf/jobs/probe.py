@@ -13,9 +13,9 @@ from ..adapters.base import logits_of
 from ..data.images import (
     ImageSource,
     check_labels,
+    drawn,
     label_map,
     labelled_batches,
-    labelled_chunks,
     open_images,
     to_classes,
 )
@@ -100,7 +100,7 @@ def probe(
         chunks = (
             labelled_batches(train, checkpoint.preprocess, 256)
             if samples is None
-            else labelled_chunks(train, samples, seed, checkpoint.preprocess)
+            else labelled_batches(drawn(train, samples, seed), checkpoint.preprocess)
         )
         x, y = extract_features(run, checkpoint.model, chunks, train)
         run.say(f"Extracting its features of {measured} ({test_split})")

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..adapters import build_chain
 from ..adapters.base import Chain, logits_of
-from ..data.images import CHUNK, ImageSource, check_labels, labelled_chunks, open_images
+from ..data.images import CHUNK, ImageSource, check_labels, drawn, labelled_batches, open_images
 from ..data.names import Name, short_name
 from ..errors import ConfigError
 from ..hub.card import write_training_card
@@ -220,8 +220,8 @@ def read_examples(run: Run, source: ImageSource, checkpoint: Checkpoint, config:
     count = config.samples or source.size
     if count is None:
         raise ConfigError(f"{source.name} is streamed, and how many images to keep is not said.", "Give --samples.")
-    chunks = labelled_chunks(source, count, config.seed, checkpoint.preprocess)
-    tracked = run.track(chunks, "Reading images, in chunks", -(-count // CHUNK))
+    batches = labelled_batches(drawn(source, count, config.seed), checkpoint.preprocess)
+    tracked = run.track(batches, "Reading images, in chunks", -(-count // CHUNK))
     images, labels = map(torch.cat, zip(*tracked, strict=True))
     if len(images) < 2:
         raise ConfigError(f"{source.name} ({source.split}) has one image.", "Training needs two at least.")

@@ -116,13 +116,9 @@ def own_part(total: int) -> slice:
 
 def share(total: int) -> Share:
     """This process's part of a batch."""
-    if processes() == 1:
-        return whole(total)
     own = own_part(total)
-    if own.start < own.stop:
-        return Share(total, own.start, own.stop, alone=False)
     start = min(own.start, total - 1)
-    return Share(total, start, start + 1, weight=0.0, alone=False)
+    return Share(total, start, max(own.stop, start + 1), float(own.start < own.stop), alone=processes() == 1)
 
 
 def from_main(make: Callable[[], T]) -> T:

@@ -21,11 +21,7 @@ PLACING = "placing"
 
 
 def check_output(output: Path, size: int) -> None:
-    """Refuses, before any work is done, an output folder that could not be written at the end.
-
-    Args:
-        output: the folder to be made.
-        size: bytes that it will hold at least.
+    """Refuses, before any work is done, an output folder that could not take ``size`` bytes at the end.
 
     Raises:
         SaveError: it exists and is not empty, its parent cannot be written, or the disk has no room.
@@ -37,9 +33,7 @@ def check_output(output: Path, size: int) -> None:
         entries = {path.name for path in output.iterdir()} if output.exists() else set()
         if entries - {work.name} and not (work / PLACING).exists():
             raise SaveError(f"Output {output} exists and is not empty.", "Choose another --output, or remove it.")
-        place = output.absolute()
-        while not place.exists():
-            place = place.parent
+        place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free
     except OSError as error:
@@ -58,11 +52,8 @@ def whole_folder(output: Path, work: Path | None = None) -> Iterator[Path]:
     """A fresh folder whose files are in ``output``, and on the disk, when the block ends well, and gone when it does
     not.
 
-    An ``output`` that exists already, empty, stays the folder that it is (a mount point, say) and is filled.
-
-    Args:
-        output: the folder to be made.
-        work: where the fresh folder is until then; None: hidden, beside ``output`` or in it.
+    An ``output`` that exists already, empty, stays the folder that it is (a mount point, say) and is filled. Until
+    then the fresh folder is in ``work``; without one it is hidden, beside ``output`` or in it.
 
     Raises:
         SaveError: the disk is full or refuses.

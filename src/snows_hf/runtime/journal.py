@@ -27,6 +27,9 @@ from .files import checksum, sync, work_folder
 
 RUN = "run"
 
+TOLD = {r"layer-\d+": "{} layers finished", r".+-layer-\d+": "masks of {} layers", r".+-loss-\d+": "{} sensitivities"}
+"""What is said of records, by their names, where a run goes on with them."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -64,21 +67,17 @@ class Journal:
 
     def names(self) -> list[str]:
         """Names of the records, whole or not, in alphabetical order."""
-        paths = self.folder.glob("*.*.safetensors") if self.folder else ()
-        return from_main(lambda: sorted({path.name.partition(".")[0] for path in paths}))
+        return from_main(self._names)
 
     def put_next(self, series: str, number: int, tensors: Mapping[str, Tensor], **facts: Any) -> None:
         """Keeps a number of a series, and the one before it, should this one turn out damaged."""
         self.put(f"{series}-step-{number:06d}", tensors, **facts)
-        for older in [name for name in self._series(series) if name <= f"{series}-step-{number:06d}"][:-2]:
-            self.drop(older)
+        self.drop(f"{series}-step-{number - 2:06d}")
 
     def latest(self, series: str) -> Record | None:
         """The last record of a series that is whole."""
-        return next((record for name in reversed(self._series(series)) if (record := self.get(name))), None)
-
-    def _series(self, series: str) -> list[str]:
-        return [name for name in self.names() if name.startswith(f"{series}-step-")]
+        names = [name for name in self.names() if name.startswith(f"{series}-step-")]
+        return next((record for name in reversed(names) if (record := self.get(name))), None)
 
     def drop(self, prefix: str) -> None:
         """Removes all records whose names begin so."""
@@ -92,14 +91,17 @@ class Journal:
     def _paths(self, pattern: str) -> list[Path]:
         return sorted(self.folder.glob(f"{pattern}.*.safetensors")) if self.folder else []
 
+    def _names(self) -> list[str]:
+        return sorted({path.name.partition(".")[0] for path in self._paths("*")})
+
     def _read(self, name: str) -> Record | None:
         for path in self._paths(name):
             try:
                 if checksum(path) == path.name.split(".")[1]:
                     with safe_open(path, "pt") as file:
                         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dictionary
-                        return Record(tensors, facts_of(file.metadata()))
-            except (OSError, SafetensorError, ValueError):
+                        return Record(tensors, json.loads(file.metadata()["facts"]))
+            except (OSError, SafetensorError, ValueError, TypeError, KeyError):
                 pass  # it is removed, and made again
             path.unlink(missing_ok=True)
         return None
@@ -152,41 +154,37 @@ def open_journal(
         yield Journal()
         return
     folder = work_folder(output)
-    lock = FileLock(folder / "lock")
-    journal = Journal(folder)
+    lock, journal = FileLock(folder / "lock"), Journal(folder)
 
     def enter() -> None:
-        _take(folder, lock, output)
-        try:
-            if restart:
-                _clear(folder)
-            _check_same(journal, run, output)
-            journal._write(RUN, {}, run)
-        except BaseException:
-            _leave(folder, lock, keep=bool(_finished(folder)))
-            raise
+        _take(lock, output)
+        if restart:
+            journal.drop("")
+        _check_same(journal, run, output)
+        journal._write(RUN, {}, run)
 
-    from_main(enter)
-    if found := journal.names()[:-1]:  # all but RUN
-        layers = sum(re.fullmatch(r"layer-\d+", name) is not None for name in found)
-        finished = f", with {layers} layers finished" if layers else ""
-        say(f"Going on where an earlier run was broken off{finished}")
-    whole = False
+    begun = whole = False
     try:
+        from_main(enter)
+        begun = True
+        if found := [name for name in journal.names() if name != RUN]:
+            counts = {words: sum(bool(re.fullmatch(names, name)) for name in found) for names, words in TOLD.items()}
+            told = " and ".join(words.format(count) for words, count in counts.items() if count)
+            say(f"Going on where an earlier run was broken off{f', with {told}' if told else ''}")
         yield journal
         whole = True
     finally:
-        keep = not whole and bool(_finished(folder))
-        if keep:
-            say(f"What is finished is kept in {folder}: the same command goes on from there")
         if lock.is_locked:
-            _leave(folder, lock, keep)
+            if whole or not {*journal._names()} - {RUN, "batches"}:
+                shutil.rmtree(folder, ignore_errors=True)  # while the lock is held: nobody else can be in there
+            elif begun:
+                say(f"What is finished is kept in {folder}: the same command goes on from there")
+            lock.release()
 
 
-def _take(folder: Path, lock: FileLock, output: Path) -> None:
+def _take(lock: FileLock, output: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0)  # and makes the folder
     except Timeout:
         raise SaveError(
             f"Output {output} is being made by another run.", "Wait until it has ended, or choose another --output."
@@ -197,28 +195,13 @@ def _take(folder: Path, lock: FileLock, output: Path) -> None:
         ) from error
 
 
-def _leave(folder: Path, lock: FileLock, keep: bool) -> None:
-    if not keep:  # before the lock is given back: nobody else can be in there
-        shutil.rmtree(folder, ignore_errors=True)
-    lock.release()
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
-
-
-def _finished(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.*.safetensors") if path.name.partition(".")[0] not in (RUN, "batches")]
-
-
 def _check_same(journal: Journal, run: dict[str, Any], output: Path) -> None:
-    found = journal._read(RUN)
-    if found is None and journal.folder is not None:
-        _clear(journal.folder)  # records of nobody knows what
-    if found is None or found.facts == json.loads(json.dumps(run)):
+    found, run = journal.get(RUN), json.loads(json.dumps(run))
+    if found is None:
+        journal.drop("")  # records of nobody knows what
+    if found is None or found.facts == run:
         return
-    old, new = _flat(found.facts), _flat(json.loads(json.dumps(run)))
+    old, new = _flat(found.facts), _flat(run)
     changed = [
         f"{key} was {_brief(old.get(key))} and is {_brief(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -240,17 +223,6 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _brief(value: Any) -> str:
     # Digests: the beginning tells them apart.
     return f"{value[:8]} …" if isinstance(value, str) and len(value) == 64 else repr(value)
-
-
-def facts_of(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: there are none.
-    """
-    facts = json.loads((metadata or {}).get("facts", ""))
-    if not isinstance(facts, dict):
-        raise ValueError("no facts")
-    return facts
 
 
 class Digest:

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,9 +24,6 @@ from ..errors import ConfigError, MemoryLimitError, SaveError, one_line
 
 T = TypeVar("T")
 Tensors = tuple[Tensor, ...]
-
-M_MMAP_THRESHOLD = -3
-"""A parameter of ``mallopt`` in glibc's malloc.h."""
 
 PREFIX = "snows-hf-activations-"
 """Of temporary folders, which hold a lock and files named by numbers, and nothing else."""
@@ -83,17 +81,16 @@ class Shelf:
         self.used -= size
 
 
+@dataclass(frozen=True, eq=False)
 class Kept:
     """A place on a :class:`Shelf`."""
 
-    def __init__(self, content: Tensors | Path) -> None:
-        self._content = content
+    content: Tensors | Path
 
     def get(self) -> Tensors:
-        if isinstance(self._content, Path):
-            tensors: Tensors = torch.load(self._content, weights_only=True)
-            return tensors
-        return self._content
+        if isinstance(self.content, Path):
+            return tuple(torch.load(self.content, weights_only=True))
+        return self.content
 
 
 class Images:
@@ -137,14 +134,6 @@ def remove_abandoned() -> None:
             pass  # in use, or somebody else's
 
 
-def give_back_at_once() -> None:
-    """From here on, blocks of more than 1 MB that are freed go back to the system at once. GNU's C library otherwise
-    takes what has been freed for a sign that it is needed again, and holes in what it keeps add up; others may not
-    know the call."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
 def available(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes of main memory that are free: on this machine, or, where that is less, to the container or batch job that
     this process belongs to (control groups of Linux), beyond which it would be killed."""
@@ -178,7 +167,10 @@ def room(memory: float | None) -> int | None:
     """
     if memory is None:
         return None
-    give_back_at_once()
+    # Blocks of more than 1 MB that are freed go back to the system at once. GNU's C library otherwise takes what has
+    # been freed for a sign that it is needed again, and holes in what it keeps add up; others may not know the call.
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of its malloc.h
     used = psutil.Process().memory_info().rss
     left = int(memory * 1e9) - used
     if left <= 0:

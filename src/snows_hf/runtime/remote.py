@@ -3,45 +3,27 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi, ModelInfo, constants, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
-)
+from huggingface_hub import HfApi, ModelInfo, constants, errors, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import SaveError, SnowsError, one_line
 
 
-REACH = "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder."
 TOKEN = "set HF_TOKEN or run `hf auth login`"
-SETTINGS = "https://huggingface.co/settings/tokens"
 
 
 @contextmanager
 def hub_errors(
     error_class: type[SnowsError], kind: str, name: str, revision: str | None = None, writing: bool = False
 ) -> Iterator[None]:
-    """Turns what the Hub's clients raise within the block into one message that says what to do.
+    """Turns what the Hub's clients raise within the block into one ``error_class`` that says what to do.
 
-    Args:
-        error_class: what is raised instead.
-        kind: ``model`` or ``dataset``.
-        name: id of the repository.
-        revision: that was asked for.
-        writing: whether this is a push.
+    ``kind`` is ``model`` or ``dataset``, ``name`` the repository's id, and ``writing`` a push.
     """
     try:
         yield
     # httpx's errors are not OSErrors; huggingface_hub hides those of its upload threads in RuntimeErrors.
-    except (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError) as error:
+    except (errors.HTTPError, errors.XetDownloadError, OSError, ValueError, RuntimeError) as error:
         raise error_class(*explain(error, kind, name, revision, writing)) from error
 
 
@@ -50,22 +32,22 @@ def explain(
 ) -> tuple[str, str]:
     """What happened, and what the user can do about it. Never shows a token."""
     what = f"{kind.capitalize()} {name}"
-    while error.__cause__ is not None and isinstance(error, LocalEntryNotFoundError | RuntimeError):
+    while error.__cause__ is not None and isinstance(error, errors.LocalEntryNotFoundError | RuntimeError):
         error = error.__cause__  # those two only say that something else went wrong
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
         return f"{what} is gated.", f"Accept its licence on {page}, then {TOKEN} of an account that may read it."
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{what} has no revision {revision or 'main'!r}.", "Give a branch, a tag or a commit."
-    if isinstance(error, LocalTokenNotFoundError):
+    if isinstance(error, errors.LocalTokenNotFoundError):
         return f"Writing to {name} on the Hub needs a token, and there is none.", _get_a_token("with write access")
-    if isinstance(error, RepositoryNotFoundError | HFValidationError) and not writing:
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError) and not writing:
         return (
             f"{what} is neither a folder here nor a {kind if kind == 'dataset' else 'repository'} on the Hub.",
             f"Check the spelling; for a private {kind} {TOKEN}.",
         )
-    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         fetch = f"hf download {name}{' --repo-type dataset' if kind == 'dataset' else ''}"
         return (
             f"{what} is no folder here, offline mode is on, and the cache does not hold all of it.",
@@ -86,12 +68,12 @@ def explain(
         )
     return (
         f"{what} is no folder here, is not whole in the cache, and cannot be read from the Hub: {_shown(error)}",
-        REACH,
+        "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder.",
     )
 
 
 def _get_a_token(rights: str = "") -> str:
-    return f"Make one {f'{rights} ' if rights else ''}on {SETTINGS}, then {TOKEN}."
+    return f"Make one {f'{rights} ' if rights else ''}on https://huggingface.co/settings/tokens, then {TOKEN}."
 
 
 def _shown(error: BaseException) -> str:
@@ -120,8 +102,8 @@ def check_push(repository: str, private: bool = False) -> ModelInfo | None:
         api.whoami()
         try:
             info = api.model_info(repository)
-        except RepositoryNotFoundError as error:
-            if isinstance(error, GatedRepoError):  # it exists
+        except errors.RepositoryNotFoundError as error:
+            if isinstance(error, errors.GatedRepoError):  # it exists
                 raise
             return None
     if private and not info.private:
