@@ -121,12 +121,12 @@ def test_no_mask_at_all_changes_nothing():
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def in_place(model: nn.Module) -> nn.Module:
-    """The model with every ReLU of its own in place."""
+def in_place(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """The model with every ReLU of its own in place, or none."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
-                setattr(module, name, nn.ReLU(inplace=True))
+                setattr(module, name, nn.ReLU(inplace))
     return model
 
 
@@ -166,7 +166,7 @@ def test_modes_and_flags_are_put_back_after_an_error():
 
 
 def test_in_place_activations_change_no_result():
-    plain, overwriting = tiny.prune(tiny.cifar_resnet()), tiny.prune(in_place(tiny.cifar_resnet()))
+    plain, overwriting = (tiny.prune(in_place(tiny.cifar_resnet(), inplace)) for inplace in (False, True))
     for name, tensor in plain.pruned.state_dict().items():
         assert torch.equal(tensor, overwriting.pruned.state_dict()[name]), name
 
