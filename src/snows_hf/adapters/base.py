@@ -22,6 +22,8 @@ State = tuple[Tensor, ...]
 (the residual stream, say). Every tensor has the images along its first dimension."""
 
 
+Function = Callable[[Tensor], Tensor]
+
 T = TypeVar("T")
 
 
@@ -57,7 +59,7 @@ class Operation:
     group: Group | None = None
 
     @classmethod
-    def of(cls, name: str, apply: Callable[[Tensor], Tensor], kind: str | None = None) -> "Operation":
+    def of(cls, name: str, apply: Function, kind: str | None = None) -> "Operation":
         """One that maps the first tensor of the state and passes on the others; with a ``kind``, it is a layer of one
         weight, whose name it has."""
         return cls(name, lambda s: (apply(s[0]), *s[1:]), Group.of(name, kind) if kind else None)

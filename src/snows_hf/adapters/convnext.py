@@ -5,7 +5,7 @@ residual stream after MLP3 (ConvNeXt V2's response normalisation and the layer s
 downsampling convolution with the norm before it. N:M does not fit the depthwise weights, which have one input channel.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from timm.layers import GlobalResponseNormMlp, Mlp
@@ -13,10 +13,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from transformers import ConvNextForImageClassification, ConvNextV2ForImageClassification
 
-from .base import Group, Operation, check_kind, module_names, register
-
-
-Function = Callable[[Tensor], Tensor]
+from .base import Function, Group, Operation, check_kind, module_names, register
 
 
 def _block(

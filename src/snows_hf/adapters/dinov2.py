@@ -11,23 +11,19 @@ from torch import Tensor, cat, nn
 from transformers import Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification
 
 from ..errors import AdapterError
-from .attention import attention, split_heads
 from .base import Operation, module_names, register
-from .vit import transformer_block
+from .vit import transformers_block
 
 
 def _block(layer: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
-    attn, mlp = layer.attention, layer.mlp
+    mlp = layer.mlp
     if not hasattr(mlp, "fc1"):
         raise AdapterError(
             f"{names[mlp]} is a {type(mlp).__name__}; expected an MLP of two layers.",
             "This variant of DINOv2 has no adapter yet.",
         )
-
-    def attend(x: Tensor) -> Tensor:
-        return attention(*split_heads(attn, layer.norm1(x)), attn.scaling)
-
-    return transformer_block(names, attn, mlp, attend, layer.norm2, layer.layer_scale1, layer.layer_scale2)
+    scales = layer.layer_scale1, layer.layer_scale2
+    return transformers_block(names, layer.attention, mlp, layer.norm1, layer.norm2, *scales)
 
 
 @register(Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification, family="vit")

@@ -112,18 +112,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
     pooling has it in the head) has no second derivative. Buffers of batch norms, and weights and biases other than
     those replaced by a functional call, are constants. Everything is put back afterwards.
     """
-    training = {module: module.training for module in model.modules()}
-    switches = [
+    switches: list[tuple[Any, str]] = [
         (module, switch)
         for module in model.modules()
-        for switch in ("inplace", "fused_attn")
+        for switch in ("training", "inplace", "fused_attn")
         if getattr(module, switch, False) is True
     ]
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
+    switches += [(parameter, "requires_grad") for parameter in model.parameters() if parameter.requires_grad]
+    for owner, switch in switches:
+        setattr(owner, switch, False)
     simpler = {module: forward for module in model.modules() if (forward := _simpler_forward(module)) is not None}
-    for module, switch in switches:
-        setattr(module, switch, False)
     for module, forward in simpler.items():
         module.forward = forward
     try:
@@ -131,9 +129,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for module in simpler:
             del module.forward
-        for module, switch in switches:
-            setattr(module, switch, True)
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, flag in gradients.items():
-            parameter.requires_grad_(flag)
+        for owner, switch in switches:
+            setattr(owner, switch, True)

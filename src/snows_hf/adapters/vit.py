@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 
 from .attention import attention, split_heads, split_qkv
-from .base import Group, Operation, check_kind, module_names, register
-
-
-Function = Callable[[Tensor], Tensor]
+from .base import Function, Group, Operation, check_kind, module_names, register
 
 
 def transformer_block(
@@ -59,13 +56,22 @@ def transformer_block(
     yield Operation(f"{mlp3} > residual", lambda s: (s[1] + scale2(mlp.fc2(between(s[0]))),), Group.of(mlp3, "mlp3"))
 
 
-def _transformers_block(layer: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
-    attn = layer.attention
+def transformers_block(
+    names: dict[nn.Module, str],
+    attn: Any,
+    mlp: Any,
+    norm1: Function,
+    norm2: Function,
+    scale1: Function | None = None,
+    scale2: Function | None = None,
+) -> Iterator[Operation]:
+    """:func:`transformer_block` whose attention has no bias, with the norm before it."""
+    scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
 
     def attend(x: Tensor) -> Tensor:
-        return attention(*split_heads(attn, layer.layernorm_before(x)), attn.scaling)
+        return attention(*split_heads(attn, norm1(x)), scale)
 
-    return transformer_block(names, attn, layer.mlp, attend, layer.layernorm_after)
+    return transformer_block(names, attn, mlp, attend, norm2, scale1, scale2)
 
 
 @register(ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, family="vit")
@@ -74,7 +80,8 @@ def transformers_vit(model: Any) -> Iterator[Operation]:
     base, names = model.base_model, module_names(model)
     yield Operation.of(names[base.embeddings], base.embeddings)
     for layer in base.layers:
-        yield from _transformers_block(layer, names)
+        norms = layer.layernorm_before, layer.layernorm_after
+        yield from transformers_block(names, layer.attention, layer.mlp, *norms)
 
     def head(x: Tensor) -> Tensor:
         x = base.layernorm(x)

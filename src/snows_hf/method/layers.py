@@ -130,7 +130,7 @@ class Layers:
         if task.pattern is None:
             result = newton(batches, held_out, state.w, solver, tell_step, state)
         else:
-            result = thin_out(batches, held_out, state.w, solver, task.pattern, tell_step, state)
+            result = thin_out(batches, held_out, state, solver, task.pattern, tell_step)
         seconds = time.perf_counter() - started
         report = LayerReport.of(task.segment, task.sweep, result, active, masked, streams.largest, seconds)
         return report, active.scatter(result.w)
