@@ -121,12 +121,12 @@ def test_no_mask_at_all_changes_nothing():
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def in_place(model: nn.Module) -> nn.Module:
-    """The model with every ReLU of its own in place."""
+def in_place(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """The model with every ReLU of its own in place, or none."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
-                setattr(module, name, nn.ReLU(inplace=True))
+                setattr(module, name, nn.ReLU(inplace))
     return model
 
 
@@ -166,7 +166,7 @@ def test_modes_and_flags_are_put_back_after_an_error():
 
 
 def test_in_place_activations_change_no_result():
-    plain, overwriting = tiny.prune(tiny.cifar_resnet()), tiny.prune(in_place(tiny.cifar_resnet()))
+    plain, overwriting = (tiny.prune(in_place(tiny.cifar_resnet(), inplace)) for inplace in (False, True))
     for name, tensor in plain.pruned.state_dict().items():
         assert torch.equal(tensor, overwriting.pruned.state_dict()[name]), name
 
@@ -295,3 +295,30 @@ def test_a_better_start_is_taken_and_a_worse_one_is_not(network):
     assert first.loss_pruned <= plain.reports[0].loss_pruned
     for report in runs["better"].reports:
         assert report.loss_pruned == pytest.approx(runs["better"].losses(report)[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_loss_masked_is_that_of_the_mask_alone_whatever_a_layer_begins_with(network):
+    """Of the dense weights under the mask, on the images that judge, also where a criterion's weights begin; and there
+    is none where no dense weights are left to mask."""
+    plain = tiny.prune(network(), 12)
+    start = {name: plain.pruned.get_parameter(name).detach() for name in plain.masks}
+    pruned = network()
+    reports = prune_chain(build_chain(pruned), plain.images, plain.masks, plain.config, start=start)
+    run = tiny.Run(plain.dense, pruned, plain.masks, plain.images, plain.config, reports)
+    for report in reports:
+        objective = run.held_out_objective(report)
+        with torch.no_grad(), frozen(run.dense), frozen(pruned):
+            own, theirs = (
+                objective.value(objective.active.gather({name: weights[name] for name in report.parameters}))
+                for weights in (run.dense.state_dict(), start)
+            )
+        assert report.loss_masked == pytest.approx(own, rel=1e-9)
+        assert report.loss_start == pytest.approx(min(own, theirs), rel=1e-9)
+    assert any(report.loss_start < report.loss_masked for report in reports)
+
+    longer = plain.config.updated(sweeps=2, joint_steps=2)
+    later = prune_chain(build_chain(network()), plain.images, plain.masks, longer, start=start)
+    assert [report.loss_masked for report in later[: len(reports)]] == [report.loss_masked for report in reports]
+    assert [report.sweep for report in later[len(reports) :]] == [2] * len(reports) + [3]
+    assert all(report.loss_masked is None for report in later[len(reports) :])

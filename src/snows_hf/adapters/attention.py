@@ -43,3 +43,9 @@ def split_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
     return q, k, v
+
+
+def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (n, …, heads, tokens, d) of timm's joint ones, (n, …, tokens, 3·heads·d)."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).movedim(-3, 0).transpose(-3, -2)
+    return q, k, v

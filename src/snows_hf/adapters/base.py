@@ -3,7 +3,7 @@
 An architecture is one file beside this one: a function that cuts a model into operations, and ``@register``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -21,6 +21,8 @@ State = tuple[Tensor, ...]
 """What flows between operations: first the output that Eq. 3 compares, then what later operations still need
 (the residual stream, say). Every tensor has the images along its first dimension."""
 
+
+Function = Callable[[Tensor], Tensor]
 
 T = TypeVar("T")
 
@@ -55,6 +57,12 @@ class Operation:
     name: str
     run: Callable[[State], State]
     group: Group | None = None
+
+    @classmethod
+    def of(cls, name: str, apply: Function, kind: str | None = None) -> "Operation":
+        """One that maps the first tensor of the state and passes on the others; with a ``kind``, it is a layer of one
+        weight, whose name it has."""
+        return cls(name, lambda s: (apply(s[0]), *s[1:]), Group.of(name, kind) if kind else None)
 
 
 @torch.no_grad()
@@ -132,7 +140,7 @@ class Chain(nn.Module):
             self.weight(name).copy_(weight)
 
 
-Builder = Callable[[nn.Module], list[Operation]]
+Builder = Callable[[nn.Module], Iterable[Operation]]
 _BUILDERS: dict[type[nn.Module], tuple[Builder, str]] = {}
 
 
@@ -173,7 +181,7 @@ def build_chain(model: nn.Module) -> Chain:
     for cls in type(model).__mro__:
         if cls in _BUILDERS:
             builder, family = _BUILDERS[cls]
-            chain = Chain(model, builder(model), family)
+            chain = Chain(model, list(builder(model)), family)
             _check_groups(chain)
             return chain
     raise AdapterError(

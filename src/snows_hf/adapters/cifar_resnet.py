@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 
@@ -21,24 +22,6 @@ class OptionAShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)) if self.extra else x
-
-
-class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)) with 3x3 convolutions."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.act1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.act2 = nn.ReLU()
-        self.shortcut = OptionAShortcut(in_channels, out_channels, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.act1(self.bn1(self.conv1(x)))
-        return self.act2(self.bn2(self.conv2(z)) + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -57,7 +40,8 @@ class CifarResNet(nn.Module):
             strides = [1 if stage == 1 else 2] + [1] * (blocks - 1)
             layer = nn.Sequential()
             for stride in strides:
-                layer.append(BasicBlock(width, out_width, stride))
+                shortcut = nn.Sequential(OptionAShortcut(width, out_width, stride))
+                layer.append(BasicBlock(width, out_width, stride, shortcut))
                 width = out_width
             self.add_module(f"layer{stage}", layer)
         self.linear: nn.Module = nn.Linear(64, num_classes)
@@ -99,33 +83,15 @@ _DEPTHS = (20, 32, 44, 56, 110)
 default_cfgs = generate_default_cfgs({f"resnet{depth}_cifar": dict(_CFG) for depth in _DEPTHS})
 
 
-def _create(depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
-    # timm passes the configured image size on to the class; a convolutional network has no use for it.
-    return build_model_with_cfg(
-        CifarResNet, f"resnet{depth}_cifar", pretrained, depth=depth, kwargs_filter=("img_size",), **kwargs
-    )
+def _register(depth: int) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        # timm passes the configured image size on to the class; a convolutional network has no use for it.
+        given = {"depth": depth, "kwargs_filter": ("img_size",), **kwargs}
+        return build_model_with_cfg(CifarResNet, f"resnet{depth}_cifar", pretrained, **given)
+
+    create.__name__ = f"resnet{depth}_cifar"
+    register_model(create)
 
 
-@register_model
-def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return _create(20, pretrained, **kwargs)
-
-
-@register_model
-def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return _create(32, pretrained, **kwargs)
-
-
-@register_model
-def resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return _create(44, pretrained, **kwargs)
-
-
-@register_model
-def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return _create(56, pretrained, **kwargs)
-
-
-@register_model
-def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return _create(110, pretrained, **kwargs)
+for _depth in _DEPTHS:
+    _register(_depth)

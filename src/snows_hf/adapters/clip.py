@@ -5,45 +5,35 @@ after it. SigLIP's pooling head does not reach the logits, and is left as it is.
 VisionTransformer class.)
 """
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import CLIPForImageClassification, SiglipForImageClassification
 
-from .attention import attention, split_heads
-from .base import Operation, State, module_names, register
-from .vit import TransformerBlock, transformers_block
+from .base import Operation, module_names, register
+from .vit import transformers_block
 
 
-def _block(layer: Any, names: dict[nn.Module, str]) -> TransformerBlock:
-    attn = layer.self_attn
-
-    def attend(x: Tensor) -> Tensor:
-        return attention(*split_heads(attn, layer.layer_norm1(x)), attn.scale)
-
-    return transformers_block(names, attn, layer.mlp, attend, lambda a, x: attn.out_proj(a), layer.layer_norm2)
+def _blocks(model: Any) -> Iterator[Operation]:
+    names = module_names(model)
+    for layer in model.vision_model.encoder.layers:
+        yield from transformers_block(names, layer.self_attn, layer.mlp, layer.layer_norm1, layer.layer_norm2)
 
 
 @register(CLIPForImageClassification, family="vit")
-def clip(model: Any) -> list[Operation]:
+def clip(model: Any) -> Iterator[Operation]:
     """Operations of a transformers CLIP vision classifier."""
-    tower, names = model.vision_model, module_names(model)
+    tower = model.vision_model
     # (pre_layrnorm is the library's spelling.)
-    operations = [Operation(names[tower.pre_layrnorm], lambda s: (tower.pre_layrnorm(tower.embeddings(s[0])),))]
-    for layer in tower.encoder.layers:
-        operations += _block(layer, names).operations()
-    return [*operations, Operation("classifier", lambda s: (model.classifier(s[0][:, 1:].mean(1)),))]
+    yield Operation.of("vision_model.pre_layrnorm", lambda x: tower.pre_layrnorm(tower.embeddings(x)))
+    yield from _blocks(model)
+    yield Operation.of("classifier", lambda x: model.classifier(x[:, 1:].mean(1)))
 
 
 @register(SiglipForImageClassification, family="vit")
-def siglip(model: Any) -> list[Operation]:
+def siglip(model: Any) -> Iterator[Operation]:
     """Operations of a transformers SigLIP vision classifier."""
-    tower, names = model.vision_model, module_names(model)
-    operations = [Operation(names[tower.embeddings], lambda s: (tower.embeddings(s[0]),))]
-    for layer in tower.encoder.layers:
-        operations += _block(layer, names).operations()
-
-    def head(s: State) -> State:
-        return (model.classifier(tower.post_layernorm(s[0]).mean(1)),)
-
-    return [*operations, Operation("classifier", head)]
+    tower = model.vision_model
+    yield Operation.of("vision_model.embeddings", tower.embeddings)
+    yield from _blocks(model)
+    yield Operation.of("classifier", lambda x: model.classifier(tower.post_layernorm(x).mean(1)))

@@ -8,7 +8,6 @@ affine map.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,97 +18,52 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 
-def _asked(ctx: Any) -> list[bool]:
-    """Of a function's inputs, those whose gradients this very backward pass is for; ``needs_input_grad`` also has
-    those that another pass may be for."""
-    return [
-        node is not None and (hasattr(node, "variable") or torch._C._will_engine_execute_node(node))  # leaves: always
-        for node, _ in ctx.next_functions
-    ]
+Blank = tuple[torch.Size, torch.memory_format]
+"""What must be known of a tensor where its values are not."""
 
 
-@dataclass(frozen=True)
-class Blank:
-    """What must be known of a tensor where its values are not."""
-
-    shape: torch.Size
-    layout: torch.memory_format
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Blank":
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        return cls(x.shape, torch.channels_last if channels_last else torch.contiguous_format)
-
-    def filled(self, like: Tensor) -> Tensor:
-        return torch.empty(self.shape, dtype=like.dtype, device=like.device, memory_format=self.layout)
-
-
-def _transposed(g: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d, which: int) -> Tensor:
-    """⟨g, conv(x, weight)⟩ differentiated by x (0) or by weight (1); the values of that one are not read."""
-    mask = [which == 0, which == 1, False]
-    places = conv.stride, conv.padding, conv.dilation
-    gradients = torch.ops.aten.convolution_backward(g, x, weight, None, *places, False, (0, 0), conv.groups, mask)
-    gradient: Tensor = gradients[which]
-    return gradient
+def _blank(x: Tensor) -> Blank:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return x.shape, torch.channels_last if channels_last else torch.contiguous_format
 
 
 class Convolution(Function):
-    """x, w → conv(x, w) without its bias; like its two transposes differentiable to any order."""
+    """The trilinear form ⟨z, conv(x, w)⟩ differentiated by one of z (0), x (1) and w (2), at the other two: the
+    convolution without its bias, or one of its two transposes; each differentiates into the others, to any order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, conv: nn.Conv2d) -> Tensor:
-        ctx.conv, ctx.blank = conv, Blank.of(x)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # what is not saved may be freed
-        return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (x, weight), (of_x, of_weight) = gradients, ctx.saved_tensors, _asked(ctx)
-        return (
-            InputGradient.apply(g, weight, ctx.blank, ctx.conv) if of_x else None,
-            WeightGradient.apply(g, x, Blank.of(weight), ctx.conv) if of_weight else None,
-            None,
-        )
-
-
-class InputGradient(Function):
-    """g, w → the gradient of ⟨g, conv(x, w)⟩ in x, which looks like ``blank``."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, weight: Tensor, blank: Blank, conv: nn.Conv2d) -> Tensor:
-        ctx.conv = conv
-        ctx.save_for_backward(g if ctx.needs_input_grad[1] else None, weight)
-        return _transposed(g, blank.filled(g), weight, conv, 0)
+    def forward(ctx: Any, a: Tensor, b: Tensor, place: int, conv: nn.Conv2d, blanks: dict[int, Blank]) -> Tensor:
+        """The derivative by ``place``, which looks like its blank, of the values of the other two, in their order."""
+        ctx.place, ctx.conv, ctx.blanks = place, conv, blanks
+        # What is not needed is not saved, and may be freed.
+        ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
+        if place == 0:
+            return F.conv2d(a, b, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        shape, layout = blanks[place]
+        blank = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=layout)
+        given = (a, blank, b) if place == 1 else (a, b, blank)
+        places, mask = (conv.stride, conv.padding, conv.dilation), [place == 1, place == 2, False]
+        gradients = torch.ops.aten.convolution_backward(*given, None, *places, False, (0, 0), conv.groups, mask)
+        gradient: Tensor = gradients[place - 1]
+        return gradient
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
-        (t,), (g, weight), (of_g, of_weight) = tangents, ctx.saved_tensors, _asked(ctx)
-        return (
-            Convolution.apply(t, weight, ctx.conv) if of_g else None,
-            WeightGradient.apply(g, t, Blank.of(weight), ctx.conv) if of_weight else None,
-            None,
-            None,
+        places = [place for place in range(3) if place != ctx.place]
+        values = dict(zip(places, ctx.saved_tensors, strict=True)) | {ctx.place: tangents[0]}
+        # Those whose gradients this very backward pass is for; ``needs_input_grad`` also has those that another may be
+        # for. Leaves: always.
+        asked = [
+            node is not None and (hasattr(node, "variable") or torch._C._will_engine_execute_node(node))
+            for node, _ in ctx.next_functions[:2]
+        ]
+        gradients = (
+            Convolution.apply(*(values[other] for other in range(3) if other != place), place, ctx.conv, ctx.blanks)
+            if wanted
+            else None
+            for place, wanted in zip(places, asked, strict=True)
         )
-
-
-class WeightGradient(Function):
-    """g, x → the gradient of ⟨g, conv(x, w)⟩ in w, which looks like ``blank``."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, blank: Blank, conv: nn.Conv2d) -> Tensor:
-        ctx.conv = conv
-        ctx.save_for_backward(g, x)
-        return _transposed(g, x, blank.filled(x), conv, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
-        (t,), (g, x), (of_g, of_x) = tangents, ctx.saved_tensors, _asked(ctx)
-        return (
-            Convolution.apply(x, t, ctx.conv) if of_g else None,
-            InputGradient.apply(g, t, Blank.of(x), ctx.conv) if of_x else None,
-            None,
-            None,
-        )
+        return (*gradients, None, None, None)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -118,7 +72,7 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    z: Tensor = Convolution.apply(x, weight, conv)
+    z: Tensor = Convolution.apply(x, weight, 0, conv, {1: _blank(x), 2: _blank(weight)})
     return z if conv.bias is None else z + conv.bias[:, None, None]
 
 
@@ -158,18 +112,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
     pooling has it in the head) has no second derivative. Buffers of batch norms, and weights and biases other than
     those replaced by a functional call, are constants. Everything is put back afterwards.
     """
-    training = {module: module.training for module in model.modules()}
-    switches = [
+    switches: list[tuple[Any, str]] = [
         (module, switch)
         for module in model.modules()
-        for switch in ("inplace", "fused_attn")
+        for switch in ("training", "inplace", "fused_attn")
         if getattr(module, switch, False) is True
     ]
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
+    switches += [(parameter, "requires_grad") for parameter in model.parameters() if parameter.requires_grad]
+    for owner, switch in switches:
+        setattr(owner, switch, False)
     simpler = {module: forward for module in model.modules() if (forward := _simpler_forward(module)) is not None}
-    for module, switch in switches:
-        setattr(module, switch, False)
     for module, forward in simpler.items():
         module.forward = forward
     try:
@@ -177,9 +129,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for module in simpler:
             del module.forward
-        for module, switch in switches:
-            setattr(module, switch, True)
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, flag in gradients.items():
-            parameter.requires_grad_(flag)
+        for owner, switch in switches:
+            setattr(owner, switch, True)

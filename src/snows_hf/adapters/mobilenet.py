@@ -25,27 +25,23 @@ def _separable(block: Any, name: str) -> Iterator[Operation]:
     depthwise, pointwise = f"{name}.conv_dw", f"{name}.conv_pw"
     shortcut = slice(1 if block.has_skip else 0)  # the block's input goes on only where it is read again
     yield Operation(depthwise, lambda s: (block.conv_dw(s[0]), *s[shortcut]), Group.of(depthwise, "depthwise"))
-    yield Operation(f"{depthwise} > activation", lambda s: (block.se(block.aa(block.bn1(s[0]))), *s[1:]))
-    yield Operation(pointwise, lambda s: (block.conv_pw(s[0]), *s[1:]), Group.of(pointwise, "pointwise"))
+    yield Operation.of(f"{depthwise} > activation", lambda x: block.se(block.aa(block.bn1(x))))
+    yield Operation.of(pointwise, block.conv_pw, "pointwise")
     yield Operation(
         f"{pointwise} > activation", lambda s: (block.bn2(s[0]) + s[1] if block.has_skip else block.bn2(s[0]),)
     )
 
 
 @register(EfficientNet, family="mobilenet")
-def mobilenet(model: Any) -> list[Operation]:
+def mobilenet(model: Any) -> Iterator[Operation]:
     """Operations of a timm MobileNetV1."""
     names = module_names(model)
-    operations = [
-        Operation("conv_stem", lambda s: (model.conv_stem(s[0]),)),
-        Operation("conv_stem > activation", lambda s: (model.bn1(s[0]),)),
-    ]
+    yield Operation.of("conv_stem", model.conv_stem)
+    yield Operation.of("conv_stem > activation", model.bn1)
     for stage in model.blocks:
         for block in stage:
-            operations += _separable(block, names[block])
+            yield from _separable(block, names[block])
     if isinstance(model.conv_head, nn.Conv2d):  # mobilenetv1_100h: one more pointwise convolution before pooling
-        operations += [
-            Operation("conv_head", lambda s: (model.conv_head(s[0]),), Group.of("conv_head", "pointwise")),
-            Operation("conv_head > activation", lambda s: (model.bn2(s[0]),)),
-        ]
-    return [*operations, Operation("classifier", lambda s: (model.forward_head(s[0]),))]
+        yield Operation.of("conv_head", model.conv_head, "pointwise")
+        yield Operation.of("conv_head > activation", model.bn2)
+    yield Operation.of("classifier", model.forward_head)

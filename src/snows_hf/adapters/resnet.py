@@ -6,172 +6,104 @@ before that addition. The stem stays dense, deep ones as a whole: three input ch
 it holds few weights. So do the gates of squeeze-excitation, which act with the norm before the addition.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import Tensor, nn
+from torch import nn
 from transformers import ResNetForImageClassification
 
-from .base import Group, Operation, State, check_kind, module_names, register
+from .base import Group, Operation, check_kind, module_names, register
 from .cifar_resnet import CifarResNet
 
 
-Function = Callable[[Tensor], Tensor]
+Modules = Iterable[nn.Module | None]
+"""One after the other; None is left out."""
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """A prunable convolution: its live name, and what maps its input to its output (n, channels, height, width)."""
-
-    name: str
-    apply: Function
-    kind: str = "conv"
-
-    @property
-    def group(self) -> Group:
-        return Group.of(self.name, self.kind)
-
-
-@dataclass(frozen=True)
-class Shortcut:
-    """The residual path: ``before`` (parameter-free), an optional convolution, and ``after`` it (batch norm)."""
-
-    before: Function
-    convolution: Convolution | None = None
-    after: Function = field(default_factory=nn.Identity)
+def cut(modules: Modules) -> tuple[nn.Sequential, list[tuple[nn.Conv2d, nn.Sequential]]]:
+    """What comes before the first convolution, and each convolution with what comes after it."""
+    before, parts = nn.Sequential(), list[tuple[nn.Conv2d, nn.Sequential]]()
+    for module in modules:
+        if isinstance(module, nn.Conv2d):
+            parts.append((module, nn.Sequential()))
+        elif module is not None:
+            (parts[-1][1] if parts else before).append(module)
+    return before, parts
 
 
 def residual_unit(
-    name: str,
-    convolutions: Sequence[Convolution],
-    afters: Sequence[Function],
-    shortcut: Shortcut,
-    activation: Function,
+    names: dict[nn.Module, str], unit: nn.Module, branch: Modules, shortcut: Modules, activation: nn.Module
 ) -> Iterator[Operation]:
-    """Operations of x → activation(afters[-1](conv(…afters[0](conv(x))…)) + shortcut(x)), x (n, c, h, w).
+    """Operations of x → activation(branch(x) + shortcut(x)), x (n, channels, height, width).
 
     Args:
-        name: live name of the unit.
-        convolutions: in order of use.
-        afters: what follows each convolution: norm and activation; for the last one, the norm alone.
-        shortcut: the residual path.
-        activation: applied after the addition.
+        names: live names of the model's modules.
+        unit: what has all of them.
+        branch: begins with a convolution.
+        shortcut: has one convolution or none.
+        activation: after the addition.
     """
-    last = len(convolutions) - 1
-    for i, (convolution, after) in enumerate(zip(convolutions, afters, strict=True)):
-        # Operations keep their own convolution by default argument: the loop variables move on.
-        def convolve(s: State, apply: Function = convolution.apply, first: bool = i == 0) -> State:
-            return apply(s[0]), s[0] if first else s[1]
+    (first, after), *others = cut(branch)[1]
+    yield Operation(names[first], lambda s: (first(s[0]), s[0]), Group.of(names[first], "conv"))
+    name = names[first]
+    for convolution, following in others:
+        yield Operation.of(f"{name} > activation", after)
+        name, after = names[convolution], following
+        yield Operation.of(name, convolution, "conv")
 
-        def activate(s: State, after: Function = after) -> State:
-            return after(s[0]), s[1]
-
-        yield Operation(convolution.name, convolve, convolution.group)
-        if i < last:
-            yield Operation(f"{convolution.name} > activation", activate)
-
-    norm = afters[-1]
-    if shortcut.convolution is None:
-        yield Operation(f"{name} > residual", lambda s: (activation(norm(s[0]) + shortcut.before(s[1])),))
+    before, projections = cut(shortcut)
+    if not projections:
+        yield Operation(f"{names[unit]} > residual", lambda s: (activation(after(s[0]) + before(s[1])),))
         return
-    downsample = shortcut.convolution
-
-    def project(s: State) -> State:
-        return downsample.apply(shortcut.before(s[1])), s[0]
-
-    yield Operation(downsample.name, project, downsample.group)
-    yield Operation(f"{name} > residual", lambda s: (activation(norm(s[1]) + shortcut.after(s[0])),))
+    ((projection, norm),) = projections
+    name = names[projection]
+    yield Operation(name, lambda s: (projection(before(s[1])), s[0]), Group.of(name, "downsample"))
+    yield Operation(f"{names[unit]} > residual", lambda s: (activation(after(s[1]) + norm(s[0])),))
 
 
 @register(ResNetForImageClassification, family="resnet")
-def transformers_resnet(model: Any) -> list[Operation]:
+def transformers_resnet(model: Any) -> Iterator[Operation]:
     """Operations of a transformers ResNet classifier."""
     base, names = model.resnet, module_names(model)
-    stem = base.embedder.embedder
-    operations = [
-        Operation(names[stem.convolution], lambda s: (stem.convolution(s[0]),)),
-        Operation(
-            f"{names[stem.convolution]} > activation",
-            lambda s: (base.embedder.pooler(stem.activation(stem.normalization(s[0]))),),
-        ),
-    ]
+    stem, name = base.embedder.embedder, names[base.embedder.embedder.convolution]
+    yield Operation.of(name, stem.convolution)
+    yield Operation.of(f"{name} > activation", lambda x: base.embedder.pooler(stem.activation(stem.normalization(x))))
     for stage in base.encoder.stages:
         for unit in stage.layers:
-            shortcut = Shortcut(unit.shortcut)
-            if not isinstance(unit.shortcut, nn.Identity):
-                conv = unit.shortcut.convolution
-                shortcut = Shortcut(
-                    nn.Identity(), Convolution(names[conv], conv, "downsample"), unit.shortcut.normalization
-                )
-            operations += residual_unit(
-                names[unit],
-                [Convolution(names[part.convolution], part.convolution) for part in unit.layer],
-                [nn.Sequential(part.normalization, part.activation) for part in unit.layer],
-                shortcut,
-                unit.activation,
-            )
-    return [*operations, Operation("classifier", lambda s: (model.classifier(base.pooler(s[0])),))]
+            branch = [module for part in unit.layer for module in part.children()]
+            shortcut = list(unit.shortcut.children())  # none of an identity
+            yield from residual_unit(names, unit, branch, shortcut, unit.activation)
+    yield Operation.of("classifier", lambda x: model.classifier(base.pooler(x)))
 
 
-def _timm_shortcut(downsample: nn.Sequential | None, names: dict[nn.Module, str]) -> Shortcut:
-    if downsample is None:
-        return Shortcut(nn.Identity())
-    parts = list(downsample)
-    at = next(i for i, part in enumerate(parts) if isinstance(part, nn.Conv2d))
-    conv = Convolution(names[parts[at]], parts[at], "downsample")
-    return Shortcut(nn.Sequential(*parts[:at]), conv, nn.Sequential(*parts[at + 1 :]))
-
-
-def _present(*modules: nn.Module | None) -> nn.Module:
-    return nn.Sequential(*(module for module in modules if module is not None))
+def _timm_unit(unit: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
+    check_kind(unit, names[unit], BasicBlock, Bottleneck, model="ResNet")
+    shortcut: Modules = unit.downsample or ()
+    if isinstance(unit, BasicBlock):
+        branch = [unit.conv1, unit.bn1, unit.drop_block, unit.act1, unit.aa, unit.conv2, unit.bn2, unit.se]
+        return residual_unit(names, unit, branch, shortcut, unit.act2)
+    branch = [unit.conv1, unit.bn1, unit.act1, unit.conv2, unit.bn2, unit.drop_block, unit.act2, unit.aa]
+    return residual_unit(names, unit, [*branch, unit.conv3, unit.bn3, unit.se], shortcut, unit.act3)
 
 
 @register(ResNet, family="resnet")
-def timm_resnet(model: Any) -> list[Operation]:
+def timm_resnet(model: Any) -> Iterator[Operation]:
     """Operations of a timm ResNet of basic or bottleneck blocks (squeeze-excitation and anti-aliasing included)."""
     names = module_names(model)
-    operations = [
-        Operation("conv1", lambda s: (model.conv1(s[0]),)),
-        Operation("conv1 > activation", lambda s: (model.maxpool(model.act1(model.bn1(s[0]))),)),
-    ]
+    yield Operation.of("conv1", model.conv1)
+    yield Operation.of("conv1 > activation", lambda x: model.maxpool(model.act1(model.bn1(x))))
     for unit in (*model.layer1, *model.layer2, *model.layer3, *model.layer4):
-        check_kind(unit, names[unit], BasicBlock, Bottleneck, model="ResNet")
-        if isinstance(unit, BasicBlock):
-            convs, last_act = [unit.conv1, unit.conv2], unit.act2
-            afters = [_present(unit.bn1, unit.drop_block, unit.act1, unit.aa), _present(unit.bn2, unit.se)]
-        else:
-            convs, last_act = [unit.conv1, unit.conv2, unit.conv3], unit.act3
-            afters = [
-                _present(unit.bn1, unit.act1),
-                _present(unit.bn2, unit.drop_block, unit.act2, unit.aa),
-                _present(unit.bn3, unit.se),
-            ]
-        operations += residual_unit(
-            names[unit],
-            [Convolution(names[conv], conv) for conv in convs],
-            afters,
-            _timm_shortcut(unit.downsample, names),
-            last_act,
-        )
-    return [*operations, Operation("fc", lambda s: (model.forward_head(s[0]),))]
+        yield from _timm_unit(unit, names)
+    yield Operation.of("fc", model.forward_head)
 
 
 @register(CifarResNet, family="cifar_resnet")
-def cifar_resnet(model: Any) -> list[Operation]:
+def cifar_resnet(model: Any) -> Iterator[Operation]:
     """Operations of a CIFAR ResNet (He et al., section 4.2), whose shortcuts have no parameters."""
     names = module_names(model)
-    operations = [
-        Operation("conv1", lambda s: (model.conv1(s[0]),)),
-        Operation("conv1 > activation", lambda s: (model.act1(model.bn1(s[0])),)),
-    ]
+    yield Operation.of("conv1", model.conv1)
+    yield Operation.of("conv1 > activation", lambda x: model.act1(model.bn1(x)))
     for unit in (*model.layer1, *model.layer2, *model.layer3):
-        operations += residual_unit(
-            names[unit],
-            [Convolution(f"{names[unit]}.conv1", unit.conv1), Convolution(f"{names[unit]}.conv2", unit.conv2)],
-            [nn.Sequential(unit.bn1, unit.act1), unit.bn2],
-            Shortcut(unit.shortcut),
-            unit.act2,
-        )
-    return [*operations, Operation("linear", lambda s: (model.forward_head(s[0]),))]
+        yield from _timm_unit(unit, names)
+    yield Operation.of("linear", model.forward_head)

@@ -9,7 +9,6 @@ losses of all layers are added up as if they were independent.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -114,9 +113,12 @@ def layers_under(pattern: NM | Unstructured, evidence: Evidence, flops: Mapping[
                 continue
             run.tell(f"Layers under {pattern}", len(rows), len(todo), group.name)
             active = ActiveWeights.of(group, choice.masks, chain.device)
-            segment = Segment.cut(chain, index, config.k)
 
-            measure = partial(repaired_error, segment, active, choice, states[:judging], states[judging:], config)
+            def measure(index: int = index, active: ActiveWeights = active, states: list[State] = states) -> Record:
+                segment = Segment.cut(chain, index, config.k)
+                w = repaired(segment, active, choice, states[:judging], states[judging], config)
+                return Record({}, {"loss": logits_error(segment, active.scatter(w), states[judging:])})
+
             found = run.journal.once(f"{evidence.record}-loss-{index:04d}", measure)
             weights = sum(chain.weight(name).numel() for name in group.parameters)
             kept = weights - sum(mask.numel() for mask in active.masks.values()) + active.size
@@ -125,19 +127,6 @@ def layers_under(pattern: NM | Unstructured, evidence: Evidence, flops: Mapping[
             rows.append(Sensitivity(group.name, group.parameters, pattern, weights, kept, operations, loss))
             run.say(f"{group.name} at {pattern}: {loss:.3g}")
     return rows
-
-
-def repaired_error(
-    segment: Segment,
-    active: ActiveWeights,
-    choice: Choice,
-    learned: Sequence[State],
-    judged: Sequence[State],
-    config: PruneConfig,
-) -> Record:
-    """The error of the logits on the images that judge, once a layer has been repaired on those that are learned."""
-    w = repaired(segment, active, choice, learned, judged[0], config)
-    return Record({}, {"loss": logits_error(segment, active.scatter(w), judged)})
 
 
 def repaired(

@@ -1,7 +1,7 @@
 """Layer collapse: masks through which a layer can no longer be reached, and with it perhaps the whole network."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,9 +31,7 @@ def find_collapse(chain: Chain, masks: Masks, images: Tensor) -> tuple[dict[str,
     positive(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and not name.endswith("bias") and not parameter.any():
-            parameter.data.fill_(
-                1.0
-            )  # norms that begin at zero, as the last of a residual branch may: a start, no cut
+            parameter.data.fill_(1.0)  # norms that begin at zero, as a residual branch's last may: a start, no cut
     other = build_chain(model)
     generator = torch.Generator().manual_seed(0)
     x = (0.5 + torch.rand(images.shape, generator=generator, dtype=torch.float64)).to(images.device).requires_grad_()
@@ -43,10 +41,9 @@ def find_collapse(chain: Chain, masks: Masks, images: Tensor) -> tuple[dict[str,
     with frozen(model):
         logits = other.outputs((x,), 0, len(other.operations), dict(weights))[-1]
     gradients = torch.autograd.grad(logits.sum(), [x, *weights.values()], allow_unused=True)
-    reached: Mapping[str, Tensor | None] = dict(zip(weights, gradients[1:], strict=True))
+    reached: Sequence[Tensor | None] = gradients[1:]
     cut = {}
-    for name, mask in masks.items():
-        gradient = reached[name]
+    for (name, mask), gradient in zip(masks.items(), reached, strict=True):
         if not mask.any():
             cut[name] = EMPTY
         elif gradient is None or not (gradient * mask.to(gradient.device)).any():

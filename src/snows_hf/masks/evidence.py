@@ -1,7 +1,7 @@
 """What a mask criterion may look at: weights, and, where they were given, the network, images and labels."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.autograd import grad
 
-from ..adapters.base import Chain, Operation
+from ..adapters.base import Chain, Operation, State
 from ..adapters.frozen import frozen
 from ..errors import MaskError, NumericsError
 from ..method.newton import Expansion
-from ..method.objective import ActiveWeights, KStepObjective, Segment
-from ..method.preconditioner import gram
+from ..method.objective import ActiveWeights, KStepObjective, Segment, hessian_expansion
+from ..method.preconditioner import gram, recorded
 from ..method.streams import through
 from ..patterns import Pattern
 from ..runtime.memory import Images, Kept, Shelf
@@ -135,7 +134,7 @@ class Evidence:
                 labels = self.labels[done : done + len(batch)].to(batch.device)
                 done += len(batch)
                 logits = chain.outputs((batch,), 0, len(chain.operations), everything.scatter(theta))[-1]
-                yield len(batch) / len(self.labels), _expansion(F.cross_entropy(logits, labels), theta)
+                yield len(batch) / len(self.labels), hessian_expansion(F.cross_entropy(logits, labels), theta)
 
     def gradient(self) -> Tensor:
         """g = ∂L/∂θ (m,) of the task loss over all images."""
@@ -202,12 +201,14 @@ class Evidence:
 
     @torch.no_grad()
     def _grams(self, names: Sequence[str]) -> dict[str, Tensor]:
-        chain = self.network
-        totals: dict[str, Tensor] = {}
+        chain, totals = self.network, dict[str, Tensor]()
 
-        def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                g = gram(module, inputs[0]) if type(module) in (nn.Linear, nn.Conv2d) else None
+        def advance(operation: Operation, state: State) -> State:
+            own = operation.group.parameters if operation.group else ()
+            with recorded(chain, [name for name in own if name in names]) as seen:
+                state = operation.run(state)
+            for name, (module, x, _) in seen.items():
+                g = gram(module, x) if type(module) in (nn.Linear, nn.Conv2d) else None
                 if g is None:
                     raise MaskError(
                         f"Mask criterion {self.config.mask!r}: {name} belongs to a {type(module).__name__}, and only "
@@ -216,20 +217,13 @@ class Evidence:
                     )
                 g = g.to(self.weights[name].device)  # of an offloaded network's weights: main memory
                 totals[name] = totals[name] + g if name in totals else g
+            return state
 
-            return hook
-
-        owners = {name: chain.model.get_submodule(name.rpartition(".")[0]) for name in names}
-        handles = [owner.register_forward_hook(add(name)) for name, owner in owners.items()]
         last = max((place for place, group in chain.groups() if set(group.parameters) & set(names)), default=-1)
-        try:
-            with frozen(chain.model):
-                for batch in self.batches():
-                    # No output is kept, as the chain's own forward would.
-                    deque(chain.walk((batch,), stop=last + 1), maxlen=0)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with frozen(chain.model):
+            for batch in self.batches():
+                state: State = (batch,)
+                deque(chain.walk(state, advance, stop=last + 1), maxlen=0)  # no output is kept, as forward would
         for name, total in totals.items():
             if not total.isfinite().all():
                 raise NumericsError(f"The inputs of {name} are not all finite numbers.", REMEDY)
@@ -251,12 +245,3 @@ def _channels_last(g: Tensor, weight: Tensor) -> Tensor:
     # gram() counts columns as weight.flatten(1) does.
     order = matrix(torch.arange(weight[0].numel(), device=g.device).view(1, *weight.shape[1:]))[0]
     return g[:, order][:, :, order]
-
-
-def _expansion(loss: Tensor, theta: Tensor) -> Expansion:
-    (gradient,) = grad(loss, theta, create_graph=True)
-
-    def hessian(v: Tensor) -> Tensor:
-        return grad(gradient, theta, v, retain_graph=True)[0]
-
-    return Expansion(float(loss.detach()), gradient.detach(), hessian)

@@ -156,11 +156,11 @@ def order_channels(
             continue
         magnitudes = weight.to(device).float().abs().movedim(1, 0).flatten(1)
         permutation = better_order(magnitudes, pattern)
-        total = float(magnitudes.sum())
-        gains[channels.reader] = (
-            float(kept(magnitudes.unflatten(0, (-1, pattern.m)), pattern.n).sum()) / total,
-            float(kept(magnitudes[permutation].unflatten(0, (-1, pattern.m)), pattern.n).sum()) / total,
+        before, after = (
+            float(kept(columns.unflatten(0, (-1, pattern.m)), pattern.n).sum()) / float(magnitudes.sum())
+            for columns in (magnitudes, magnitudes[permutation])
         )
+        gains[channels.reader] = before, after
         channels.order(chain.model, permutation.to(weight.device))
     return gains
 

@@ -21,28 +21,24 @@ from .streams import Batches
 def thin_out(
     batches: Batches,
     held_out: Objective,
-    w: Tensor,
+    state: NewtonState,
     config: SolverConfig,
     pattern: Pattern,
-    progress: Callable[[NewtonState], None] | None = None,
-    state: NewtonState | None = None,
+    progress: Callable[[NewtonState], None],
 ) -> NewtonResult:
-    """One Newton step per batch from w (m,), each followed by the removal of some weights; the last one by that of all
-    which the pattern removes.
+    """One Newton step per batch, each followed by the removal of some weights; the last one by that of all which the
+    pattern removes.
 
     The weights returned are those of the end, zero where they have gone.
 
     Args:
         batches: in the order of the steps, with the weights active that there are at first.
         held_out: objective on images that no batch holds; it measures, and decides nothing.
-        w: weights to start from, as many as are active at first.
+        state: where to go on, with as many weights as are active at first.
         config: settings of the steps.
         pattern: what the masks come to.
-        progress: as of :func:`snows_hf.method.newton`.
-        state: as there.
+        progress: called after each step, with where the run is.
     """
-    if state is None:
-        state = NewtonState.start(w, held_out.value(w), NewtonStatus.THINNED_OUT)
     start, result = batches.active, state.result
     steps = result.steps + len(batches.order)
     for step, index in batches.order:
@@ -60,8 +56,7 @@ def thin_out(
         result.cg_statuses.append(taken.direction.status)
         result.rejected += taken.alpha == 0.0
         del taken  # its preconditioner, before the next one is made
-        if progress is not None:
-            progress(state)
+        progress(state)
     return result
 
 

@@ -49,12 +49,10 @@ class NewtonStatus(StrEnum):
     @property
     def remedy(self) -> str:
         return {
-            "improved": "",
-            "thinned_out": "",
             "not_improved": "No step of its own lowered the held-out loss. Use more images, or a larger damping.",
             "non_finite": "The loss or a product was not finite: the best finite weights were kept. Use --dtype "
             "float32, or a larger damping.",
-        }[self.value]
+        }.get(self.value, "")
 
 
 @dataclass

@@ -4,7 +4,7 @@ L(w) = Σ_k mean((Y^{l+k} − f^{l:l+k}(X^l, w))²) for k = 0 … K: the paper's
 entries, so that no operation outweighs another by size and λ means the same for every batch size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,21 @@ class Segment:
     def outputs(self, state: State, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """The K + 1 outputs from the state before operation ``start``; ``weights`` replace the group's own."""
         return self.chain.outputs(state, self.start, self.stop, dict(weights or {}))
+
+
+def hessian_expansion(
+    loss: Tensor,
+    w: Tensor,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+) -> Expansion:
+    """A loss around w (m,), with its own Hessian; ``total`` sums over processes what each has a part of."""
+    (gradient,) = grad(loss, w, create_graph=True)
+
+    def product(p: Tensor) -> Tensor:
+        return total(grad(gradient, w, p, retain_graph=True)[0])
+
+    return Expansion(float(total(loss.detach())), total(gradient.detach()), product, preconditioner)
 
 
 class KStepObjective:
@@ -147,12 +162,7 @@ class KStepObjective:
             given = self.solver.damping, self.share, self.solver.factor_entries
             precondition = row_preconditioner(self.active.masks, seen, moving, *given)
         if self.solver.curvature == "hessian":
-            (gradient,) = grad(loss, w, create_graph=True)
-
-            def hessian(p: Tensor) -> Tensor:
-                return total(grad(gradient, w, p, retain_graph=True)[0])
-
-            return Expansion(float(total(loss.detach())), total(gradient.detach()), hessian, precondition)
+            return hessian_expansion(loss, w, total, precondition)
 
         # Jᵀu is linear in u, so its derivative along u is J at any u: the tangent pass by reverse mode alone, over a
         # graph that is built once per batch, where forward mode would run the primal again for every product. At u of

@@ -7,7 +7,7 @@ Kronecker factors of Martens and Grosse (2015), with the diagonal of the output 
 each row it is factorised exactly; at K = 0 it is the Hessian itself, and conjugate gradients need one iteration.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ MIN_IMAGES = 32
 
 
 @contextmanager
-def recorded(chain: Chain, parameters: Mapping[str, Tensor]) -> Iterator[dict[str, tuple[nn.Module, Tensor, Tensor]]]:
+def recorded(chain: Chain, parameters: Iterable[str]) -> Iterator[dict[str, tuple[nn.Module, Tensor, Tensor]]]:
     """While open, notes (module, input, output) of every module that owns one of the parameters."""
     seen: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
     handles = []

@@ -11,7 +11,6 @@ from ..runtime.journal import Journal
 from .cg import CGStatus
 from .newton import NewtonResult, NewtonState, NewtonStatus
 from .objective import ActiveWeights, Segment
-from .streams import Streams
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class LayerReport:
         segment: Segment,
         sweep: int,
         result: NewtonResult,
-        streams: Streams,
         active: ActiveWeights,
         loss_masked: float | None,
+        batch_size: int,
         seconds: float,
     ) -> "LayerReport":
         """What Algorithm 2 did to a segment's group; ``active`` are the weights that it has in ``result.w``."""
@@ -81,7 +80,7 @@ class LayerReport:
             remedy=result.status.remedy,
             losses=tuple(result.losses),
             cg_statuses=dict(Counter(status.value for status in result.cg_statuses)),
-            batch_size=streams.largest,
+            batch_size=batch_size,
         )
 
     @classmethod

@@ -54,17 +54,15 @@ class Streams:
 
     def halve(self) -> None:
         """Cuts every batch in two; of the one that judges, only the first half stays."""
-        parts = [part for batch in self.batches for part in halves(batch)]
-        for which in ("dense", "pruned"):
-            states = []
-            for batch, kept in zip(self.batches, getattr(self, which), strict=True):
-                state = kept.get()
-                states += [
-                    self.shelf.keep(tuple(t[part.start - batch.start : part.stop - batch.start] for t in state))
-                    for part in halves(batch)
-                ]
-            setattr(self, which, states[: len(states) + 1 - len(halves(self.batches[-1]))])
-        self.batches = parts[: len(parts) + 1 - len(halves(self.batches[-1]))]
+        parts = [halves(batch) for batch in self.batches]
+        parts[-1] = parts[-1][:1]
+        for states in (self.dense, self.pruned):
+            states[:] = [
+                self.shelf.keep(tuple(t[part.start - batch.start : part.stop - batch.start] for t in state))
+                for batch, own, state in zip(self.batches, parts, map(Kept.get, states), strict=True)
+                for part in own
+            ]
+        self.batches = [part for own in parts for part in own]
         self.halvings += 1
 
     def advance(self, operation: Operation, which: str, device: torch.device) -> None:

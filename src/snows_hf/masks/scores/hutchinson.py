@@ -9,12 +9,14 @@ entry itself, where that of v ⊙ Hv grows with its whole row of the Hessian. Th
 ranks as HP-kstep does.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from ...method.newton import Expansion
 from ..evidence import Evidence, Linearisation
 from .base import Choice, Score
 
@@ -55,36 +57,25 @@ def on_task_loss(evidence: Evidence, probes: int = PROBES) -> Diagonal:
     """Over all weights at once."""
     generator = torch.Generator().manual_seed(evidence.config.seed)
 
-    def batches() -> Iterator[Batch]:
-        for share, expansion in evidence.task():
+    def draw(expansion: Expansion) -> Tensor:
+        v = rademacher(expansion.gradient, generator)
+        return v * expansion.product(v)
 
-            def draw(
-                product: Callable[[Tensor], Tensor] = expansion.product, g: Tensor = expansion.gradient
-            ) -> Tensor:
-                v = rademacher(g, generator)
-                return v * product(v)
-
-            yield share, expansion.gradient, draw
-
-    return estimate(batches(), probes)
+    return estimate(((share, e.gradient, partial(draw, e)) for share, e in evidence.task()), probes)
 
 
 def on_k_step_loss(evidence: Evidence, probes: int = PROBES) -> Diagonal:
     """Every group by its own K-step loss."""
     generator = torch.Generator().manual_seed(evidence.config.seed)
 
-    def batches(linearisations: Iterable[Linearisation]) -> Iterator[Batch]:
-        for part in linearisations:
-
-            def draw(part: Linearisation = part) -> Tensor:
-                u = [curvature**0.5 * rademacher(output, generator) for curvature, output in part.outputs]
-                return grad([output for _, output in part.outputs], part.w, u, retain_graph=True)[0].square()
-
-            yield part.share, torch.zeros_like(part.w), draw
+    def draw(batch: Linearisation) -> Tensor:
+        u = [curvature**0.5 * rademacher(output, generator) for curvature, output in batch.outputs]
+        return grad([output for _, output in batch.outputs], batch.w, u, retain_graph=True)[0].square()
 
     parts: dict[str, list[Tensor]] = {}
     for active, linearisations in evidence.k_step():
-        for kind in estimate(batches(linearisations), probes):
+        batches = ((batch.share, torch.zeros_like(batch.w), partial(draw, batch)) for batch in linearisations)
+        for kind in estimate(batches, probes):
             for name, part in active.scatter(kind.detach()).items():
                 parts.setdefault(name, []).append(part)
     g, H, variance = (evidence.everything.gather({n: p[i] for n, p in parts.items()}) for i in range(3))

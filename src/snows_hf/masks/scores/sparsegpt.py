@@ -49,9 +49,8 @@ def sweep(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor,
             share = round(zeros * stop / d) - round(zeros * start / d)
             scores = (W[..., start:stop] / pivots[..., start:stop]).square()
             gone = scores.flatten().argsort(stable=True)[:share]
-            kept[..., start:stop] = (
-                torch.ones_like(scores.flatten(), dtype=torch.bool).index_fill_(0, gone, False).view_as(scores)
-            )
+            stays = torch.ones_like(scores.flatten(), dtype=torch.bool).index_fill_(0, gone, False)
+            kept[..., start:stop] = stays.view_as(scores)
         errors = torch.zeros_like(W[..., start:stop])
         for i in range(start, stop):
             if pattern is not None and i % pattern.m == 0:
