@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import pairwise
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, vmap
 
 from snows_hf.masks.choose import choose
+from snows_hf.masks.criteria import CRITERIA
 from snows_hf.masks.evidence import Evidence
-from snows_hf.masks.scores import criterion
 from snows_hf.masks.scores.fisher import fisher
 from snows_hf.masks.scores.hutchinson import PROBES, estimate, on_k_step_loss, on_task_loss
 from snows_hf.masks.scores.synflow import schedule
@@ -52,7 +53,8 @@ def known(request) -> tuple[Evidence, Tensor, Tensor, Tensor]:
 
 
 def scores(given: Evidence, name: str) -> Tensor:
-    return flat(criterion(name)(given), list(given.weights))
+    score = resolve_name(f"snows_hf.masks.scores.{CRITERIA[name].function}")
+    return flat(score(given), list(given.weights))
 
 
 def test_first_order_scores(known):

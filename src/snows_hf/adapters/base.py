@@ -151,8 +151,7 @@ def register(*classes: type[nn.Module], family: str) -> Callable[[Builder], Buil
     """
 
     def add(builder: Builder) -> Builder:
-        for cls in classes:
-            _BUILDERS[cls] = builder, family
+        _BUILDERS.update(dict.fromkeys(classes, (builder, family)))
         return builder
 
     return add

@@ -32,7 +32,7 @@ def _transformers_block(layer: Any, base: Any, names: dict[nn.Module, str]) -> I
         return attention(*split_heads(attn, layer.layernorm_before(x)), attn.scaling, bias)
 
     scales = (lambda x: layer.lambda_1 * x), (lambda x: layer.lambda_2 * x)
-    return transformer_block(names, attn, layer.mlp, attend, layer.layernorm_after, *scales)
+    return transformer_block(names, attn, layer.mlp, attend, layer.layernorm_after, scales)
 
 
 @register(BeitForImageClassification, family="vit")
@@ -58,8 +58,8 @@ def _timm_block(block: Any, model: Any, names: dict[nn.Module, str]) -> Iterator
         shared = None if model.rel_pos_bias is None else model.rel_pos_bias()
         return attention(*split_qkv(qkv, attn.num_heads), attn.scale, _sum(own, shared))
 
-    scales = () if block.gamma_1 is None else ((lambda x: block.gamma_1 * x), (lambda x: block.gamma_2 * x))
-    return transformer_block(names, attn, block.mlp, attend, block.norm2, *scales)
+    scales = None if block.gamma_1 is None else ((lambda x: block.gamma_1 * x), (lambda x: block.gamma_2 * x))
+    return transformer_block(names, attn, block.mlp, attend, block.norm2, scales)
 
 
 @register(Beit, family="vit")

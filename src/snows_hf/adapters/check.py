@@ -1,8 +1,8 @@
 """What a user asks for of a model, and what an adapter makes of it, held against the model itself."""
 
-import fnmatch
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -93,14 +93,12 @@ def select_layers(chain: Chain, globs: tuple[str, ...]) -> list[Group]:
     Raises:
         MaskError: a wildcard matches nothing.
     """
-    groups = [group for _, group in chain.groups()]
-    for glob in globs:
-        if not any(_matches(group, glob) for group in groups):
+    found = []
+    for glob in globs or ("*",):
+        matches = [g for _, g in chain.groups() if any(fnmatchcase(name, glob) for name in (g.name, *g.parameters))]
+        if globs and not matches:
             raise MaskError(
                 f"--layers {glob!r} matches no prunable layer.", "`snows-hf inspect MODEL` lists their names."
             )
-    return [group for group in groups if not globs or any(_matches(group, glob) for glob in globs)]
-
-
-def _matches(group: Group, glob: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for name in (group.name, *group.parameters))
+        found += matches
+    return [group for _, group in chain.groups() if group in found]

@@ -42,21 +42,13 @@ def _downsampling(parts: Iterable[nn.Module], names: dict[nn.Module, str]) -> Op
     return Operation.of(names[conv], lambda x: conv(norm(x)), "downsample")
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
 def _transformers_block(layer: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
     def finish(x: Tensor) -> Tensor:
         scale = getattr(layer, "layer_scale_parameter", None)
-        return _channels_first(x if scale is None else scale * x)
+        return (x if scale is None else scale * x).movedim(-1, 1)
 
     def norm(x: Tensor) -> Tensor:
-        return layer.layernorm(_channels_last(x))
+        return layer.layernorm(x.movedim(1, -1))
 
     layers, between = (layer.dwconv, layer.pwconv1, layer.pwconv2), getattr(layer, "grn", nn.Identity())
     return _block(names, layers, norm, layer.act, between, finish, nn.Identity())
@@ -80,10 +72,10 @@ def _timm_block(block: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
     check_kind(mlp, names[mlp], Mlp, GlobalResponseNormMlp, model="ConvNeXt")
 
     def norm(x: Tensor) -> Tensor:
-        return block.norm(x if block.use_conv_mlp else _channels_last(x))
+        return block.norm(x if block.use_conv_mlp else x.movedim(1, -1))
 
     def finish(x: Tensor) -> Tensor:
-        x = x if block.use_conv_mlp else _channels_first(x)
+        x = x if block.use_conv_mlp else x.movedim(-1, 1)
         return x if block.gamma is None else x * block.gamma[:, None, None]
 
     between = mlp.grn if isinstance(mlp, GlobalResponseNormMlp) else mlp.norm

@@ -23,7 +23,7 @@ def _block(layer: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
             "This variant of DINOv2 has no adapter yet.",
         )
     scales = layer.layer_scale1, layer.layer_scale2
-    return transformers_block(names, layer.attention, mlp, layer.norm1, layer.norm2, *scales)
+    return transformers_block(names, layer.attention, mlp, layer.norm1, layer.norm2, scales)
 
 
 @register(Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification, family="vit")

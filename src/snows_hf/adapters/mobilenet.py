@@ -27,9 +27,7 @@ def _separable(block: Any, name: str) -> Iterator[Operation]:
     yield Operation(depthwise, lambda s: (block.conv_dw(s[0]), *s[shortcut]), Group.of(depthwise, "depthwise"))
     yield Operation.of(f"{depthwise} > activation", lambda x: block.se(block.aa(block.bn1(x))))
     yield Operation.of(pointwise, block.conv_pw, "pointwise")
-    yield Operation(
-        f"{pointwise} > activation", lambda s: (block.bn2(s[0]) + s[1] if block.has_skip else block.bn2(s[0]),)
-    )
+    yield Operation(f"{pointwise} > activation", lambda s: (sum(s[1:], block.bn2(s[0])),))
 
 
 @register(EfficientNet, family="mobilenet")

@@ -24,8 +24,7 @@ def transformer_block(
     mlp: Any,
     attend: Function,
     norm2: Function,
-    scale1: Function | None = None,
-    scale2: Function | None = None,
+    scales: tuple[Function, Function] | None = None,
     project: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[Operation]:
     """Operations of x → x + scale1(project(attend(x), x)) → x + scale2(mlp(norm2(x))), on tokens x (n, …, width).
@@ -37,15 +36,14 @@ def transformer_block(
         mlp: what owns ``fc1``, an activation, ``fc2`` and, in timm, a norm before that.
         attend: tokens to the attention's output, norm included.
         norm2: before the MLP.
-        scale1: of what the attention adds to the tokens.
-        scale2: of what the MLP adds.
+        scales: of what the attention and the MLP add to the tokens.
         project: the attention's output, and the tokens, to what is added to these; the out-projection for None.
     """
     qkv = ("qkv",) if hasattr(attn, "qkv") else ("q_proj", "k_proj", "v_proj")
     group = Group(f"{names[attn]}.qkv", tuple(f"{names[attn]}.{part}.weight" for part in qkv), "qkv")
     out = next(getattr(attn, part) for part in ("proj", "o_proj", "out_proj") if hasattr(attn, part))
     between = getattr(mlp, "norm", nn.Identity())
-    scale1, scale2 = scale1 or nn.Identity(), scale2 or nn.Identity()
+    scale1, scale2 = scales or (nn.Identity(), nn.Identity())
     project = project or (lambda a, x: out(a))
     mlp0, mlp3 = names[mlp.fc1], names[mlp.fc2]
 
@@ -62,8 +60,7 @@ def transformers_block(
     mlp: Any,
     norm1: Function,
     norm2: Function,
-    scale1: Function | None = None,
-    scale2: Function | None = None,
+    scales: tuple[Function, Function] | None = None,
 ) -> Iterator[Operation]:
     """:func:`transformer_block` whose attention has no bias, with the norm before it."""
     scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
@@ -71,7 +68,7 @@ def transformers_block(
     def attend(x: Tensor) -> Tensor:
         return attention(*split_heads(attn, norm1(x)), scale)
 
-    return transformer_block(names, attn, mlp, attend, norm2, scale1, scale2)
+    return transformer_block(names, attn, mlp, attend, norm2, scales)
 
 
 @register(ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, family="vit")
@@ -104,7 +101,7 @@ def _timm_block(block: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
         a = attn.norm(attention(attn.q_norm(q), attn.k_norm(k), v, attn.scale))
         return a if attn.gate is None else a * attn.gate(x).sigmoid()
 
-    return transformer_block(names, attn, block.mlp, attend, block.norm2, block.ls1, block.ls2)
+    return transformer_block(names, attn, block.mlp, attend, block.norm2, (block.ls1, block.ls2))
 
 
 @register(VisionTransformer, family="vit")

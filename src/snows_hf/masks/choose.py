@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from safetensors import SafetensorError
@@ -12,8 +13,9 @@ from torch import Tensor
 from ..errors import MaskError, PatternError
 from ..patterns import NM, Masks, Pattern, Unstructured
 from ..settings import PruneConfig
+from .criteria import find_criterion
 from .evidence import Evidence
-from .scores import Choice, criterion
+from .scores.base import Choice, Score
 
 
 def split_by_fit(weights: Mapping[str, Tensor], pattern: Pattern) -> tuple[list[str], list[str]]:
@@ -50,7 +52,8 @@ def choose(evidence: Evidence) -> Choice:
     if mask.endswith(".safetensors"):
         return Choice(load_masks(Path(mask), evidence.weights, evidence.pattern))
     evidence = replace(evidence, weights={name: evidence.weights[name].detach() for name in fitting})
-    found = criterion(mask)(evidence)
+    score: Score = resolve_name(f"{__package__}.scores.{find_criterion(mask).function}")
+    found = score(evidence)
     return found if isinstance(found, Choice) else Choice(evidence.ranked(found))
 
 

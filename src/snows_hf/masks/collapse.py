@@ -1,13 +1,9 @@
 """Layer collapse: masks through which a layer can no longer be reached, and with it perhaps the whole network."""
 
-import copy
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..adapters import build_chain, frozen
-from ..adapters.base import Chain
+from ..adapters import Chain, frozen
 from ..patterns import Masks
 from .scores.synflow import positive
 
@@ -27,23 +23,20 @@ def find_collapse(chain: Chain, masks: Masks, images: Tensor) -> tuple[dict[str,
         masks: by parameter name.
         images: one image (1, 3, h, w), for its shape.
     """
-    model = copy.deepcopy(chain.model).double()
-    positive(model)
-    for name, parameter in model.named_parameters():
+    other = positive(chain)
+    for name, parameter in other.model.named_parameters():
         if parameter.ndim == 1 and not name.endswith("bias") and not parameter.any():
             parameter.data.fill_(1.0)  # norms that begin at zero, as a residual branch's last may: a start, no cut
-    other = build_chain(model)
     generator = torch.Generator().manual_seed(0)
     x = (0.5 + torch.rand(images.shape, generator=generator, dtype=torch.float64)).to(images.device).requires_grad_()
     weights = {
         name: (other.weight(name).detach() * mask.to(images.device)).requires_grad_() for name, mask in masks.items()
     }
-    with frozen(model):
+    with frozen(other.model):
         logits = other.outputs((x,), 0, len(other.operations), dict(weights))[-1]
     gradients = torch.autograd.grad(logits.sum(), [x, *weights.values()], allow_unused=True)
-    reached: Sequence[Tensor | None] = gradients[1:]
     cut = {}
-    for (name, mask), gradient in zip(masks.items(), reached, strict=True):
+    for (name, mask), gradient in zip(masks.items(), gradients[1:], strict=True):
         if not mask.any():
             cut[name] = EMPTY
         elif gradient is None or not (gradient * mask.to(gradient.device)).any():

@@ -77,15 +77,12 @@ def free_channels(chain: Chain, images: Tensor, names: Collection[str]) -> list[
             for passed in twin.operations[channels.start : channels.stop]:
                 ordered = passed.run(ordered)
             channels.order(twin.model, permutation.argsort())
-            if all(map(same, ordered, operation.run(state))):
+            both = zip(ordered, operation.run(state), strict=True)
+            if all(bool((a - b).abs().max() <= TOLERANCE * b.abs().max()) for a, b in both):
                 free.append(channels)
         needed = min((channels.start for channels in found if channels.stop > place + 1), default=place + 1)
         states = {start: kept for start, kept in states.items() if start >= needed}
     return free
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
 
 
 def candidates(chain: Chain, images: Tensor, names: Collection[str]) -> list[Channels]:
@@ -156,10 +153,8 @@ def order_channels(
             continue
         magnitudes = weight.to(device).float().abs().movedim(1, 0).flatten(1)
         permutation = better_order(magnitudes, pattern)
-        before, after = (
-            float(kept(columns.unflatten(0, (-1, pattern.m)), pattern.n).sum()) / float(magnitudes.sum())
-            for columns in (magnitudes, magnitudes[permutation])
-        )
+        both = (columns.unflatten(0, (-1, pattern.m)) for columns in (magnitudes, magnitudes[permutation]))
+        before, after = (float(kept(groups, pattern.n).sum()) / float(magnitudes.sum()) for groups in both)
         gains[channels.reader] = before, after
         channels.order(chain.model, permutation.to(weight.device))
     return gains

@@ -1,7 +1,5 @@
 """What fits into memory: the model, or one operation of it after the other, and batches."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,6 @@ from ..runtime.distributed import from_main, local_processes, processes
 from ..runtime.memory import available, saved_bytes
 from ..runtime.run import Run
 from ..settings import PruneConfig
-from .newton import Expansion
 from .objective import ActiveWeights, KStepObjective, Segment
 from .preconditioner import factor_bytes
 from .streams import masked_operations, whole_network
@@ -92,6 +89,18 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
     """Most that a product of any layer's objective needs in memory per image of a batch: what its graphs keep, and of
     every output the target, residual, tangent and cotangent. ``images`` holds two."""
     start: State = (images.to(chain.device),)
+    plain = config.updated(preconditioner="none", gradual=0.0)
+
+    def kept(segment: Segment, state: State) -> tuple[int, list[Tensor]]:
+        """What autograd keeps for a product, and the outputs."""
+        active = ActiveWeights.of(segment.group, masks, chain.device)
+        objective = KStepObjective(segment, active, state, plain)
+        return saved_bytes(lambda: objective.expand(active.within(chain))), list(objective.targets)
+
+    def per_image(segment: Segment, state: State) -> int:
+        (two, outputs), (one, _) = kept(segment, state), kept(segment, tuple(tensor[:1] for tensor in state))
+        return two - one + 4 * sum(output[0].nbytes for output in outputs)
+
     segments = []
     todo = masked_operations(chain, masks)
     with frozen(chain.model):
@@ -100,20 +109,4 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
         for index, _, state in chain.walk(start, stop=max(todo, default=-1) + 1):
             if index in todo:
                 segments.append((Segment.cut(chain, index, config.k), state))
-        return max(
-            saved_bytes(partial(_expand, segment, state, masks, config))
-            - saved_bytes(partial(_expand, segment, tuple(tensor[:1] for tensor in state), masks, config))
-            + 4 * sum(output[0].nbytes for output in _outputs(segment, state))
-            for segment, state in segments
-        )
-
-
-@torch.no_grad()
-def _outputs(segment: Segment, state: State) -> list[Tensor]:
-    return segment.outputs(state)
-
-
-def _expand(segment: Segment, state: State, masks: Masks, config: PruneConfig) -> Expansion:
-    active = ActiveWeights.of(segment.group, masks, segment.chain.device)
-    w = active.within(segment.chain)
-    return KStepObjective(segment, active, state, config.updated(preconditioner="none", gradual=0.0)).expand(w)
+        return max(per_image(segment, state) for segment, state in segments)

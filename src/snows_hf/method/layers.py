@@ -22,9 +22,6 @@ from .streams import Batches, Streams
 
 STAGE = "Layers"
 
-Solution = tuple[LayerReport, dict[str, Tensor]]
-"""Of a group: what happened, and its full weights."""
-
 
 @dataclass(frozen=True)
 class Task:
@@ -65,7 +62,7 @@ class Layers:
     start: Mapping[str, Tensor]
     total: int
 
-    def finish(self, task: Task, streams: Streams) -> Solution:
+    def finish(self, task: Task, streams: Streams) -> tuple[LayerReport, dict[str, Tensor]]:
         """:meth:`solve`, or what an earlier run kept of it, put into the chain's model. Where memory runs out, the
         group is solved again with batches of half the size, and of single images with a smaller K."""
         name, journal = task.record, self.run.journal
@@ -99,15 +96,17 @@ class Layers:
         )
         return report, weights
 
-    def solve(self, task: Task, streams: Streams) -> Solution:
-        """Algorithm 2 for a segment's group; with a pattern, its masks thin out to that meanwhile."""
+    def solve(self, task: Task, streams: Streams) -> tuple[LayerReport, dict[str, Tensor]]:
+        """Algorithm 2 for a segment's group; with a pattern, its masks thin out to that meanwhile. Gives what
+        happened, and the group's full weights."""
         started = time.perf_counter()
         group, place, judge = task.segment.group, task.place, len(streams.pruned) - 1
         joint = group.kind == "joint"
         active = ActiveWeights.of(group, self.masks, self.chain.device)
         state = get_state(self.run.journal, task.record, self.chain.device) if joint else None
         done = state.result.steps if state else 0
-        steps = self.layer_steps(judge) if task.steps is None else task.steps
+        most = self.config.solver.passes * judge
+        steps = min(most, self.config.layer_steps or most) if task.steps is None else task.steps
         self.run.tell(STAGE, place, self.total, group.name)
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
         order = [(task.first + i, (place * steps + i) % judge) for i in range(done, steps)]
@@ -134,11 +133,6 @@ class Layers:
         seconds = time.perf_counter() - started
         report = LayerReport.of(task.segment, task.sweep, result, active, masked, streams.largest, seconds)
         return report, active.scatter(result.w)
-
-    def layer_steps(self, learners: int) -> int:
-        """Newton steps for one layer with that many batches."""
-        steps = self.config.solver.passes * learners
-        return min(steps, self.config.layer_steps or steps)
 
     def begin(self, active: ActiveWeights, held_out: Objective, sweep: int) -> tuple[Tensor, float, float | None]:
         """The weights (m,) to begin with, their held-out loss and, in the first sweep, that of the mask alone."""

@@ -122,15 +122,12 @@ class KStepObjective:
                 targets = segment.outputs(state)
         self.targets = targets
         emphasis = config.emphasis if segment.group.kind == "joint" else 0.0
-        self.weights = [
-            self._weight(y, config.weighting == "relative") * (place / len(targets)) ** emphasis
-            for place, y in enumerate(targets, start=1)
-        ]
-
-    def _weight(self, y: Tensor, relative: bool) -> float:
-        """One over the entries of an operation's targets in the whole batch, and over their variance."""
-        variance = self.share.variance(y) + 1e-12 if relative else 1.0
-        return self.share.weight / (y[0].numel() * self.share.total * variance)
+        self.weights = []
+        for place, y in enumerate(targets, start=1):
+            # One over the entries of an operation's targets in the whole batch, and over their variance.
+            variance = self.share.variance(y) + 1e-12 if config.weighting == "relative" else 1.0
+            weight = self.share.weight / (y[0].numel() * self.share.total * variance)
+            self.weights.append(weight * (place / len(targets)) ** emphasis)
 
     def _outputs(self, w: Tensor) -> list[Tensor]:
         with torch.autocast(w.device.type, torch.bfloat16, enabled=self.autocast):

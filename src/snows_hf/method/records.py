@@ -86,9 +86,8 @@ class LayerReport:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "LayerReport":
         """:meth:`to_dict` undone, after JSON."""
-        lists = {"parameters": tuple(facts["parameters"]), "shape": tuple(facts["shape"])}
-        lists["losses"] = tuple(facts.get("losses", ()))
-        return cls(**{**facts, **lists})
+        own: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
+        return cls(**own)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -142,11 +142,8 @@ class Unstructured:
         names = list(scores)
         budget = round(self.sparsity * sum(s.numel() for s in scores.values()))
         # A weight can go only if it is among the lowest `cap` of its own layer; of those, the lowest go.
-        candidates, owners = [], []
-        for i, name in enumerate(names):
-            lowest = scores[name].flatten().sort(stable=True).values[: math.ceil(self.cap * scores[name].numel())]
-            candidates.append(lowest)
-            owners.append(torch.full((lowest.numel(),), i, device=lowest.device))
+        candidates = [s.flatten().sort(stable=True).values[: math.ceil(self.cap * s.numel())] for s in scores.values()]
+        owners = [torch.full_like(lowest, i, dtype=torch.long) for i, lowest in enumerate(candidates)]
         order = torch.cat(candidates).argsort(stable=True)[:budget]
         removed = torch.cat(owners)[order].bincount(minlength=len(names)).tolist()
         return {n: _keep_highest(scores[n], scores[n].numel() - removed[i]) for i, n in enumerate(names)}

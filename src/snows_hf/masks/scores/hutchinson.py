@@ -86,20 +86,18 @@ Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 """θ, g, H (m,) → scores (m,)."""
 
 
+def scored(diagonal: Callable[[Evidence], Diagonal], formula: Formula, evidence: Evidence) -> Choice:
+    """The masks by a formula, and how far off the diagonal in it may be."""
+    g, H, variance = diagonal(evidence)
+    scores = evidence.everything.scatter(formula(evidence.theta(), g, H))
+    error = float(variance.sum().sqrt() / H.norm().clamp_min(1e-30))
+    facts = {"probes": PROBES, "variance": float(variance.mean()), "relative_error": error}
+    return Choice(evidence.ranked(scores), facts=facts)
+
+
 def _both(formula: Formula) -> tuple[Score, Score]:
     """A criterion on the task loss, and the same on the K-step loss."""
-
-    def by(diagonal: Callable[[Evidence], Diagonal]) -> Score:
-        def criterion(evidence: Evidence) -> Choice:
-            g, H, variance = diagonal(evidence)
-            scores = evidence.everything.scatter(formula(evidence.theta(), g, H))
-            error = float(variance.sum().sqrt() / H.norm().clamp_min(1e-30))
-            facts = {"probes": PROBES, "variance": float(variance.mean()), "relative_error": error}
-            return Choice(evidence.ranked(scores), facts=facts)
-
-        return criterion
-
-    return by(on_task_loss), by(on_k_step_loss)
+    return partial(scored, on_task_loss, formula), partial(scored, on_k_step_loss, formula)
 
 
 hd, hd_kstep = _both(lambda theta, g, H: H)

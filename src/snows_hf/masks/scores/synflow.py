@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters import build_chain
-from ...adapters.frozen import frozen
+from ...adapters import Chain, build_chain, frozen
 from ...patterns import NM, Pattern, PerLayer
 from ..evidence import Evidence
 
@@ -24,9 +23,7 @@ ROUNDS = 100
 
 
 def synflow(evidence: Evidence) -> dict[str, Tensor]:
-    model = copy.deepcopy(evidence.network.model).double()
-    positive(model)
-    chain = build_chain(model)
+    chain = positive(evidence.network)
     ones = torch.ones_like(next(evidence.batches())[:1], dtype=torch.float64)
     active = evidence.everything
     theta = active.within(chain)
@@ -34,7 +31,7 @@ def synflow(evidence: Evidence) -> dict[str, Tensor]:
     scores: dict[str, Tensor] = {}
     for pattern in schedule(evidence.pattern):
         w = (theta * kept).requires_grad_()
-        with frozen(model):
+        with frozen(chain.model):
             R = chain.outputs((ones,), 0, len(chain.operations), active.scatter(w))[-1].sum()
         flow = w.detach() * torch.autograd.grad(R, w)[0]
         scores = active.scatter(torch.where(kept > 0, flow, -torch.inf))  # what is gone stays gone
@@ -43,8 +40,10 @@ def synflow(evidence: Evidence) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def positive(model: nn.Module) -> None:
-    """Every weight its absolute; shifts zero; and ReLU6, which is closed above 6 too, a ReLU."""
+def positive(chain: Chain) -> Chain:
+    """Of a copy of the model, in float64: every weight its absolute; shifts zero; and ReLU6, which is closed above 6
+    too, a ReLU."""
+    model = copy.deepcopy(chain.model).double()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Hardtanh):  # what ReLU6 is a case of
@@ -54,6 +53,7 @@ def positive(model: nn.Module) -> None:
             tensor.zero_()
         elif tensor.is_floating_point():
             tensor.abs_()
+    return build_chain(model)
 
 
 def schedule(pattern: Pattern) -> list[Any]:
