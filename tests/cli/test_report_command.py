@@ -296,3 +296,19 @@ def test_row_zeros_and_axis() -> None:
     assert [axis.place(x) for x in (0.01, 1, 100)] == [0, 50, 100]
     assert axis.place(None) is axis.place(0) is None
     assert len(LogAxis([1e-12, 1e9]).ticks()) <= 6
+
+
+@pytest.mark.parametrize("where", ["prune", "report"])
+def test_without_attention_neither_model_is_looked_into(run, tmp_path: Path, where: str) -> None:
+    options = ("--layers", "*stages.0*", "--samples", 8, "--k", 0, "--data", DIGITS, "--eval-data", DIGITS)
+    page = ("--report",) if where == "prune" else ()
+    made = run("prune", RESNET, "--pattern", "2:4", *options, "--no-update", "--output", "m", *page)
+    assert made.code == 0
+    result = made
+    if where == "report":  # a dense model that is not there is not missed either
+        result = run("report", "m", "--data", DIGITS, "--dense", tmp_path / "nowhere")
+    assert result.code == 0
+    said = result.err[result.err.index("Loading m\n") :]
+    assert "No attention maps: ResNetForImageClassification has no attention to draw.\n" in said
+    assert "Loading /" not in said and "Computing" not in said
+    assert json.loads(Path("m/report.json").read_text())["attention"] is None
