@@ -13,11 +13,14 @@ from ..adapters import Group, build_chain
 from ..data.names import Name
 from ..errors import PatternError
 from ..hub.load import load
-from ..hub.save import REPORT_FILE
+from ..hub.save import REPORT_FILE, claims_of
 from ..patterns import NM, Unstructured, parse_candidates
 
 
 COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
+
+SPARSE = 0.1
+"""Share of zeros from which on a layer counts as sparse where nothing says so: a trained weight is hardly ever 0."""
 
 
 def inspect(source: Name, operations: bool = False, revision: str | None = None) -> dict[str, Any]:
@@ -44,8 +47,8 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
     groups = chain.groups()
     weights = {name: chain.weight(name).detach() for _, group in groups for name in group.parameters}
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    claimed = checkpoint.config.get("snows", {})
-    claimed = claimed if isinstance(claimed, dict) and claimed.get("pattern") is not None else {}
+    claimed = claims_of(checkpoint.config)
+    claimed = claimed if claimed.get("pattern") is not None else {}
     title = claimed.get("pattern")
     said = read_claims(checkpoint.folder, groups) if claimed else Claims()
     pruned = bound_by(claimed, said, weights)
@@ -140,8 +143,8 @@ def bound_by(claimed: dict[str, Any], said: Claims, weights: dict[str, Tensor]) 
 
     The report names them, and must excuse all others that the pattern fits. config.json says how many they are:
     a report that names fewer is not believed, and the weights with most zeros are taken instead, as where there is no
-    report. Where config.json does not say it either (of an earlier version, or without a claim), a layer counts as
-    sparse from one zero in ten on: a trained weight is hardly ever exactly zero.
+    report. Where config.json does not say it either (of an earlier version, or without a claim), those of which
+    :data:`SPARSE` is zero.
     """
     count = claimed.get("weights", 0)
     candidates = [one for one in _candidates(claimed.get("pattern")) if one is not None]
@@ -151,7 +154,7 @@ def bound_by(claimed: dict[str, Any], said: Claims, weights: dict[str, Tensor]) 
         return list(named)
     share = {name: float((weight == 0).double().mean()) for name, weight in weights.items()}
     if "weights" not in claimed:
-        return [name for name in weights if share[name] >= 0.1]
+        return [name for name in weights if share[name] >= SPARSE]
     bound: list[str] = []
     for name in sorted(weights, key=lambda name: share[name], reverse=True):
         if not _reaches(count, bound, weights):

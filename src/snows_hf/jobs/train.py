@@ -25,7 +25,7 @@ from ..adapters.base import Chain, logits_of
 from ..data.images import CHUNK, ImageSource, check_labels, labelled_chunks, open_images
 from ..data.names import Name, short_name
 from ..errors import ConfigError
-from ..hub.card import write_training_card
+from ..hub.card import write_card
 from ..hub.create import create
 from ..hub.load import Checkpoint
 from ..hub.save import claim, save_checkpoint
@@ -47,7 +47,7 @@ from .calibration import class_labels
 from .measure import measure
 from .prune import PruneResult
 from .request import check_request, check_training
-from .training import fixed, seed_of, set_rate, sgd, train_epoch
+from .training import fixed, seed_of, sgd, train_epoch
 
 
 def train(
@@ -206,7 +206,7 @@ def save(checkpoint: Checkpoint, output: Path, masks: Masks, report: dict[str, A
     with whole_folder(output) as folder:
         saved = replace(checkpoint, folder=folder)  # a licence of the configuration's is not one of these weights
         save_checkpoint(saved, folder, summary, report)
-        write_training_card(saved, folder, report)
+        write_card(saved, folder, report)
     return report
 
 
@@ -286,22 +286,26 @@ def fit(
         if processes() > 1:
             accelerator = accelerate.Accelerator(cpu=run.device.type == "cpu")
             model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        each = max(1, len(loader))
+        steps = max(1, len(loader))
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            tracked = run.track(loader, f"Batches of epoch {epoch + 1}/{config.epochs}", each)
-            for step, (batch, classes) in enumerate(tracked, epoch * each):
-                batch, classes = batch.to(run.device), classes.to(run.device)
-                set_rate(optimizer, config.lr * factor(step, config.epochs * each, config.schedule))
-                yield augmented(batch, seed_of(config.seed, step)) if config.augment else batch, classes
+            for step, (batch, classes) in enumerate(loader, epoch * steps):
+                batch = batch.to(run.device)
+                yield (
+                    augmented(batch, seed_of(config.seed, step)) if config.augment else batch,
+                    classes.to(run.device),
+                )
 
         def loss_of(batch: Tensor, classes: Tensor) -> Tensor:
             return F.cross_entropy(logits_of(model, batch), classes)
 
+        def rate(step: int) -> float:
+            return config.lr * factor(step, config.epochs * steps, config.schedule)
+
         losses = []
         network.train()
         for epoch in range(config.epochs):
-            losses.append(train_epoch(batches(epoch), loss_of, optimizer, epoch + 1))
+            losses.append(train_epoch(run, batches(epoch), steps, loss_of, optimizer, rate, epoch, config.epochs))
             run.say(f"Epoch {epoch + 1}/{config.epochs}: loss {losses[-1]:.4f}")
         network.eval()
     return losses
