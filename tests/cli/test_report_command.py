@@ -66,8 +66,11 @@ def test_prune_with_report(run) -> None:
     assert report["attention"]["models"][1]["last"]["correlation"] < 1
     for key in ("dense", "masked", "pruned"):
         assert f"{report[key]['top1']:.2f} % top-1" in shown.text
+    assert "start: the mask alone, or the criterion's own weights where these are better" in shown.text
+    assert "the mask's K-step loss" not in shown.text
     for layer in report["layers"]:
         assert layer["name"] in shown.text
+        assert f"{layer['loss_start']:.3g} → {layer['loss_pruned']:.3g}" in shown.text
         assert sum(layer["cg_statuses"].values()) == layer["steps"] == len(layer["losses"])
         assert layer["losses"] == sorted(layer["losses"], reverse=True)
         assert layer["losses"][-1] == layer["loss_pruned"]

@@ -109,7 +109,7 @@ def compare(
         ``models``: for each ``model``, ``name`` (``model`` where two would have the same), ``source``, ``pattern``,
         ``mask``, ``samples``, ``k``, ``sparsity``, ``dense``, ``masked`` and ``pruned`` (top-1 in per cent, None where
         not measured; weights that are ``retrained`` count as pruned), ``drop``, ``eval_data``, ``loss_left``
-        (geometric mean over the layers of the share of the mask's K-step loss that is left), ``products``, ``size``,
+        (geometric mean over the layers of the share of ``loss_start`` that is left), ``products``, ``size``,
         ``flops``, ``seconds``; and ``output``.
 
     Raises:
