@@ -63,9 +63,7 @@ def attention(
         images: number of images to draw.
         samples: images over which the similarity is averaged; those that are drawn are the first of them.
         seed: decides which images.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        on_stage: called with a line of text when a new stage begins.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, on_stage, on_progress: as for :func:`snows_hf.prune`.
 
     Returns:
         ``models``, a list with ``last`` and ``rollout``, each the mean ``correlation`` (Pearson's) and ``cosine`` of

@@ -25,10 +25,7 @@ def evaluate(
         model: Hub id or folder.
         data: labelled images: Hub data set, image folder or folder of parquet.
         split: of ``data``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        revision: of the model on the Hub.
-        on_stage: called with a line of text when a new stage begins.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, revision, on_stage, on_progress: as for :func:`snows_hf.prune`.
 
     Raises:
         SnowsError: no such model or data, no labels, or labels that do not match the model's classes.

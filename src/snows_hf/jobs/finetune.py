@@ -67,11 +67,7 @@ def finetune(
         eval_split: of ``eval_data``.
         teacher: Hub id or folder of a model with the same classes and preprocessing, the dense one say, whose logits
             the student learns from too.
-        device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
-        revision: of the model on the Hub.
-        restart: begin anew where an earlier call was broken off.
-        on_stage: called with a line of text when a new stage begins, and after each epoch.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, revision, restart, on_stage, on_progress: as for :func:`snows_hf.prune`.
         **settings: by the names of FinetuneConfig.
 
     Raises:
@@ -205,17 +201,15 @@ def match(
     dtype = next(checkpoint.model.parameters()).dtype
     classes = logits_of(checkpoint.model, pixels.to(device, dtype)).shape[1]
     if teacher is not None:
+        teacher.model.to(device, torch.float32).requires_grad_(False)
+        names = {teacher.class_names, checkpoint.class_names} - {None}
         if not torch.equal(teacher.preprocess(some), pixels):
             raise ConfigError(
                 f"The teacher {teacher.source} prepares images in another way than {checkpoint.source}.",
                 "Both see the same pixels: give one with the same preprocessing, such as the dense model.",
             )
-        teacher.model.to(device, torch.float32).requires_grad_(False)
         taught = logits_of(teacher.model, pixels.to(device)).shape[1]
-        same_names = None in (teacher.class_names, checkpoint.class_names) or (
-            teacher.class_names == checkpoint.class_names
-        )
-        if taught != classes or not same_names:
+        if taught != classes or len(names) > 1:
             raise ConfigError(
                 f"The teacher {teacher.source} has other classes ({taught}) than {checkpoint.source} ({classes}).",
                 "Give one with the same classes in the same order, such as the dense model.",

@@ -45,12 +45,7 @@ def sensitivity(
         data: calibration images, as for :func:`snows_hf.prune`; :data:`~snows_hf.masks.allocation.IMAGES` of them are
             used unless ``samples`` says fewer.
         data_split: split of ``data``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: in which things are computed.
-        revision: of the model on the Hub.
-        preset: ``default`` or ``paper``.
-        on_stage: called with a line of text when a new stage begins, and for each measurement.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, dtype, revision, preset, on_stage, on_progress: as for :func:`snows_hf.prune`.
         **settings: changes to the preset, by the names of PruneConfig and SolverConfig: ``mask``, ``repair_steps`` …
 
     Returns:

@@ -7,8 +7,8 @@ is not the one to be trained.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,7 @@ def train(
         data_split: split of ``data``.
         eval_data: labelled images on which accuracy is measured at the end; None measures nothing.
         eval_split: split of ``eval_data``.
-        device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
-        revision: of ``source`` on the Hub.
-        on_stage: called with a line of text when a new stage begins, after each epoch, and for each collapsed layer.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, revision, on_stage, on_progress: as for :func:`snows_hf.prune`.
         **settings: by the names of :class:`~snows_hf.settings.TrainConfig`.
 
     Raises:
@@ -106,15 +103,15 @@ def train(
         run.say(f"Warming up batch norms on {config.warm_up_bn} batches")
         if not warm_up(network, images[: config.warm_up_bn * config.batch_size].split(config.batch_size), run.device):
             run.say("The network has no batch norm: there is nothing to warm up")
-    start = choose_start(run, chain, chosen_pattern, config, images, labels)
+    masks, facts = choose_masks(run, chain, chosen_pattern, config, images, labels)
     run.say(f"Training on {len(labels)} images")
     training = time.perf_counter()
-    losses = fit(run, network, images, labels, start.masks, config)
+    losses = fit(run, network, images, labels, masks, config)
     training_seconds = time.perf_counter() - training
     accuracy = measure(run, "trained", network, checkpoint, evaluation)
     network.to("cpu")
 
-    report = describe(checkpoint, chain, start, config) | {
+    report = describe(checkpoint, masks, facts, config) | {
         "source": short_name(source),
         "pattern": str(chosen_pattern) if chosen_pattern is not None else None,
         "images": len(labels),
@@ -129,25 +126,8 @@ def train(
     if output is None:
         return PruneResult(network, None, {"output": None, **report})
     run.say(f"Saving to {output}")
-    report = save(checkpoint, Path(output), start.masks, report)
+    report = save(checkpoint, Path(output), masks, report)
     return PruneResult(network, Path(output), {"output": str(output), **report})
-
-
-@dataclass(frozen=True)
-class Start:
-    """What the training begins with.
-
-    Attributes:
-        masks: by parameter name; empty for a dense network.
-        facts: of the criterion.
-        cut: layers that the masks have cut off, and why.
-        connected: whether the logits still depend on the images.
-    """
-
-    masks: Masks = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    cut: Mapping[str, str] = field(default_factory=dict)
-    connected: bool = True
 
 
 def weights_of(chain: Chain) -> dict[str, Tensor]:
@@ -155,12 +135,13 @@ def weights_of(chain: Chain) -> dict[str, Tensor]:
     return {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
 
 
-def choose_start(
+def choose_masks(
     run: Run, chain: Chain, pattern: Pattern | None, config: TrainConfig, images: Tensor, labels: Tensor
-) -> Start:
-    """Masks of an untrained network, and what they have cut off."""
+) -> tuple[Masks, dict[str, Any]]:
+    """Masks of an untrained network by parameter name, empty for a dense one; for the report, what the criterion says
+    of them, which layers they have cut off and why, and whether the logits still depend on the images."""
     if pattern is None:
-        return Start()
+        return {}, {"criterion": {}, "collapse": {"layers": {}, "connected": True}}
     run.say(f"Choosing masks by {Path(config.mask).name}")
     settings = PruneConfig(str(pattern), mask=config.mask, seed=config.seed)
     some = slice(0, config.criterion_samples)
@@ -171,22 +152,21 @@ def choose_start(
         run.say(f"Layer collapse: {name}: {reason}")
     if not connected:
         run.say("The logits no longer depend on the images: training can only learn how frequent classes are")
-    return Start(choice.masks, choice.facts, cut, connected)
+    return choice.masks, {"criterion": dict(choice.facts), "collapse": {"layers": cut, "connected": connected}}
 
 
-def describe(checkpoint: Checkpoint, chain: Chain, start: Start, config: TrainConfig) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, masks: Masks, facts: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """What the report says of the network and its masks."""
-    zeros = sum(int((chain.weight(name) == 0).sum()) for name in start.masks)
+    zeros = sum(int((checkpoint.model.get_parameter(name) == 0).sum()) for name in masks)
     return {
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
-        "sparsity": zeros / sum(mask.numel() for mask in start.masks.values()) if start.masks else 0.0,
+        "sparsity": zeros / sum(mask.numel() for mask in masks.values()) if masks else 0.0,
         "settings": config.to_dict() | {"mask": Path(config.mask).name},
-        "criterion": dict(start.facts),
-        "collapse": {"layers": dict(start.cut), "connected": start.connected},
+        **facts,
         "layers": [
             {"name": name, "shape": list(mask.shape), "sparsity": 1 - float(mask.double().mean())}
-            for name, mask in start.masks.items()
+            for name, mask in masks.items()
         ],
         "versions": versions(torch, timm, transformers, accelerate),
         "seed": config.seed,
