@@ -1,7 +1,6 @@
 """Attention maps of a dense model, its mask alone and what SNOWS makes of it, side by side (the paper's Figure 4)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +15,12 @@ from ..adapters.check import check_chain
 from ..data.images import ImageSource, Preprocess, calibration_images, open_images
 from ..data.names import Name, distinct_names
 from ..errors import AdapterError, ConfigError
-from ..hub.load import Checkpoint, load
+from ..hub.load import Checkpoint
 from ..reports.describe import describe_data
 from ..runtime.files import write_whole
 from ..runtime.run import Progress, Run
 from .request import check_attention
+from .subject import listed, load_told
 
 
 BATCH = 8
@@ -74,20 +74,13 @@ def attention(
         SnowsError: bad settings, a model without such attention, models whose maps differ in size, or an output that
             cannot be written.
     """
-    names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
-    if not names:
-        raise ConfigError("No model to look into.", "Name at least one Hub id or folder.")
+    names = listed(models)
     output = Path(output)
     check_attention(images, seed, output)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     loaded = ((name, load_told(run, name)) for name in names)
     found = compare_maps(run, loaded, open_images(data, split), output, images, samples, seed)
     return found | {"data": describe_data(data, split), "seed": seed, "output": str(output)}
-
-
-def load_told(run: Run, name: str) -> Checkpoint:
-    run.say(f"Loading {name}")
-    return load(name)
 
 
 def compare_maps(
@@ -126,16 +119,14 @@ def compare_maps(
         alike.append([similarity(own, reference) for own, reference in zip(maps, found[0], strict=True)])
     run.say(f"Drawing {output}")
     draw(shown, distinct_names(names), found, [[correlation for correlation, _ in kinds] for kinds in alike], output)
-    means = [
-        {
-            kind: dict.fromkeys(MEASURES) if kinds is alike[0] else
-            {measure: float(values.mean()) for measure, values in zip(MEASURES, both, strict=True)}
-            for kind, both in zip(KINDS, kinds, strict=True)
-        }
+    rows: list[dict[str, Any]] = [
+        {kind: {measure: float(values.mean()) for measure, values in zip(MEASURES, both, strict=True)}
+         for kind, both in zip(KINDS, kinds, strict=True)}
         for kinds in alike
     ]  # fmt: skip
+    rows[0] = {kind: dict.fromkeys(MEASURES) for kind in KINDS}
     return {
-        "models": [{"model": name} | mean for name, mean in zip(names, means, strict=True)],
+        "models": [{"model": name} | row for name, row in zip(names, rows, strict=True)],
         "images": len(shown),
         "samples": len(found[0].last),
         "patches": list(found[0].last.shape[1:]),
@@ -232,14 +223,8 @@ def draw(
     correlations: Sequence[Sequence[Tensor]],
     output: Path,
 ) -> None:
-    """Writes the PNG: a row for each image; all models' maps of one kind share a scale.
-
-    Args:
-        images: colours (n, height, width, 3).
-        names: of the models.
-        maps: of each model, of n images or more.
-        correlations: of each model's maps with the first's, by kind, each (n or more,).
-        output: the file.
+    """Writes the PNG: a row for each of the ``images``, colours (n, height, width, 3); all models' maps of one kind
+    share a scale. ``correlations`` are with the first model's maps, by model and kind, each (n or more,).
 
     Raises:
         SaveError: the file cannot be written.

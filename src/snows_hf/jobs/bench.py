@@ -13,12 +13,12 @@ from torch.utils.benchmark import Timer
 
 from ..adapters.base import logits_of
 from ..data.names import Name
-from ..hub.load import load
 from ..runtime.device import describe_hardware
 from ..runtime.memory import out_of_memory
 from ..runtime.run import Progress, Run
 from .accelerate import accelerate, device_obstacle, linear_layers, obstacle
 from .request import check_bench
+from .subject import load_told
 
 
 SECONDS = 0.5
@@ -51,8 +51,7 @@ def bench(
     """
     check_bench(batch_sizes, dtype)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
-    run.say(f"Loading {source}")
-    checkpoint = load(source, revision)
+    checkpoint = load_told(run, source, revision)
     model = checkpoint.model.to(run.device, getattr(torch, dtype)).requires_grad_(False)
     reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
     result: dict[str, Any] = {
@@ -87,16 +86,8 @@ def compare(
     size: tuple[int, ...],
     batch_sizes: Sequence[int],
 ) -> dict[str, Any]:
-    """Times two versions of a model, as a whole at each batch size, and the named layers at the largest that fits.
-
-    Args:
-        run: is told.
-        dense: on its device, in its type.
-        sparse: the same network with other kernels.
-        layers: names of Linear layers that differ.
-        size: of an image, (3, height, width).
-        batch_sizes: at which the whole model is timed.
-    """
+    """Times a network and the same one with other kernels, on images of a ``size`` (3, height, width): as a whole at each
+    batch size, and the Linear ``layers`` that differ at the largest that fits."""
     weight = next(dense.parameters())
 
     def random_images(count: int) -> Tensor:

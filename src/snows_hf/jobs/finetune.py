@@ -33,6 +33,7 @@ from .inspect import SPARSE
 from .measure import measure
 from .prune import PruneResult
 from .request import check_request
+from .subject import load_told
 from .training import fixed, seed_of, sgd, train_epoch
 
 
@@ -77,8 +78,7 @@ def finetune(
     check_request(data, data_split, eval_data, eval_split, output, device)
     run = Run.begin(device, reproducible=True, on_stage=on_stage, on_progress=on_progress)
 
-    run.say(f"Loading {model}")
-    checkpoint = load(model, revision)
+    checkpoint = load_told(run, model, revision)
     network = checkpoint.model
     known = find_report(checkpoint.folder) or begin_report(checkpoint)
     chain = build_chain(network)
@@ -229,13 +229,11 @@ def train(
     """SGD with momentum until the epochs, or the minutes, are over; the model is left in evaluation mode.
 
     Args:
-        run: is told; its journal keeps the state after each epoch, and from one that is there the training goes on.
+        run: its journal keeps the state after each epoch, and from one that is there the training goes on.
         network: in float32, on the run's device; changed in place.
         zeros: by parameter name, true where a weight is held at zero.
-        batches: of an epoch (from 0): images (b, 3, h, w) and classes (b,).
-        steps: their number.
+        batches: ``steps`` batches of an epoch (from 0): images (b, 3, h, w) and classes (b,).
         loss_of: the mean loss of a batch.
-        config: settings.
 
     Returns:
         ``epochs`` run, ``planned``, ``seconds`` of training, ``losses`` by epoch (means over the training images).

@@ -15,6 +15,7 @@ from ..errors import PatternError
 from ..hub.load import load
 from ..hub.save import REPORT_FILE, claims_of
 from ..patterns import NM, Unstructured, parse_candidates
+from ..reports.describe import share_of_zeros, summary
 
 
 COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
@@ -62,14 +63,10 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
         holds = dict.fromkeys(holds, False)
 
     def described(group: Group) -> dict[str, Any]:
-        parts = [weights[name] for name in group.parameters]
         bound = [name for name in group.parameters if name in holds]
         patterns = dict.fromkeys(str(said.patterns.get(name) or title) for name in bound)
         return {
-            "name": group.name,
-            "parameters": list(group.parameters),
-            "shape": [sum(weight.shape[0] for weight in parts), *parts[0].shape[1:]],
-            "sparsity": share_of_zeros(parts),
+            **summary(chain, group),
             "pattern": ",".join(patterns) if bound and title is not None else None,
             "pattern_ok": all(holds[name] for name in bound) if bound else None,
         }
@@ -94,12 +91,6 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
 
 def zeros_of(weights: Iterable[Tensor]) -> int:
     return sum(int((weight == 0).sum()) for weight in weights)
-
-
-def share_of_zeros(weights: Iterable[Tensor]) -> float:
-    """Of all weights together."""
-    weights = list(weights)
-    return zeros_of(weights) / sum(weight.numel() for weight in weights)
 
 
 @dataclass(frozen=True)

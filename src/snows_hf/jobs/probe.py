@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from ..data.images import (
     to_classes,
 )
 from ..data.names import Name
-from ..errors import AdapterError, ConfigError, DataError, NumericsError
-from ..hub.load import load
+from ..errors import AdapterError, DataError, NumericsError
 from ..reports.describe import describe_data
 from ..runtime.memory import Tensors, in_parts
 from ..runtime.run import Progress, Run
 from .request import check_probe
+from .subject import listed, load_told
 
 
 STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(2, -13, -1))
@@ -79,9 +78,7 @@ def probe(
     Raises:
         SnowsError: bad settings, no such model or data, or classes that do not match.
     """
-    names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
-    if not names:
-        raise ConfigError("No model to probe.", "Name at least one Hub id or folder.")
+    names = listed(models)
     check_probe(data, train_split, eval_data, test_split, samples, seed)
     measured = data if eval_data is None else eval_data
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
@@ -92,8 +89,7 @@ def probe(
     results: list[dict[str, Any]] = []
     hits: list[Tensor] = []
     for name in names:
-        run.say(f"Loading {name}")
-        checkpoint = load(name)
+        checkpoint = load_told(run, name)
         checkpoint.model.to(run.device)
         run.say(f"Extracting its features of {data} ({train_split})")
         chunks = (
@@ -147,13 +143,8 @@ def classes_between(test: ImageSource, train: ImageSource, y_test: Tensor) -> Te
 def extract_features(
     run: Run, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], source: ImageSource
 ) -> tuple[Tensor, Tensor]:
-    """What enters the classifier: features (n, d) in float32 on the CPU, and labels (n,).
-
-    Args:
-        run: is told.
-        model: in evaluation mode. The features of its several classifiers, where it has them, stand side by side.
-        batches: pixel values (b, 3, height, width) and labels (b,).
-        source: where they come from, for messages.
+    """What enters the classifier: features (n, d) in float32 on the CPU, those of several classifiers side by side, and
+    labels (n,), for batches of pixel values (b, 3, height, width) and labels (b,) from ``source``.
 
     Raises:
         AdapterError: the model's logits do not come from a Linear layer.
@@ -224,10 +215,8 @@ def fit_and_score(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: in
     """Chooses λ on a fifth of the training features, fits on all of them, and classifies the test features.
 
     Args:
-        x: training features (n, d).
-        y: their classes (n,), any whole numbers.
-        x_test: test features (m, d).
-        y_test: their classes (m,); one that ``y`` lacks is never hit.
+        x: training features (n, d), of classes ``y`` (n,), any whole numbers.
+        x_test: test features (m, d), of classes ``y_test`` (m,); one that ``y`` lacks is never hit.
         seed: of the split; the same for every backbone.
 
     Returns:
@@ -279,9 +268,7 @@ def fit_logistic(
     (scikit-learn's ``C`` is 1 / (n · strength). benchmarks/probe_solver.py compares the two.)
 
     Args:
-        x: features (n, d).
-        y: classes (n,) below ``classes``.
-        classes: their number.
+        x: features (n, d), of classes ``y`` (n,) below ``classes``.
         strength: λ, above 0.
         start: weights to begin from; zeros by default.
 
@@ -317,10 +304,7 @@ def paired(hits: Tensor, reference: Tensor) -> tuple[float, float]:
 
     Wald's interval for paired shares with half an image added to each cell of the 2 × 2 table (Agresti and Min, 2005).
     It is narrower than two separate intervals, since most images are hit or missed by both models.
-
-    Args:
-        hits: of the model, bool (m,).
-        reference: of the model that it is compared with, bool (m,).
+    Both are bool (m,).
     """
     n = len(hits) + 2
     gained = int((hits & ~reference).sum()) + 0.5

@@ -3,7 +3,6 @@
 import base64
 import importlib.util
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -12,7 +11,7 @@ from typing import Any
 
 import jinja2
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters import build_chain
 from ..data.images import ImageSource, calibration_images, open_images
@@ -125,9 +124,9 @@ def compare(
         checkpoint = load(model, trial=False)
         with understood(checkpoint.folder):
             rows.append({"model": str(model)} | summary_of(described(checkpoint)))
-    count = Counter(row["name"] for row in rows)
+    names = [row["name"] for row in rows]
     for row in rows:
-        row["name"] = row["model"] if count[row["name"]] > 1 else row["name"]
+        row["name"] = row["model"] if names.count(row["name"]) > 1 else row["name"]
     result: dict[str, Any] = {"models": rows, "output": str(output) if output is not None else None}
     if output is not None:
         page = render("compare.html", rows=rows)
@@ -146,16 +145,15 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         final = found["pruned"]
         for made in retrainings(found):  # the weights that are in the folder, on the same images, or nothing
             final = made["after"] if made["eval_data"] == found["eval_data"] else None
-        tensors = checkpoint.model.state_dict()
+        tensors = checkpoint.model.state_dict().values()
         here = local_folder(checkpoint.source) is not None
         return found | {
             "name": (found.get("name") if here else None) or short_name(checkpoint.source),
             "flops": found["flops"] | {"reduction": found["flops"]["dense"] / found["flops"]["pruned"]},
             "size": {
-                "dense": sum(tensor.nbytes for tensor in tensors.values()),
+                "dense": sum(tensor.nbytes for tensor in tensors),
                 "packed": sum(
-                    sum(part.nbytes for part in (pack_tensor(tensor) or {"": tensor}).values())
-                    for tensor in tensors.values()
+                    part.nbytes for tensor in tensors for part in (pack_tensor(tensor) or {"": tensor}).values()
                 ),
             },
             "rows": {
@@ -221,20 +219,6 @@ def attention_picture(
         return None, None
 
 
-def check_same_shapes(dense: Checkpoint, pruned: nn.Module) -> None:
-    """
-    Raises:
-        ConfigError: the dense model has other weights than the pruned one.
-    """
-    weights = dict(dense.model.named_parameters())
-    for name, sparse in pruned.named_parameters():
-        if name not in weights or weights[name].shape != sparse.shape:
-            raise ConfigError(
-                f"The dense model {dense.source} has no weight {name} of shape {tuple(sparse.shape)}.",
-                "Give the model that was pruned as --dense.",
-            )
-
-
 @torch.no_grad()
 def references(
     run: Run, dense: Checkpoint, pruned: Checkpoint, permuted: dict[str, Any] | None, source: ImageSource
@@ -244,7 +228,13 @@ def references(
     Raises:
         ConfigError: the dense model has other weights than the pruned one.
     """
-    check_same_shapes(dense, pruned.model)
+    shapes = {name: weight.shape for name, weight in dense.model.named_parameters()}
+    for name, sparse in pruned.model.named_parameters():
+        if shapes.get(name) != sparse.shape:
+            raise ConfigError(
+                f"The dense model {dense.source} has no weight {name} of shape {tuple(sparse.shape)}.",
+                "Give the model that was pruned as --dense.",
+            )
     yield "dense", dense
     if permuted:
         image = calibration_images(source, 1, 0, dense.preprocess).to(run.device)

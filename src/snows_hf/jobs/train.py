@@ -36,7 +36,7 @@ from ..masks.evidence import Evidence
 from ..method.augment import augmented
 from ..patterns import Masks, Pattern
 from ..patterns.plan import at_initialisation
-from ..reports.describe import describe_data
+from ..reports.describe import describe_data, share_of_zeros
 from ..runtime.device import describe_hardware
 from ..runtime.distributed import processes
 from ..runtime.files import whole_folder
@@ -157,11 +157,10 @@ def choose_masks(
 
 def describe(checkpoint: Checkpoint, masks: Masks, facts: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """What the report says of the network and its masks."""
-    zeros = sum(int((checkpoint.model.get_parameter(name) == 0).sum()) for name in masks)
     return {
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
-        "sparsity": zeros / sum(mask.numel() for mask in masks.values()) if masks else 0.0,
+        "sparsity": share_of_zeros(map(checkpoint.model.get_parameter, masks)) if masks else 0.0,
         "settings": config.to_dict() | {"mask": Path(config.mask).name},
         **facts,
         "layers": [
@@ -242,12 +241,11 @@ def fit(
     """SGD with momentum on cross-entropy, in place; weights that the masks leave out are zero and stay zero.
 
     Args:
-        run: whose device the network is on; it is told after each epoch.
+        run: whose device the network is on.
         network: in float32; left in evaluation mode.
-        images: preprocessed (n, 3, h, w).
-        labels: classes (n,).
+        images: preprocessed (n, 3, h, w), with classes ``labels`` (n,).
         masks: by parameter name, true where a weight stays.
-        config: epochs, learning rate and its schedule, batch size, momentum, weight decay, augmentation, seed.
+        config: settings.
 
     Returns:
         The mean loss of each epoch.

@@ -47,17 +47,9 @@ def train_epoch(
     epoch: int,
     epochs: int,
 ) -> float:
-    """One SGD step a batch; returns the mean loss over the images.
-
-    Args:
-        run: is told.
-        batches: images (b, 3, h, w) and classes (b,).
-        steps: their number.
-        loss_of: the mean loss of a batch.
-        optimizer: of the network in training mode.
-        rate: learning rate by the number of the step, over all epochs.
-        epoch: from 0.
-        epochs: in all.
+    """One SGD step for each of the ``steps`` batches, images (b, 3, h, w) and classes (b,), at a learning rate by the
+    number of the step over all ``epochs``; returns the mean over the images of ``loss_of``, which is that of a batch.
+    The network is in training mode, and ``epoch`` counts from 0.
 
     Raises:
         NumericsError: a loss is not finite.
