@@ -86,8 +86,8 @@ def compare(
     size: tuple[int, ...],
     batch_sizes: Sequence[int],
 ) -> dict[str, Any]:
-    """Times a network and the same one with other kernels, on images of a ``size`` (3, height, width): as a whole at each
-    batch size, and the Linear ``layers`` that differ at the largest that fits."""
+    """Times a network and the same one with other kernels on images of a ``size`` (3, height, width): as a whole at
+    each batch size, and the Linear ``layers`` that differ at the largest that fits."""
     weight = next(dense.parameters())
 
     def random_images(count: int) -> Tensor:

@@ -143,8 +143,8 @@ def classes_between(test: ImageSource, train: ImageSource, y_test: Tensor) -> Te
 def extract_features(
     run: Run, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], source: ImageSource
 ) -> tuple[Tensor, Tensor]:
-    """What enters the classifier: features (n, d) in float32 on the CPU, those of several classifiers side by side, and
-    labels (n,), for batches of pixel values (b, 3, height, width) and labels (b,) from ``source``.
+    """What enters the classifier, of batches of pixel values (b, 3, height, width) and labels (b,) from ``source``:
+    features (n, d) in float32 on the CPU, those of several classifiers side by side, and labels (n,).
 
     Raises:
         AdapterError: the model's logits do not come from a Linear layer.

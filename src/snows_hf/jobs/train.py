@@ -220,8 +220,7 @@ def warm_up(network: nn.Module, batches: Iterator[Tensor] | tuple[Tensor, ...], 
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return False
-    momenta = [norm.momentum for norm in norms]
-    training = network.training
+    momenta, training = [norm.momentum for norm in norms], network.training
     network.eval()  # dropout stays off
     for norm in norms:
         norm.reset_running_stats()
