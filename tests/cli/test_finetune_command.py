@@ -22,8 +22,10 @@ def test_finetune(run) -> None:
     assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
     assert json.loads(run("eval", "again", "--data", DIGITS, "--json").out) == again["finetune"]["after"]
 
-    failed = run("finetune", RESNET, *options, "--output", "x")
-    assert failed.code == 1
-    assert failed.err.splitlines()[-2].startswith("Error: ")
-    assert "--no-update" in failed.err
-    assert not Path("x").exists()
+    dense = run("finetune", RESNET, *options, "--output", "x")
+    assert dense.code == 0
+    assert "dense on 597 images" in dense.out and "no weight held at zero" in " ".join(dense.out.split())
+    for command in ("report", "compare"):
+        refused = run(command, "x")
+        assert (refused.code, "x is what `snows-hf finetune` wrote" in refused.err) == (1, True)
+        assert "again" not in refused.err

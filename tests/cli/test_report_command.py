@@ -13,7 +13,8 @@ from embedded import DIGITS, RESNET, VIT, pruned, tensors_of
 
 from snows_hf.data.accuracy import Accuracy
 from snows_hf.hub.repack import pack
-from snows_hf.jobs.report import LogAxis, class_changes, row_zeros, strip
+from snows_hf.jobs.report import row_zeros
+from snows_hf.reports.page import LogAxis, class_changes, strip
 
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
@@ -65,8 +66,11 @@ def test_prune_with_report(run) -> None:
     assert report["attention"]["models"][1]["last"]["correlation"] < 1
     for key in ("dense", "masked", "pruned"):
         assert f"{report[key]['top1']:.2f} % top-1" in shown.text
+    assert "start: the mask alone, or the criterion's own weights where these are better" in shown.text
+    assert "the mask's K-step loss" not in shown.text
     for layer in report["layers"]:
         assert layer["name"] in shown.text
+        assert f"{layer['loss_start']:.3g} → {layer['loss_pruned']:.3g}" in shown.text
         assert sum(layer["cg_statuses"].values()) == layer["steps"] == len(layer["losses"])
         assert layer["losses"] == sorted(layer["losses"], reverse=True)
         assert layer["losses"][-1] == layer["loss_pruned"]
@@ -295,3 +299,19 @@ def test_row_zeros_and_axis() -> None:
     assert [axis.place(x) for x in (0.01, 1, 100)] == [0, 50, 100]
     assert axis.place(None) is axis.place(0) is None
     assert len(LogAxis([1e-12, 1e9]).ticks()) <= 6
+
+
+@pytest.mark.parametrize("where", ["prune", "report"])
+def test_without_attention_neither_model_is_looked_into(run, tmp_path: Path, where: str) -> None:
+    options = ("--layers", "*stages.0*", "--samples", 8, "--k", 0, "--data", DIGITS, "--eval-data", DIGITS)
+    page = ("--report",) if where == "prune" else ()
+    made = run("prune", RESNET, "--pattern", "2:4", *options, "--no-update", "--output", "m", *page)
+    assert made.code == 0
+    result = made
+    if where == "report":  # a dense model that is not there is not missed either
+        result = run("report", "m", "--data", DIGITS, "--dense", tmp_path / "nowhere")
+    assert result.code == 0
+    said = result.err[result.err.index("Loading m\n") :]
+    assert "No attention maps: ResNetForImageClassification has no attention to draw.\n" in said
+    assert "Loading /" not in said and "Computing" not in said
+    assert json.loads(Path("m/report.json").read_text())["attention"] is None

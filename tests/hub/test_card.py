@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, strategies as st
 
 from snows_hf import load
-from snows_hf.hub.card import licence_of, plain, write_card, write_training_card
+from snows_hf.hub.card import licence_of, plain, write_card
 
 
 HOSTILE = (
@@ -66,7 +66,7 @@ def test_a_trained_networks_card_too(tmp_path: Path) -> None:
     }  # fmt: skip
     cards = []
     for made in (report, infected(report) | {"collapse": {"layers": {HOSTILE: HOSTILE}, "connected": False}}):
-        write_training_card(checkpoint, tmp_path, made)
+        write_card(checkpoint, tmp_path, made)
         cards.append((tmp_path / "README.md").read_text())
     assert structure(cards[1]) == structure(cards[0])
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from embedded import DIGITS, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
 from PIL import Image
 
-from snows_hf import finetune, inspect, load, prune
+from snows_hf import finetune, inspect, load, prune, train
 from snows_hf.data.images import drawn_labelled, open_images, pictures
 from snows_hf.errors import ConfigError, DataError, LoadError, NumericsError, SnowsError
-from snows_hf.hub.save import REPORT_FILE
+from snows_hf.hub.save import REPORT_FILE, read_report
 from snows_hf.jobs.finetune import distillation, learning_rate
 from snows_hf.runtime.files import work_folder
 from snows_hf.settings import FinetuneConfig
@@ -209,10 +209,95 @@ def test_half_precision_stays_half(mask: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "overflow").exists()
 
 
+def pruned_at_initialisation(folder: Path) -> Path:
+    train(str(RESNET), str(DIGITS), "2:4", output=folder, samples=60, epochs=1, mask="magnitude")
+    return folder
+
+
+def trained_dense(folder: Path) -> Path:
+    train("resnet20_cifar", str(DIGITS), output=folder, samples=20, epochs=1)
+    return folder
+
+
+def dense(folder: Path) -> Path:
+    """With a zero here and there, as every half-precision checkpoint has, that nobody pruned."""
+    tensors = tensors_of(RESNET)
+    for tensor in tensors.values():
+        if tensor.ndim == 4:
+            tensor.view(-1)[:3] = 0
+    return write_tensors(copy_of(RESNET, folder), tensors)
+
+
+def pruned_by_others(folder: Path) -> Path:
+    """Zeros, and nothing that says where they come from."""
+    tensors = tensors_of(RESNET)
+    for tensor in tensors.values():
+        if tensor.ndim == 4 and tensor.shape[1] % 4 == 0:
+            tensor[:, ::2] = 0
+    return write_tensors(copy_of(RESNET, folder), tensors)
+
+
+@pytest.mark.parametrize(
+    "make, pattern, claimed", [(pruned_at_initialisation, "2:4", "2:4"), (trained_dense, None, None),
+                               (dense, None, None), (pruned_by_others, "2:4", None)]
+)  # fmt: skip
+def test_any_checkpoint_is_retrained(make, pattern: str | None, claimed: str | None, tmp_path: Path) -> None:
+    """Once and once more; zeros of pruning stay, and nothing claims what is not so."""
+    source = make(tmp_path / "source")
+    known = source / REPORT_FILE
+    earlier = json.loads(known.read_text()) if known.is_file() else {}
+    zeros = {n: t == 0 for n, t in tensors_of(source).items() if t.ndim == 4 and (t == 0).float().mean() > 0.1}
+    assert bool(zeros) == (pattern is not None)
+    before = source
+    for name in ("once", "twice"):
+        stages: list[str] = []
+        options = {"eval_data": str(DIGITS), "on_stage": stages.append}
+        result = finetune(str(before), str(DIGITS), output=tmp_path / name, **QUICK | {"epochs": 1} | options)
+        made, after = result.report["finetune"], tensors_of(tmp_path / name)
+        held = sum(int(zero.sum()) for zero in zeros.values())
+        assert made["zeros"] == held and made["mask_unchanged"] is True
+        assert (f"Holding {held} zeros" if zeros else "The model is dense: no weight is held at zero") in stages
+        for key, zero in zeros.items():
+            assert torch.equal(after[key] == 0, zero)
+        if not zeros:
+            assert all((t == 0).sum() == 0 for t in after.values() if t.ndim == 4)
+        report = json.loads((tmp_path / name / REPORT_FILE).read_text())
+        assert report | {"name": earlier.get("name")} == report | earlier | {"name": earlier.get("name")}
+        snows = load(str(tmp_path / name)).config["snows"]
+        assert (snows.get("pattern"), snows["finetuned_epochs"]) == (claimed, ("once", "twice").index(name) + 1)
+        assert (inspect(str(tmp_path / name))["pattern"], inspect(str(tmp_path / name))["pattern_ok"]) == (
+            pattern, pattern is not None,
+        )  # fmt: skip
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"**{made['after']['top1']:.2f}**" in card
+        assert f"value: {made['after']['top1']:.4f}".rstrip("0") in card
+        assert card.count("weights were retrained for") == snows["finetuned_epochs"]
+        assert ("No zero was moved" in card) == bool(zeros) == ("No zero was held" not in card)
+        assert ("trained from random weights" in card) == (make is trained_dense)
+        assert ("pruned at initialisation" in card) == (make is pruned_at_initialisation)
+        assert "pruned one-shot" not in card
+        with pytest.raises(LoadError, match=r"is what `snows-hf (train|finetune)` wrote.*expected what"):
+            read_report(tmp_path / name)
+        before = tmp_path / name
+
+
+def test_a_claim_without_a_zero_is_not_handed_on(tmp_path: Path) -> None:
+    source = edit_config(copy_of(RESNET, tmp_path / "m"), snows={"pattern": "2:4", "sparsity": 0.5, "weights": 9})
+    retrained(source, tmp_path / "out", epochs=1)
+    assert load(str(tmp_path / "out")).config["snows"].keys() == {"version", "finetuned_epochs"}
+
+
+@pytest.mark.parametrize("damage", [{"collapse": 1}, {"collapse": {"layers": {}, "connected": True}},
+                                    {"finetune": {}, "pattern": None}])  # fmt: skip
+def test_damaged_reports_of_others_are_refused_at_once(damage: dict, tmp_path: Path) -> None:
+    source = copy_of(RESNET, tmp_path / "m")
+    (source / REPORT_FILE).write_text(json.dumps(damage))
+    with pytest.raises(LoadError, match="not a report that this version"):
+        retrained(source, tmp_path / "out")
+
+
 def test_bad_requests(mask: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(LoadError, match="snows_config"):
-        retrained(RESNET, output)
     with pytest.raises(ConfigError, match="Unknown setting 'learning_rate'"):
         retrained(mask, output, learning_rate=1)
     for wrong in (

@@ -18,6 +18,7 @@ from snows_hf.errors import ConfigError
 from snows_hf.jobs.accelerate import device_obstacle, linear_layers, obstacle
 from snows_hf.jobs.bench import bench, compare, time_ms
 from snows_hf.patterns import NM
+from snows_hf.runtime.run import Run
 
 
 CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -100,7 +101,7 @@ def test_bench_says_what_is_missing() -> None:
 def test_timing_the_same_network_twice() -> None:
     model = load(str(VIT)).model
     layers = ["vit.layers.0.mlp.fc1", "vit.layers.0.mlp.fc2"]
-    result = compare(model, model, layers, (3, 16, 16), [1, 4])
+    result = compare(Run(), model, model, layers, (3, 16, 16), [1, 4])
     assert [row["batch"] for row in result["batches"]] == [1, 4]
     assert [(row["name"], row["shape"]) for row in result["layers"]] == [(layers[0], [96, 48]), (layers[1], [48, 96])]
     for row in result["batches"]:
@@ -123,11 +124,11 @@ class Greedy(nn.Module):
 
 def test_a_batch_that_does_not_fit_costs_no_other_its_times(capsys: pytest.CaptureFixture[str]) -> None:
     model = Greedy().eval()
-    result = compare(model, model, ["layer"], (3, 8, 8), [1, 16, 4])
+    result = compare(Run(), model, model, ["layer"], (3, 8, 8), [1, 16, 4])
     assert result["batches"][1] == {"batch": 16, "failed": "out of memory"}
     assert [row["batch"] for row in result["batches"] if row.get("dense_ms", 0) > 0] == [1, 4]
     assert (result["layers_batch"], len(result["layers"]), result["difference"]) == (4, 1, 0)
-    nothing = compare(model, model, ["layer"], (3, 8, 8), [16])
+    nothing = compare(Run(), model, model, ["layer"], (3, 8, 8), [16])
     assert (nothing["layers_batch"], nothing["layers"], nothing["difference"]) == (None, [], None)
 
     about = {"source": "m", "dtype": "float16", "device": "a GPU", "supported": True}
@@ -141,7 +142,7 @@ def test_a_batch_that_does_not_fit_costs_no_other_its_times(capsys: pytest.Captu
 
 
 def test_the_clock() -> None:
-    assert 10 <= time_ms(lambda: time.sleep(0.01), torch.device("cpu")) < 100
+    assert 10 <= time_ms(lambda: time.sleep(0.01)) < 100
 
 
 def test_operations_of_a_known_network() -> None:

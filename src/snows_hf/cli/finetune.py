@@ -92,7 +92,8 @@ def show(sink: Sink, report: dict[str, Any]) -> None:
             (what, f"{made[key]['top1']:.2f}", f"{made[key]['top5']:.2f}")
             for what, key in (("before", "before"), ("retrained", "after"))
         ]
-        title = f"{report['pattern']} on {made['after']['images']} images"
+        title = f"{report['pattern'] or 'dense'} on {made['after']['images']} images"
         sink.table(["", "top-1 (%)", "top-5 (%)"], rows, title=title)
-    sink.text(f"{made['epochs']} epochs on {made['images']} images in {made['seconds']:.0f} s, all zeros held.")
+    held = "all zeros held" if made["zeros"] else "no weight held at zero"
+    sink.text(f"{made['epochs']} epochs on {made['images']} images in {made['seconds']:.0f} s, {held}.")
     sink.text(f"Saved to {report['output']}")

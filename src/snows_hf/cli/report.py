@@ -101,7 +101,7 @@ def show(sink: Sink, rows: list[dict[str, Any]]) -> None:
             )
             for row in rows
         ],
-        title="Top-1 in per cent; share of the mask's K-step loss that is left",
+        title="Top-1 in per cent; share of the K-step loss at the start that is left",
     )
     sink.table(
         ["", "images", "products", "seconds", "MB, packed", "operations"],

@@ -1,16 +1,16 @@
-"""The model card of a pruned model, from card_template.md beside this file (model_cards/template.md links to it)."""
+"""Model cards, from the templates beside this file (model_cards/template.md links to that of a pruned model)."""
 
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.names import local_folder
 from .load import Checkpoint, leads_out
-from .save import retrainings
+from .save import maker_of, retrainings
 
 
 PLACEHOLDER = "THIS_FOLDER"
@@ -27,54 +27,42 @@ BAR = 20
 
 
 def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
-    """Writes README.md of a pruned model: what was pruned and how, what it cost, how to load it; from its report, as
-    in snows_config.json."""
-    report = plain(report)
+    """Writes README.md: how the weights were made, what that cost, how to load them; from the report, as in
+    snows_config.json, whoever began it."""
+    report, maker = plain(report), maker_of(report)
     retrained = retrainings(report)
     # Figures of the weights that are in the folder, or none.
-    accuracy, measured = (retrained[-1]["after"], retrained[-1]) if retrained else (report["pruned"], report)
+    measured = retrained[-1] if retrained else report
+    accuracy = measured["after" if retrained else "accuracy" if maker == "train" else "pruned"]
     # What is retrained is a folder, and its report names the dense model.
     is_hub_id = "/" in report["source"] if retrained else local_folder(checkpoint.source) is None
     licence = licence_of(checkpoint.folder)
-    used = [report["calibration_data"], report["eval_data"]]
-    used += [made[key] for made in retrained for key in ("data", "eval_data")]
-    datasets = [data["name"] for data in used if data]
+    used = [made.get(key) for made in (report, *retrained) for key in ("calibration_data", "data", "eval_data")]
+    pattern = report.get("pattern")
+    kinds = ["pruning-at-initialization"] if maker == "train" else re.findall("^[0-9]+:[0-9]+$", pattern or "")
     fields: dict[str, Any] = dict(licence)
     data = ModelCardData(
         model_name=report["name"],
-        base_model=report["source"] if is_hub_id else None,
+        base_model=report["source"] if is_hub_id and maker != "train" else None,
         library_name=checkpoint.library,
         pipeline_tag="image-classification",
-        tags=["snows-hf", "sparse", "pruned", *re.findall("^[0-9]+:[0-9]+$", report["pattern"])],
-        datasets=sorted({name for name in datasets if "/" in name}) or None,
+        tags=["snows-hf", *(["sparse", "pruned", *kinds] if pattern else [])],
+        datasets=sorted({each["name"] for each in used if each and "/" in each["name"]}) or None,
         eval_results=results_of(accuracy, measured["eval_data"]),
         **fields,
     )
-    values = {
-        "retrainings": retrained,
-        "source": report["source"],
-        "architecture": plain(str(checkpoint.config.get("architecture", ""))),
-        "licence": licence,
-        "layers": [layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_start" in layer],
-    }
-    save_card("card_template.md", folder, data, checkpoint, report, **values)
-
-
-def write_training_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
-    """Writes README.md of a network that was pruned at initialisation and trained, from the training's report."""
-    report = plain(report)
-    tags = ["snows-hf", *(["sparse", "pruned", "pruning-at-initialization"] if report["pattern"] else [])]
-    names = {report[key]["name"] for key in ("data", "eval_data") if report[key]}
-    data = ModelCardData(
-        model_name=report["name"],
-        library_name=checkpoint.library,
-        pipeline_tag="image-classification",
-        tags=tags,
-        datasets=sorted(name for name in names if "/" in name) or None,
-        eval_results=results_of(report["accuracy"], report["eval_data"]),
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("snows_hf", "hub"))
+    text = environment.get_template("card_template.md" if maker == "prune" else "training_card_template.md").render(
+        card_data=data.to_yaml(),
+        report=report,
+        retrainings=retrained,
+        architecture=plain(str(checkpoint.config.get("architecture", report["source"]))),
+        licence=licence,
+        layers=[layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_start" in layer],
+        library=checkpoint.library,
+        here=PLACEHOLDER,
     )
-    architecture = plain(str(checkpoint.config.get("architecture", report["source"])))
-    save_card("training_card_template.md", folder, data, checkpoint, report, architecture=architecture)
+    ModelCard(text).save(folder / "README.md")
 
 
 def results_of(accuracy: dict[str, Any] | None, data: dict[str, Any]) -> list[EvalResult] | None:
@@ -94,15 +82,6 @@ def results_of(accuracy: dict[str, Any] | None, data: dict[str, Any]) -> list[Ev
         )
         for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5"))
     ]
-
-
-def save_card(
-    template: str, folder: Path, data: ModelCardData, checkpoint: Checkpoint, report: dict[str, Any], **values: Any
-) -> None:
-    """Writes README.md from a template beside this file."""
-    text = files("snows_hf.hub").joinpath(template).read_text(encoding="utf-8")
-    values |= {"report": report, "library": checkpoint.library, "here": PLACEHOLDER}
-    ModelCard.from_template(data, template_str=text, **values).save(folder / "README.md")
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -138,7 +117,7 @@ def plain(value: Any) -> Any:
 
 
 def bar_of(layer: dict[str, Any]) -> str:
-    """The share of the mask's error that is left, as a bar."""
+    """The share of the error at the start that is left, as a bar."""
     before, after = layer["loss_start"], layer["loss_pruned"]
     if not before or after is None:
         return ""

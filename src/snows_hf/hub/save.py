@@ -33,6 +33,17 @@ REPORT = {
 }  # fmt: skip
 """Keys of a report and their types; a list names alternatives. What lies deeper its readers check."""
 
+REPORTS: dict[str, dict[str, Any]] = {
+    "prune": REPORT,
+    "train": {
+        "source": str, "pattern": [str, None], "sparsity": float, "layers": list, "settings": dict, "versions": dict,
+        "collapse": {"layers": dict, "connected": bool}, "images": int, "data": DATA, "eval_data": [DATA, None],
+        "accuracy": [ACCURACY, None], "training_seconds": float, "hardware": str, "finetune": [RETRAINING, None],
+    },
+    "finetune": {"source": str, "pattern": None, "layers": list, "versions": dict, "finetune": RETRAINING},
+}  # fmt: skip
+"""The same by who began the report: ``finetune`` goes on with what it finds, or else begins its own."""
+
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any], report: dict[str, Any]) -> None:
     """Writes model, config and preprocessing in the library's own format, and the report, into an empty folder.
@@ -71,29 +82,61 @@ def claim(pattern: str, sparsity: float, weights: Iterable[Tensor]) -> dict[str,
     return {"version": __version__, "pattern": pattern, "sparsity": round(sparsity, 6), "weights": count}
 
 
+def claims_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says under ``snows``: see :func:`claim`; empty where it says nothing."""
+    said = config.get("snows")
+    return said if isinstance(said, dict) else {}
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of the prune that made a folder.
 
     Raises:
         LoadError: there is none, or it is not what ``prune`` writes.
     """
-    path = folder / REPORT_FILE
-    expected = "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
-    report = read_json(path, expected, finite=True)
-    if "collapse" in report:
+    report = find_report(folder)
+    if report is None:
         raise LoadError(
-            f"{folder} is what `snows-hf train` wrote; expected what `snows-hf prune` writes.",
+            f"{folder} has no {REPORT_FILE}.", "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
+        )
+    if (maker := maker_of(report)) != "prune":
+        of = " of a model without a report" if maker == "finetune" else ""
+        raise LoadError(
+            f"{folder} is what `snows-hf {maker}` wrote{of}; expected what `snows-hf prune` writes.",
             "`snows-hf eval` and `snows-hf inspect` read it.",
         )
-    wrong = [f"its {k!r} is {report.get(k)!r:.60}" for k, kind in REPORT.items() if not is_a(report.get(k), kind)]
+    return report
+
+
+def find_report(folder: Path) -> dict[str, Any] | None:
+    """The report of whatever made a folder; None where there is none.
+
+    Raises:
+        LoadError: it is not what ``prune``, ``train`` or ``finetune`` writes.
+    """
+    path = folder / REPORT_FILE
+    if not path.exists():
+        return None
+    report = read_json(path, finite=True)
+    maker = maker_of(report)
+    keys = [key for key, kind in REPORTS[maker].items() if not is_a(report.get(key), kind)]
+    wrong = [f"its {key!r} is {report.get(key)!r:.60}" for key in keys]
     earlier = report.get("earlier_finetunes", [])
     if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
         wrong.append("its 'earlier_finetunes' are no list of retrainings")
     if wrong:
         raise LoadError(
-            f"{path} is not a report that this version of `snows-hf prune` writes: {wrong[0]}.", "Prune again."
+            f"{path} is not a report that this version of `snows-hf {maker}` writes: {wrong[0]}.",
+            f"{maker.capitalize()} again.",
         )
     return report
+
+
+def maker_of(report: dict[str, Any]) -> str:
+    """Who began a report, by what only they write: ``prune``, ``train`` or ``finetune``."""
+    if "calibration_data" in report:
+        return "prune"
+    return "train" if "collapse" in report else "finetune" if "finetune" in report else "prune"
 
 
 def is_a(value: object, kind: Any) -> bool:

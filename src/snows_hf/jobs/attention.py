@@ -1,10 +1,8 @@
 """Attention maps of a dense model, its mask alone and what SNOWS makes of it, side by side (the paper's Figure 4)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from os import PathLike, fspath
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
@@ -14,14 +12,15 @@ from torch import Tensor, nn
 from ..adapters import Chain, build_chain, frozen
 from ..adapters.attention import recorded_attention
 from ..adapters.check import check_chain
-from ..data.images import Preprocess, calibration_images, open_images
+from ..data.images import ImageSource, Preprocess, calibration_images, open_images
 from ..data.names import Name, distinct_names
 from ..errors import AdapterError, ConfigError
-from ..hub.load import load
+from ..hub.load import Checkpoint
 from ..reports.describe import describe_data
 from ..runtime.files import write_whole
 from ..runtime.run import Progress, Run
 from .request import check_attention
+from .subject import listed, load_told
 
 
 BATCH = 8
@@ -31,10 +30,10 @@ CLASS_TOKENS = ("cls_token", "class_embedding")
 """How the name of a class token ends, which is the first token in every supported model that has one."""
 
 KINDS = {"last": "last layer", "rollout": "rollout"}
+MEASURES = ("correlation", "cosine")
 
 
-@dataclass(frozen=True)
-class AttentionMaps:
+class AttentionMaps(NamedTuple):
     """How much attention goes to each patch: of the last layer, and rolled out over all; both (n, rows, columns)."""
 
     last: Tensor
@@ -64,9 +63,7 @@ def attention(
         images: number of images to draw.
         samples: images over which the similarity is averaged; those that are drawn are the first of them.
         seed: decides which images.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        on_stage: called with a line of text when a new stage begins.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, on_stage, on_progress: as for :func:`snows_hf.prune`.
 
     Returns:
         ``models``, a list with ``last`` and ``rollout``, each the mean ``correlation`` (Pearson's) and ``cosine`` of
@@ -77,59 +74,79 @@ def attention(
         SnowsError: bad settings, a model without such attention, models whose maps differ in size, or an output that
             cannot be written.
     """
-    names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
-    if not names:
-        raise ConfigError("No model to look into.", "Name at least one Hub id or folder.")
+    names = listed(models)
     output = Path(output)
     check_attention(images, seed, output)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
-    source = open_images(data, split)
+    loaded = ((name, load_told(run, name)) for name in names)
+    found = compare_maps(run, loaded, open_images(data, split), output, images, samples, seed)
+    return found | {"data": describe_data(data, split), "seed": seed, "output": str(output)}
 
+
+def compare_maps(
+    run: Run,
+    models: Iterable[tuple[str, Checkpoint]],
+    source: ImageSource,
+    output: Path,
+    images: int,
+    samples: int = 64,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What :func:`attention` draws and measures of models, by name; each is moved to the run's device, in float32."""
     found: list[AttentionMaps] = []
+    alike: list[list[tuple[Tensor, Tensor]]] = []
+    names: list[str] = []
     shown = torch.empty(0)
-    for name in names:
-        run.say(f"Loading {name}")
-        checkpoint = load(name)
-        chain = build_chain(checkpoint.model.to(run.device, torch.float32))
+    for name, checkpoint in models:
+        chain = build_chain(checkpoint.model)
+        check_attends(chain)
+        checkpoint.model.to(run.device, torch.float32)
         pixels = calibration_images(source, max(samples, images), seed, checkpoint.preprocess)
-        run.say(f"Computing its attention on {len(pixels)} images of {data} ({split})")
+        run.say(f"Computing its attention on {len(pixels)} images of {source.name} ({source.split})")
         batches = run.track(pixels.split(BATCH), "Batches of attention maps", -(-len(pixels) // BATCH))
         parts = [attention_maps(chain, batch.to(run.device)) for batch in batches]
-        maps = AttentionMaps(torch.cat([p.last for p in parts]).cpu(), torch.cat([p.rollout for p in parts]).cpu())
-        found.append(maps)
-        if maps.last.shape != found[0].last.shape:
+        maps = AttentionMaps(*(torch.cat(kind).cpu() for kind in zip(*parts, strict=True)))
+        if not found:
+            shown = displayable(pixels[:images], checkpoint.preprocess)
+        elif maps.last.shape != found[0].last.shape:
+            ours, first = ("{}x{}".format(*each.last.shape[1:]) for each in (maps, found[0]))
             raise ConfigError(
-                f"{name} has maps of {describe_grid(maps)} patches, and {names[0]} of {describe_grid(found[0])}.",
+                f"{name} has maps of {ours} patches, and {names[0]} of {first}.",
                 "Compare models of the same patch and image size.",
             )
-        if name == names[0]:
-            shown = displayable(pixels[:images], checkpoint.preprocess)
-    alike = {kind: [similarity(getattr(m, kind), getattr(found[0], kind)) for m in found] for kind in KINDS}
+        names.append(name)
+        found.append(maps)
+        alike.append([similarity(own, reference) for own, reference in zip(maps, found[0], strict=True)])
     run.say(f"Drawing {output}")
-    draw(shown, distinct_names(names), found, {kind: [s[0] for s in alike[kind]] for kind in KINDS}, output)
+    draw(shown, distinct_names(names), found, [[correlation for correlation, _ in kinds] for kinds in alike], output)
+    rows: list[dict[str, Any]] = [
+        {kind: {measure: float(values.mean()) for measure, values in zip(MEASURES, both, strict=True)}
+         for kind, both in zip(KINDS, kinds, strict=True)}
+        for kinds in alike
+    ]  # fmt: skip
+    rows[0] = {kind: dict.fromkeys(MEASURES) for kind in KINDS}
     return {
-        "models": [
-            {"model": name}
-            | {
-                kind: {
-                    "correlation": float(alike[kind][i][0].mean()) if i else None,
-                    "cosine": float(alike[kind][i][1].mean()) if i else None,
-                }
-                for kind in KINDS
-            }
-            for i, name in enumerate(names)
-        ],
+        "models": [{"model": name} | row for name, row in zip(names, rows, strict=True)],
         "images": len(shown),
         "samples": len(found[0].last),
         "patches": list(found[0].last.shape[1:]),
-        "data": describe_data(data, split),
-        "seed": seed,
-        "output": str(output),
     }
 
 
-def describe_grid(maps: AttentionMaps) -> str:
-    return "{}x{}".format(*maps.last.shape[1:])
+def check_attends(chain: Chain) -> None:
+    """Refuses a network that has no maps, without running it.
+
+    Raises:
+        AdapterError: no attention, or attention within windows.
+    """
+    what = type(chain.model).__name__
+    if all(group.kind != "qkv" for _, group in chain.groups()):
+        raise AdapterError(f"{what} has no attention to draw.", "Attention maps are for Vision Transformers.")
+    if any(hasattr(module, "shift_size") for module in chain.model.modules()):  # Swin's, in both libraries
+        raise AdapterError(
+            f"{what} attends within windows, so that no token sees the whole image.",
+            "Attention maps are for Vision Transformers with attention over all tokens.",
+        )
 
 
 @torch.no_grad()
@@ -146,18 +163,11 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
     Raises:
         AdapterError: a model without attention, with attention within windows, or that its chain does not reproduce.
     """
+    check_attends(chain)
     check_chain(chain, images[:2])
     with frozen(chain.model), recorded_attention() as record:
         chain.logits(images)
-    what = type(chain.model).__name__
-    if not record:
-        raise AdapterError(f"{what} has no attention to draw.", "Attention maps are for Vision Transformers.")
     layers = [weights.mean(-3) for weights in record]  # (n, tokens, tokens)
-    if layers[0].ndim != 3:
-        raise AdapterError(
-            f"{what} attends within windows, so that no token sees the whole image.",
-            "Attention maps are for Vision Transformers with attention over all tokens.",
-        )
     rows, columns = patch_grid(chain.model, images, layers[0].shape[-1])
     identity = torch.eye(layers[0].shape[-1]).to(layers[0])
     rolled = identity
@@ -207,40 +217,36 @@ def displayable(pixels: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def draw(
-    images: Tensor, names: Sequence[str], maps: Sequence[AttentionMaps], alike: dict[str, list[Tensor]], output: Path
+    images: Tensor,
+    names: Sequence[str],
+    maps: Sequence[AttentionMaps],
+    correlations: Sequence[Sequence[Tensor]],
+    output: Path,
 ) -> None:
-    """Writes the PNG: a row for each image; all models' maps of one kind share a scale.
-
-    Args:
-        images: colours (n, height, width, 3).
-        names: of the models.
-        maps: of each model, of n images or more.
-        alike: correlations with the first model's map, by kind and model, each (n or more,).
-        output: the file.
+    """Writes the PNG: a row for each of the ``images``, colours (n, height, width, 3); all models' maps of one kind
+    share a scale. ``correlations`` are with the first model's maps, by model and kind, each (n or more,).
 
     Raises:
         SaveError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    ratios = [1.0]
-    for _ in KINDS:
-        ratios += [0.1, *[1.0] * len(names)]  # a gap, and the models
+    ratios = [1.0, *[0.1, *[1.0] * len(names)] * len(KINDS)]  # the image; of each kind a gap, and the models
     figure = Figure(figsize=(1.7 * sum(ratios), 1.95 * len(images) + 0.6), layout="constrained")
     axes = figure.subplots(len(images), len(ratios), squeeze=False, width_ratios=ratios)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image.numpy())
-        for k, (kind, title) in enumerate(KINDS.items()):
+        for k, title in enumerate(KINDS.values()):
             gap = 1 + k * (1 + len(names))
             axes[row, gap].set_axis_off()
-            own = [getattr(m, kind)[row] for m in maps]
+            own = [each[k][row] for each in maps]
             for i, (name, values) in enumerate(zip(names, own, strict=True)):
                 axis = axes[row, gap + 1 + i]
                 axis.imshow(values.numpy(), vmin=0, vmax=max(float(v.max()) for v in own), cmap="viridis")
                 if row == 0:
                     axis.set_title(f"{title}\n{name}", fontsize=8)
                 if i:
-                    axis.set_xlabel(f"r = {float(alike[kind][i][row]):.3f}", fontsize=8)
+                    axis.set_xlabel(f"r = {float(correlations[i][k][row]):.3f}", fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

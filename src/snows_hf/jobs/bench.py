@@ -1,7 +1,7 @@
 """Latency and throughput of a 2:4 model with dense and with sparse kernels."""
 
-import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -9,21 +9,23 @@ from typing import Any
 import PIL.Image
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from ..adapters.base import logits_of
 from ..data.names import Name
-from ..hub.load import load
 from ..runtime.device import describe_hardware
 from ..runtime.memory import out_of_memory
 from ..runtime.run import Progress, Run
 from .accelerate import accelerate, device_obstacle, linear_layers, obstacle
 from .request import check_bench
+from .subject import load_told
 
 
-WARM_UP = 10
-REPEATS = 50
-SECONDS = 1.0
-"""A figure is the median of up to ``REPEATS`` runs, in about this time, after ``WARM_UP`` runs that do not count."""
+SECONDS = 0.5
+"""A figure is the median of four runs or more, in this time or up to four times as much where they are uneven; those
+that warm up do not count."""
+
+NOTHING: dict[str, Any] = {"batches": [], "layers_batch": None, "layers": [], "difference": None}
 
 
 def bench(
@@ -49,35 +51,30 @@ def bench(
     """
     check_bench(batch_sizes, dtype)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
-    run.say(f"Loading {source}")
-    checkpoint = load(source, revision)
+    checkpoint = load_told(run, source, revision)
     model = checkpoint.model.to(run.device, getattr(torch, dtype)).requires_grad_(False)
     reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
     result: dict[str, Any] = {
         "source": checkpoint.source,
         "device": describe_hardware(run.device),
         "dtype": dtype,
-        "supported": True,
-        "reason": None,
+        "supported": False,
+        "reason": device_obstacle(run.device),
         "sparse_layers": [name for name, reason in reasons.items() if reason is None],
         "dense_layers": {name: reason for name, reason in reasons.items() if reason is not None},
-        "batches": [],
-        "layers": [],
-        "layers_batch": None,
-        "difference": None,
+        **NOTHING,
     }
-    reason = device_obstacle(run.device)
-    if reason is None and not result["sparse_layers"]:
-        reason = "no Linear layer of this model can run sparse"
-    if reason is not None:
-        return result | {"supported": False, "reason": reason}
+    if result["reason"] is None and not result["sparse_layers"]:
+        result["reason"] = "no Linear layer of this model can run sparse"
+    if result["reason"] is not None:
+        return result
     sparse = deepcopy(model)
     done = accelerate(sparse)
     result |= {"sparse_layers": list(done.sparse), "dense_layers": done.dense}
     if not done.sparse:
-        return result | {"supported": False, "reason": "torch refuses every layer: see dense_layers"}
+        return result | {"reason": "torch refuses every layer: see dense_layers"}
     _, *size = checkpoint.preprocess([PIL.Image.new("RGB", (64, 64))]).shape
-    return result | compare(run, model, sparse, done.sparse, tuple(size), batch_sizes)
+    return result | {"supported": True} | compare(run, model, sparse, done.sparse, tuple(size), batch_sizes)
 
 
 @torch.inference_mode()
@@ -89,37 +86,27 @@ def compare(
     size: tuple[int, ...],
     batch_sizes: Sequence[int],
 ) -> dict[str, Any]:
-    """Times two versions of a model, as a whole at each batch size, and the named layers at the largest that fits.
-
-    Args:
-        run: is told.
-        dense: on its device, in its type.
-        sparse: the same network with other kernels.
-        layers: names of Linear layers that differ.
-        size: of an image, (3, height, width).
-        batch_sizes: at which the whole model is timed.
-    """
+    """Times a network and the same one with other kernels on images of a ``size`` (3, height, width): as a whole at
+    each batch size, and the Linear ``layers`` that differ at the largest that fits."""
     weight = next(dense.parameters())
 
     def random_images(count: int) -> Tensor:
         images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
         return images.to(weight.device, weight.dtype)
 
-    batches: list[dict[str, Any]] = []
+    found: dict[str, Any] = NOTHING | {"batches": []}
     for count in run.track(batch_sizes, "Timing batches", len(batch_sizes), "of {}".format):
-        times = if_it_fits(lambda n: versus(dense, sparse, random_images(n)), count)
-        if times is None:
-            batches.append({"batch": count, "failed": "out of memory"})
-            continue
-        rate = {f"{which}_images_per_s": 1000 * count / times[f"{which}_ms"] for which in ("dense", "sparse")}
-        batches.append({"batch": count, **times, **rate})
+        times = if_it_fits(lambda n: versus(dense, sparse, random_images(n)), count) or {"failed": "out of memory"}
+        for which in ("dense", "sparse") if "failed" not in times else ():
+            times[f"{which}_images_per_s"] = 1000 * count / times[f"{which}_ms"]
+        found["batches"].append({"batch": count, **times})
     run.say("Timing single layers")
     # They may need more memory than the whole: the inputs of all of them are kept.
-    for count in sorted((row["batch"] for row in batches if "failed" not in row), reverse=True):
-        found = if_it_fits(lambda n: compare_layers(dense, sparse, layers, random_images(n)), count)
-        if found is not None:
-            return {"batches": batches, "layers_batch": count, **found}
-    return {"batches": batches, "layers_batch": None, "layers": [], "difference": None}
+    for count in sorted((row["batch"] for row in found["batches"] if "failed" not in row), reverse=True):
+        each = if_it_fits(lambda n: compare_layers(dense, sparse, layers, random_images(n)), count)
+        if each is not None:
+            return found | {"layers_batch": count, **each}
+    return found
 
 
 def compare_layers(dense: nn.Module, sparse: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Any]:
@@ -128,15 +115,11 @@ def compare_layers(dense: nn.Module, sparse: nn.Module, layers: Sequence[str], i
     pairs: dict[str, tuple[Any, Any]] = {
         name: (dense.get_submodule(name), sparse.get_submodule(name)) for name in layers
     }
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
-        for name, (layer, _) in pairs.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, (layer, _) in pairs.items():
+            note = partial(lambda name, _, given: inputs.update({name: given[0]}), name)
+            hooks.enter_context(layer.register_forward_pre_hook(note))
         expected = logits_of(dense, images).float()
-    finally:
-        for hook in hooks:
-            hook.remove()
     difference = float((logits_of(sparse, images).float() - expected).abs().max() / expected.abs().max())
     rows = [
         {"name": name, "shape": list(pairs[name][0].weight.shape), **versus(*pairs[name], x)}
@@ -155,25 +138,13 @@ def if_it_fits(run: Callable[[int], dict[str, Any]], count: int) -> dict[str, An
         return None
 
 
-def versus(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, float]:
+def versus(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, Any]:
     """Times of both on one input, and dense over sparse."""
-    dense_ms, sparse_ms = (time_ms(partial(module, x), x.device) for module in (dense, sparse))
+    dense_ms, sparse_ms = (time_ms(partial(module, x)) for module in (dense, sparse))
     return {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "ratio": dense_ms / sparse_ms}
 
 
-def time_ms(run: Callable[[], Any], device: torch.device) -> float:
+def time_ms(run: Callable[[], Any]) -> float:
     """Median time of a run in milliseconds, the device's work included."""
-
-    def once() -> float:
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":  # kernels run on after their launch
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    for _ in range(WARM_UP):
-        once()
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < REPEATS and sum(times) < SECONDS):
-        times.append(once())
-    return 1000 * sorted(times)[len(times) // 2]
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return 1000 * timer.adaptive_autorange(min_run_time=SECONDS, max_run_time=4 * SECONDS).median

@@ -72,12 +72,7 @@ def class_labels(labels: Tensor, source: ImageSource, checkpoint: Checkpoint, cl
 
 
 def first_pass(chain: Chain, calibration: Calibration, checkpoint: Checkpoint) -> tuple[dict[str, int], Tensor | None]:
-    """Makes sure that the adapter computes what the model does, before anything is measured.
-
-    Args:
-        chain: of the checkpoint as it was loaded: in its own types, on the CPU.
-        calibration: images, and labels if there are any.
-        checkpoint: whose classes the labels are matched to.
+    """Makes sure that the adapter computes what the model does, as it was loaded, before anything is measured.
 
     Returns:
         Operations of every module on one image, by name, and the model's class of each of the data's labels (n,).

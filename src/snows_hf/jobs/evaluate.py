@@ -5,8 +5,8 @@ from collections.abc import Callable
 from ..data.accuracy import Accuracy, accuracy_of
 from ..data.images import open_images
 from ..data.names import Name
-from ..hub.load import load
 from ..runtime.run import Progress, Run
+from .subject import load_told
 
 
 def evaluate(
@@ -25,17 +25,13 @@ def evaluate(
         model: Hub id or folder.
         data: labelled images: Hub data set, image folder or folder of parquet.
         split: of ``data``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        revision: of the model on the Hub.
-        on_stage: called with a line of text when a new stage begins.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, revision, on_stage, on_progress: as for :func:`snows_hf.prune`.
 
     Raises:
         SnowsError: no such model or data, no labels, or labels that do not match the model's classes.
     """
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
-    run.say(f"Loading {model}")
-    checkpoint = load(model, revision)
+    checkpoint = load_told(run, model, revision)
     source = open_images(data, split)
     run.say(f"Measuring it on {data} ({split})")
     network = checkpoint.model.to(run.device)

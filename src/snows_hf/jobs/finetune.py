@@ -1,9 +1,8 @@
-"""Retraining what pruning made, with its zeros held (the paper's Table 5 and A.3.4)."""
+"""Retraining with labels, the zeros of what was pruned held (the paper's Table 5 and A.3.4)."""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from os import fspath
 from pathlib import Path
@@ -13,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import build_chain
+from ..adapters import Chain, build_chain
 from ..adapters.base import logits_of
-from ..data.images import ImageSource, drawn_labelled, open_images, pictures
+from ..data.images import ImageSource, Preprocess, drawn_labelled, open_images, pictures
 from ..data.names import Name, short_name
 from ..errors import ConfigError, NumericsError
 from ..hub.card import write_card
 from ..hub.load import Checkpoint, buffers_follow_weights, load
-from ..hub.save import read_report, retrainings, save_checkpoint
+from ..hub.save import claims_of, find_report, retrainings, save_checkpoint
 from ..method.augment import augmented
 from ..reports.describe import describe_data
 from ..runtime.device import describe_hardware
@@ -30,10 +29,12 @@ from ..runtime.run import Progress, Run
 from ..runtime.version import __version__, versions
 from ..settings import FinetuneConfig
 from .calibration import class_labels
+from .inspect import SPARSE
 from .measure import measure
 from .prune import PruneResult
 from .request import check_request
-from .training import fixed, seed_of, set_rate, sgd, train_epoch
+from .subject import load_told
+from .training import fixed, seed_of, sgd, train_epoch
 
 
 def finetune(
@@ -52,14 +53,14 @@ def finetune(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     **settings: Any,
 ) -> PruneResult:
-    """Retrains a pruned checkpoint on labelled images; weights that are zero stay zero.
+    """Retrains a checkpoint on labelled images; what pruning made zero stays zero, and of a dense model nothing does.
 
     After each epoch the state is kept beside ``output`` (journal.py). The same call, made again after an interruption,
     goes on from there, and ends with the same weights as a run without one. (With ``minutes`` the number of epochs
     depends on the machine.)
 
     Args:
-        model: Hub id or folder of what ``prune`` wrote.
+        model: Hub id or folder, of what ``prune``, ``train`` or this function wrote, or of any other checkpoint.
         data: labelled images: Hub data set, image folder or folder of parquet.
         output: folder to save to, absent or empty.
         data_split: of ``data``.
@@ -67,11 +68,7 @@ def finetune(
         eval_split: of ``eval_data``.
         teacher: Hub id or folder of a model with the same classes and preprocessing, the dense one say, whose logits
             the student learns from too.
-        device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
-        revision: of the model on the Hub.
-        restart: begin anew where an earlier call was broken off.
-        on_stage: called with a line of text when a new stage begins, and after each epoch.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, revision, restart, on_stage, on_progress: as for :func:`snows_hf.prune`.
         **settings: by the names of FinetuneConfig.
 
     Raises:
@@ -81,13 +78,14 @@ def finetune(
     check_request(data, data_split, eval_data, eval_split, output, device)
     run = Run.begin(device, reproducible=True, on_stage=on_stage, on_progress=on_progress)
 
-    run.say(f"Loading {model}")
-    checkpoint = load(model, revision)
-    pruning = read_report(checkpoint.folder)
+    checkpoint = load_told(run, model, revision)
     network = checkpoint.model
-    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    known = find_report(checkpoint.folder) or begin_report(checkpoint)
     chain = build_chain(network)
-    zeros = {name: chain.weight(name).detach() == 0 for _, group in chain.groups() for name in group.parameters}
+    zeros = zeros_to_hold(checkpoint, chain, known)
+    held = sum(int(zero.sum()) for zero in zeros.values())
+    run.say(f"Holding {held} zeros" if held else "The model is dense: no weight is held at zero")
+    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     # Weights, momentum and a second copy of both while they are replaced.
     check_output(output, 4 * sum(tensor.numel() * 4 for tensor in network.state_dict().values()))
     tutor = load(teacher) if teacher is not None else None
@@ -105,10 +103,12 @@ def finetune(
     with run.recorded(output, description, restart) as run:
         check_output(output, size=0)  # another run may have been here until a moment ago
         network.to(run.device)
-        before = measure(run, "pruned", network, checkpoint, evaluation)
+        before = measure(run, "pruned" if held else "dense", network, checkpoint, evaluation)
         labels = match(checkpoint, tutor, source, labels, run.device)
         network.to(torch.float32)
-        trained = train(run, Student(checkpoint, zeros, tutor, source, labels, run.device), config)
+        batches = partial(batches_of, checkpoint.preprocess, source, labels, config, run.device)
+        loss = partial(loss_of, network, tutor.model if tutor else None, config)
+        trained = train(run, network, zeros, batches, max(1, len(labels) // config.batch_size), loss, config)
         cast_back(network, dtypes)
         after = measure(run, "retrained", network, checkpoint, evaluation)
         network.to("cpu")
@@ -120,6 +120,7 @@ def finetune(
             "eval_data": describe_data(eval_data, eval_split),
             "before": before,
             "after": after,
+            "zeros": held,
             "mask_unchanged": all(torch.equal(chain.weight(name) == 0, zero) for name, zero in zeros.items()),
             "settings": config.to_dict(),
             "device": str(run.device),
@@ -127,7 +128,29 @@ def finetune(
             "versions": versions(torch),
         }
         run.say(f"Saving to {output}")
-        return PruneResult(network, output, save(run, checkpoint, output, pruning, retraining))
+        return PruneResult(network, output, save(run, checkpoint, output, known, retraining))
+
+
+def begin_report(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a report says of a model that had none."""
+    return {
+        "source": short_name(checkpoint.source),
+        "library": checkpoint.library,
+        "architecture": type(checkpoint.model).__name__,
+        "pattern": None,
+        "layers": [],
+        "versions": versions(torch),
+    }
+
+
+def zeros_to_hold(checkpoint: Checkpoint, chain: Chain, report: dict[str, Any]) -> dict[str, Tensor]:
+    """Where prunable weights of a pruned model are zero, by name; empty for a dense one.
+
+    Of a model that does not say that it was pruned, only layers that ``inspect`` counts as sparse have any.
+    """
+    zeros = {name: chain.weight(name).detach() == 0 for _, group in chain.groups() for name in group.parameters}
+    says_so = report.get("pattern") is not None or claims_of(checkpoint.config).get("pattern") is not None
+    return {name: zero for name, zero in zeros.items() if says_so or float(zero.double().mean()) >= SPARSE}
 
 
 @torch.no_grad()
@@ -145,45 +168,22 @@ def cast_back(network: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def save(
-    run: Run, checkpoint: Checkpoint, output: Path, pruning: dict[str, Any], retraining: dict[str, Any]
+    run: Run, checkpoint: Checkpoint, output: Path, known: dict[str, Any], retraining: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes the retrained model with its card and report; gives the report.
 
     Raises:
         SaveError: the disk is full or refuses.
     """
-    report = pruning | {
-        "name": output.resolve().name,
-        "earlier_finetunes": retrainings(pruning),
-        "finetune": retraining,
-    }
-    epochs = sum(made["epochs"] for made in retrainings(report))
-    summary = {**checkpoint.config.get("snows", {}), "version": __version__, "finetuned_epochs": epochs}
+    earlier = retrainings(known)
+    report = known | {"name": output.resolve().name, "earlier_finetunes": earlier, "finetune": retraining}
+    epochs = sum(made["epochs"] for made in (*earlier, retraining))
+    claims = claims_of(checkpoint.config) if retraining["zeros"] else {}  # a claim without a zero is none
+    summary = claims | {"version": __version__, "finetuned_epochs": epochs}
     with whole_folder(output, run.journal.folder) as folder:
         save_checkpoint(checkpoint, folder, summary, report)
         write_card(checkpoint, folder, report)
     return {"output": str(output), **report}
-
-
-@dataclass(frozen=True)
-class Student:
-    """What is trained, and on what.
-
-    Attributes:
-        checkpoint: its model in float32 on ``device``.
-        zeros: by parameter name, true where a weight is held at zero.
-        teacher: or None.
-        source: training images, to be read by number.
-        labels: their classes by the model's numbers (n,).
-        device: of both models.
-    """
-
-    checkpoint: Checkpoint
-    zeros: dict[str, Tensor]
-    teacher: Checkpoint | None
-    source: ImageSource
-    labels: Tensor
-    device: torch.device
 
 
 @torch.no_grad()
@@ -201,17 +201,15 @@ def match(
     dtype = next(checkpoint.model.parameters()).dtype
     classes = logits_of(checkpoint.model, pixels.to(device, dtype)).shape[1]
     if teacher is not None:
+        teacher.model.to(device, torch.float32).requires_grad_(False)
+        names = {teacher.class_names, checkpoint.class_names} - {None}
         if not torch.equal(teacher.preprocess(some), pixels):
             raise ConfigError(
                 f"The teacher {teacher.source} prepares images in another way than {checkpoint.source}.",
                 "Both see the same pixels: give one with the same preprocessing, such as the dense model.",
             )
-        teacher.model.to(device, torch.float32).requires_grad_(False)
         taught = logits_of(teacher.model, pixels.to(device)).shape[1]
-        same_names = None in (teacher.class_names, checkpoint.class_names) or (
-            teacher.class_names == checkpoint.class_names
-        )
-        if taught != classes or not same_names:
+        if taught != classes or len(names) > 1:
             raise ConfigError(
                 f"The teacher {teacher.source} has other classes ({taught}) than {checkpoint.source} ({classes}).",
                 "Give one with the same classes in the same order, such as the dense model.",
@@ -219,13 +217,23 @@ def match(
     return class_labels(labels, source, checkpoint, classes)
 
 
-def train(run: Run, student: Student, config: FinetuneConfig) -> dict[str, Any]:
+def train(
+    run: Run,
+    network: nn.Module,
+    zeros: dict[str, Tensor],
+    batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    steps: int,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    config: FinetuneConfig,
+) -> dict[str, Any]:
     """SGD with momentum until the epochs, or the minutes, are over; the model is left in evaluation mode.
 
     Args:
-        run: is told; its journal keeps the state after each epoch, and from one that is there the training goes on.
-        student: its model is changed in place.
-        config: settings.
+        run: its journal keeps the state after each epoch, and from one that is there the training goes on.
+        network: in float32, on the run's device; changed in place.
+        zeros: by parameter name, true where a weight is held at zero.
+        batches: ``steps`` batches of an epoch (from 0): images (b, 3, h, w) and classes (b,).
+        loss_of: the mean loss of a batch.
 
     Returns:
         ``epochs`` run, ``planned``, ``seconds`` of training, ``losses`` by epoch (means over the training images).
@@ -234,42 +242,39 @@ def train(run: Run, student: Student, config: FinetuneConfig) -> dict[str, Any]:
         NumericsError: the loss is not finite.
         SaveError: the state cannot be written.
     """
-    model = student.checkpoint.model
-    optimizer = sgd(model, config)
+    optimizer = sgd(network, config)
     done: dict[str, Any] = {"epochs": 0, "planned": config.epochs, "seconds": 0.0, "losses": []}
-    with fixed(model, student.zeros):
+
+    def rate(step: int) -> float:
+        return learning_rate(config, step // steps, done["planned"])
+
+    with fixed(network, zeros):
         if (record := run.journal.get("epoch")) is not None:
-            put_state(record.tensors, model, optimizer)
+            put_state(record.tensors, network, optimizer)
             done = record.facts
             run.say(f"Going on after epoch {done['epochs']} of {done['planned']}")
-        while done["epochs"] < done["planned"]:
-            latest = done["seconds"] / max(1, done["epochs"])
-            if config.minutes and done["seconds"] + latest > 60 * config.minutes and done["epochs"]:
+        while (epoch := done["epochs"]) < done["planned"]:
+            latest = done["seconds"] / max(1, epoch)
+            if config.minutes and done["seconds"] + latest > 60 * config.minutes and epoch:
                 break
             started = time.perf_counter()
-            lr = learning_rate(config, done["epochs"], done["planned"])
-            set_rate(optimizer, lr)
+            lr = rate(epoch * steps)
             # Order, augmentation and dropout depend on the seed and the epoch alone.
-            with torch.random.fork_rng([student.device] if student.device.type == "cuda" else []):
-                torch.manual_seed(seed_of(config.seed, done["epochs"]))
-                model.train()
-                batches = run.track(
-                    batches_of(student, config, done["epochs"]),
-                    f"Batches of epoch {done['epochs'] + 1}/{done['planned']}",
-                    max(1, len(student.labels) // config.batch_size),
-                )
-                loss = train_epoch(batches, partial(loss_of, student, config), optimizer, done["epochs"] + 1)
+            with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+                torch.manual_seed(seed_of(config.seed, epoch))
+                network.train()
+                loss = train_epoch(run, batches(epoch), steps, loss_of, optimizer, rate, epoch, done["planned"])
             done["epochs"] += 1
             done["losses"].append(loss)
             done["seconds"] += time.perf_counter() - started
             if config.minutes and done["epochs"] == 1:  # the decay is spread over as many as there is time for
                 done["planned"] = min(config.epochs, max(1, int(60 * config.minutes / done["seconds"])))
-            run.journal.put("epoch", state_of(model, optimizer), **done)
+            run.journal.put("epoch", state_of(network, optimizer), **done)
             run.say(
                 f"Epoch {done['epochs']}/{done['planned']}: learning rate {lr:.3g}, loss {loss:.4f}, "
                 f"{done['seconds']:.0f} s"
             )
-    model.eval()
+    network.eval()
     return done
 
 
@@ -279,26 +284,35 @@ def learning_rate(config: FinetuneConfig, epoch: int, planned: int) -> float:
     return config.lr * config.decay ** (epoch // every)
 
 
-def batches_of(student: Student, config: FinetuneConfig, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(
+    preprocess: Preprocess,
+    source: ImageSource,
+    labels: Tensor,
+    config: FinetuneConfig,
+    device: torch.device,
+    epoch: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The training images in an order of torch's generator, as pixels (b, 3, h, w) and classes (b,), the last
     incomplete batch left out."""
-    batches = torch.randperm(len(student.labels)).split(config.batch_size)
+    batches = torch.randperm(len(labels)).split(config.batch_size)
     if len(batches) > 1 and len(batches[-1]) < config.batch_size:
         batches = batches[:-1]
     for step, batch in enumerate(batches, epoch * len(batches)):
-        pixels = student.checkpoint.preprocess(pictures(student.source, batch.tolist())).to(student.device)
+        pixels = preprocess(pictures(source, batch.tolist())).to(device)
         seed = seed_of(config.seed, step)
-        yield augmented(pixels, seed, crop=config.crop, flip=config.flip), student.labels[batch].to(student.device)
+        yield augmented(pixels, seed, crop=config.crop, flip=config.flip), labels[batch].to(device)
 
 
-def loss_of(student: Student, config: FinetuneConfig, pixels: Tensor, classes: Tensor) -> Tensor:
+def loss_of(
+    student: nn.Module, teacher: nn.Module | None, config: FinetuneConfig, pixels: Tensor, classes: Tensor
+) -> Tensor:
     """Cross-entropy, with the teacher's share where there is one."""
-    logits = logits_of(student.checkpoint.model, pixels)
+    logits = logits_of(student, pixels)
     loss = F.cross_entropy(logits, classes)
-    if student.teacher is None:
+    if teacher is None:
         return loss
     with torch.no_grad():
-        taught = logits_of(student.teacher.model, pixels)
+        taught = logits_of(teacher, pixels)
     soft = distillation(logits, taught, config.temperature)
     return (1 - config.distillation) * loss + config.distillation * soft
 
@@ -309,21 +323,19 @@ def distillation(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
+def state_of(network: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
     """Weights, buffers and momentum, by name."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        buffer = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
-        if buffer is not None:
-            tensors[f"momentum.{name}"] = buffer
-    return tensors
+    momenta = {name: optimizer.state[weight].get("momentum_buffer") for name, weight in network.named_parameters()}
+    return {f"model.{name}": tensor for name, tensor in network.state_dict().items()} | {
+        f"momentum.{name}": momentum for name, momentum in momenta.items() if momentum is not None
+    }
 
 
 @torch.no_grad()
-def put_state(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.SGD) -> None:
+def put_state(tensors: dict[str, Tensor], network: nn.Module, optimizer: torch.optim.SGD) -> None:
     """:func:`state_of` undone."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in network.state_dict().items():
         tensor.copy_(tensors[f"model.{name}"])
-    for name, parameter in model.named_parameters():
-        if (buffer := tensors.get(f"momentum.{name}")) is not None:
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+    for name, weight in network.named_parameters():
+        if (momentum := tensors.get(f"momentum.{name}")) is not None:
+            optimizer.state[weight]["momentum_buffer"] = torch.empty_like(weight).copy_(momentum)

@@ -13,11 +13,15 @@ from ..adapters import Group, build_chain
 from ..data.names import Name
 from ..errors import PatternError
 from ..hub.load import load
-from ..hub.save import REPORT_FILE
+from ..hub.save import REPORT_FILE, claims_of
 from ..patterns import NM, Unstructured, parse_candidates
+from ..reports.describe import share_of_zeros, summary
 
 
 COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
+
+SPARSE = 0.1
+"""Share of zeros from which on a layer counts as sparse where nothing says so: a trained weight is hardly ever 0."""
 
 
 def inspect(source: Name, operations: bool = False, revision: str | None = None) -> dict[str, Any]:
@@ -43,9 +47,8 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
     chain = build_chain(checkpoint.model)
     groups = chain.groups()
     weights = {name: chain.weight(name).detach() for _, group in groups for name in group.parameters}
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    claimed = checkpoint.config.get("snows", {})
-    claimed = claimed if isinstance(claimed, dict) and claimed.get("pattern") is not None else {}
+    claimed = claims_of(checkpoint.config)
+    claimed = claimed if claimed.get("pattern") is not None else {}
     title = claimed.get("pattern")
     said = read_claims(checkpoint.folder, groups) if claimed else Claims()
     pruned = bound_by(claimed, said, weights)
@@ -59,31 +62,24 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
     if all(holds.values()) and not is_as_claimed(claimed, pruned, [weights[name] for name in counted], weights):
         holds = dict.fromkeys(holds, False)
 
-    total_sparsity = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
-    layers = []
-    for _, group in groups:
-        parts = [weights[name] for name in group.parameters]
+    def described(group: Group) -> dict[str, Any]:
         bound = [name for name in group.parameters if name in holds]
         patterns = dict.fromkeys(str(said.patterns.get(name) or title) for name in bound)
-        layers.append(
-            {
-                "name": group.name,
-                "parameters": list(group.parameters),
-                "shape": [sum(weight.shape[0] for weight in parts), *parts[0].shape[1:]],
-                "sparsity": sum(zeros[name] for name in group.parameters) / sum(weight.numel() for weight in parts),
-                "pattern": ",".join(patterns) if bound and title is not None else None,
-                "pattern_ok": all(holds[name] for name in bound) if bound else None,
-            }
-        )
+        return {
+            **summary(chain, group),
+            "pattern": ",".join(patterns) if bound and title is not None else None,
+            "pattern_ok": all(holds[name] for name in bound) if bound else None,
+        }
+
     result = {
         "source": checkpoint.source,
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
         "pattern": title,
         "pattern_ok": bool(holds) and all(holds.values()),
-        "sparsity": total_sparsity,
+        "sparsity": share_of_zeros(weights.values()),
         "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
-        "layers": layers,
+        "layers": [described(group) for _, group in groups],
     }
     if operations:
         result["operations"] = [
@@ -91,6 +87,10 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
             for i, operation in enumerate(chain.operations)
         ]
     return result
+
+
+def zeros_of(weights: Iterable[Tensor]) -> int:
+    return sum(int((weight == 0).sum()) for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def bound_by(claimed: dict[str, Any], said: Claims, weights: dict[str, Tensor]) 
 
     The report names them, and must excuse all others that the pattern fits. config.json says how many they are:
     a report that names fewer is not believed, and the weights with most zeros are taken instead, as where there is no
-    report. Where config.json does not say it either (of an earlier version, or without a claim), a layer counts as
-    sparse from one zero in ten on: a trained weight is hardly ever exactly zero.
+    report. Where config.json does not say it either (of an earlier version, or without a claim), those of which
+    :data:`SPARSE` is zero.
     """
     count = claimed.get("weights", 0)
     candidates = [one for one in _candidates(claimed.get("pattern")) if one is not None]
@@ -149,9 +149,9 @@ def bound_by(claimed: dict[str, Any], said: Claims, weights: dict[str, Tensor]) 
     named = dict.fromkeys([*said.pruned, *(name for name in fitting if name not in said.excused)])
     if said.pruned and _reaches(count, named, weights):
         return list(named)
-    share = {name: float((weight == 0).double().mean()) for name, weight in weights.items()}
+    share = {name: share_of_zeros([weight]) for name, weight in weights.items()}
     if "weights" not in claimed:
-        return [name for name in weights if share[name] >= 0.1]
+        return [name for name in weights if share[name] >= SPARSE]
     bound: list[str] = []
     for name in sorted(weights, key=lambda name: share[name], reverse=True):
         if not _reaches(count, bound, weights):
@@ -167,18 +167,15 @@ def held(title: str, own: dict[str, NM | Unstructured | None], pruned: dict[str,
     candidates = _candidates(title)
     pattern = candidates[0] if len(candidates) == 1 else None
     if any(own.values()):
-        both = {name: (own.get(name), weight) for name, weight in pruned.items()}
-        shares = isinstance(pattern, Unstructured)
+        own = {name: own.get(name) for name in pruned}
+        shares = Unstructured if isinstance(pattern, Unstructured) else ()
         return {
-            name: one is not None
-            and (one in candidates or (shares and isinstance(one, Unstructured)))
-            and obeys(weight, one)
-            for name, (one, weight) in both.items()
+            name: one is not None and (one in candidates or isinstance(one, shares)) and obeys(pruned[name], one)
+            for name, one in own.items()
         }
     if isinstance(pattern, Unstructured):  # it binds all pruned weights together, to within the rounding of one
         total = sum(weight.numel() for weight in pruned.values())
-        enough = sum(int((weight == 0).sum()) for weight in pruned.values()) >= pattern.sparsity * total - 1
-        return dict.fromkeys(pruned, enough)
+        return dict.fromkeys(pruned, zeros_of(pruned.values()) >= pattern.sparsity * total - 1)
     return {name: pattern is not None and pattern.holds(weight) for name, weight in pruned.items()}
 
 
@@ -186,9 +183,8 @@ def is_as_claimed(
     claimed: dict[str, Any], pruned: Sequence[str], counted: list[Tensor], weights: dict[str, Tensor]
 ) -> bool:
     """Whether there are as many weights, and as many zeros in their layers (to six digits), as config.json claims."""
-    sparsity = claimed.get("sparsity", 0.0)
-    zeros = sum(int((weight == 0).sum()) for weight in counted)
-    enough = isinstance(sparsity, int | float) and zeros >= (sparsity - 1e-6) * sum(w.numel() for w in counted)
+    sparsity, total = claimed.get("sparsity", 0.0), sum(weight.numel() for weight in counted)
+    enough = isinstance(sparsity, int | float) and zeros_of(counted) >= (sparsity - 1e-6) * total
     return enough and _reaches(claimed.get("weights", 0), pruned, weights)
 
 
@@ -200,7 +196,7 @@ def obeys(weight: Tensor, pattern: NM | Unstructured) -> bool:
     """Whether one layer has the zeros of its own pattern."""
     if isinstance(pattern, NM):
         return pattern.holds(weight)
-    return int((weight == 0).sum()) >= round(pattern.sparsity * weight.numel())
+    return zeros_of([weight]) >= round(pattern.sparsity * weight.numel())
 
 
 def _parsed(text: object) -> NM | Unstructured | None:

@@ -17,12 +17,7 @@ def measure(
 ) -> dict[str, Any] | None:
     """Accuracy on all of some labelled images, once for all runs that go on from each other; None without images.
 
-    Args:
-        run: is told, and keeps it.
-        what: the model is, ``dense`` for example.
-        classifier: images to logits, or what the library wraps them in.
-        checkpoint: whose preprocessing and classes it has.
-        data: the images.
+    ``what`` is what the model is called, and ``checkpoint`` has its preprocessing and classes.
     """
     if data is None:
         return None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from os import PathLike, fspath
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from ..data.images import (
     to_classes,
 )
 from ..data.names import Name
-from ..errors import AdapterError, ConfigError, DataError, NumericsError
-from ..hub.load import load
+from ..errors import AdapterError, DataError, NumericsError
 from ..reports.describe import describe_data
 from ..runtime.memory import Tensors, in_parts
 from ..runtime.run import Progress, Run
 from .request import check_probe
+from .subject import listed, load_told
 
 
 STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(2, -13, -1))
@@ -68,9 +68,7 @@ def probe(
         test_split: of ``eval_data``.
         samples: training images to draw; None takes all.
         seed: of the draw and of the split.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        on_stage: called with a line of text when a new stage begins.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, on_stage, on_progress: as for :func:`snows_hf.prune`.
 
     Returns:
         ``models``, a list with ``top1`` in per cent, ``interval`` (Wilson, 95 %), ``difference`` to the first and its
@@ -80,9 +78,7 @@ def probe(
     Raises:
         SnowsError: bad settings, no such model or data, or classes that do not match.
     """
-    names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
-    if not names:
-        raise ConfigError("No model to probe.", "Name at least one Hub id or folder.")
+    names = listed(models)
     check_probe(data, train_split, eval_data, test_split, samples, seed)
     measured = data if eval_data is None else eval_data
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
@@ -91,10 +87,9 @@ def probe(
         check_labels(source, "a probe")
 
     results: list[dict[str, Any]] = []
-    first_hits: Tensor | None = None
+    hits: list[Tensor] = []
     for name in names:
-        run.say(f"Loading {name}")
-        checkpoint = load(name)
+        checkpoint = load_told(run, name)
         checkpoint.model.to(run.device)
         run.say(f"Extracting its features of {data} ({train_split})")
         chunks = (
@@ -109,22 +104,10 @@ def probe(
         y = to_classes(y, torch.arange(int(y.max()) + 1), train)  # refuses those that stand for no label
         y_test = classes_between(test, train, y_test)
         run.say(f"Fitting the probe on {len(y)} images")
-        hits, facts = fit_and_score(
-            x.to(run.device), y.to(run.device), x_test.to(run.device), y_test.to(run.device), seed
-        )
-        if first_hits is None:
-            first_hits = hits
-        compared = len(results) > 0
-        results.append(
-            {
-                "model": name,
-                "top1": 100 * float(hits.double().mean()),
-                "interval": wilson(int(hits.sum()), len(hits)),
-                "difference": 100 * float(hits.double().mean() - first_hits.double().mean()) if compared else None,
-                "difference_interval": paired(hits, first_hits) if compared else None,
-                **facts,
-            }
-        )
+        x, y, x_test, y_test = (part.to(run.device) for part in (x, y, x_test, y_test))
+        own, facts = fit_and_score(x, y, x_test, y_test, seed)
+        hits.append(own)
+        results.append({"model": name} | compared(own, hits[0], first=not results) | facts)
         counts = {"train_images": len(y), "test_images": len(y_test), "classes": len(y.unique())}
     return {
         "models": results,
@@ -132,6 +115,16 @@ def probe(
         "data": describe_data(data, train_split),
         "eval_data": describe_data(measured, test_split),
         "seed": seed,
+    }
+
+
+def compared(hits: Tensor, reference: Tensor, first: bool) -> dict[str, Any]:
+    """Top-1 of one model on the test images, and, unless it is the first, how it differs from that."""
+    return {
+        "top1": 100 * float(hits.double().mean()),
+        "interval": wilson(int(hits.sum()), len(hits)),
+        "difference": None if first else 100 * float(hits.double().mean() - reference.double().mean()),
+        "difference_interval": None if first else paired(hits, reference),
     }
 
 
@@ -150,13 +143,8 @@ def classes_between(test: ImageSource, train: ImageSource, y_test: Tensor) -> Te
 def extract_features(
     run: Run, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], source: ImageSource
 ) -> tuple[Tensor, Tensor]:
-    """What enters the classifier: features (n, d) in float32 on the CPU, and labels (n,).
-
-    Args:
-        run: is told.
-        model: in evaluation mode. The features of its several classifiers, where it has them, stand side by side.
-        batches: pixel values (b, 3, height, width) and labels (b,).
-        source: where they come from, for messages.
+    """What enters the classifier, of batches of pixel values (b, 3, height, width) and labels (b,) from ``source``:
+    features (n, d) in float32 on the CPU, those of several classifiers side by side, and labels (n,).
 
     Raises:
         AdapterError: the model's logits do not come from a Linear layer.
@@ -166,25 +154,21 @@ def extract_features(
     parameter = next(model.parameters())
     heads: list[nn.Linear] = []
     entered: dict[nn.Module, Tensor] = {}
-    hooks: list[Any] = []
     features, labels = [], []
 
     def extract(state: Tensors) -> Tensors:
         logits_of(model, state[0].to(parameter.device, parameter.dtype))
         return (torch.cat([entered[head] for head in heads], dim=1),)
 
-    try:
+    with ExitStack() as hooks:
         for pixels, some in run.track(batches, f"Batches of {source.name} ({source.split})"):
             if not heads:
                 heads = find_classifiers(model, pixels[:1].to(parameter.device, parameter.dtype))
-                hooks = [
-                    head.register_forward_pre_hook(lambda m, args: entered.update({m: args[0]})) for head in heads
-                ]
+                for head in heads:
+                    note = head.register_forward_pre_hook(lambda module, given: entered.update({module: given[0]}))
+                    hooks.enter_context(note)
             features.append(in_parts(extract, (pixels,))[0].float().cpu())
             labels.append(some)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not features:
         raise DataError(f"Data {source.name} ({source.split}) is empty.")
     x = torch.cat(features)
@@ -210,12 +194,11 @@ def find_classifiers(model: nn.Module, pixels: Tensor) -> list[nn.Linear]:
         assert isinstance(module, nn.Linear)
         outputs[module] = output
 
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_hook(note))
         logits = logits_of(model, pixels)
-    finally:
-        for hook in hooks:
-            hook.remove()
     fitting = {module: output for module, output in outputs.items() if output.shape == logits.shape}
     for module, output in reversed(fitting.items()):
         if torch.equal(output, logits):
@@ -232,10 +215,8 @@ def fit_and_score(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: in
     """Chooses λ on a fifth of the training features, fits on all of them, and classifies the test features.
 
     Args:
-        x: training features (n, d).
-        y: their classes (n,), any whole numbers.
-        x_test: test features (m, d).
-        y_test: their classes (m,); one that ``y`` lacks is never hit.
+        x: training features (n, d), of classes ``y`` (n,), any whole numbers.
+        x_test: test features (m, d), of classes ``y_test`` (m,); one that ``y`` lacks is never hit.
         seed: of the split; the same for every backbone.
 
     Returns:
@@ -251,14 +232,10 @@ def fit_and_score(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: in
     held, fitted = order.tensor_split([max(1, round(HELD_OUT * len(x)))])
     strength = choose_strength(x[fitted], classes[fitted], x[held], classes[held], len(known))
     shift, scale = standardisation(x)
-    weight, bias = fit_logistic((x - shift) / scale, classes, len(known), strength)
-    train_hits = ((x - shift) / scale @ weight + bias).argmax(1) == classes
-    hits = known[((x_test - shift) / scale @ weight + bias).argmax(1)] == y_test
-    facts = {
-        "train_top1": 100 * float(train_hits.double().mean()),
-        "strength": strength,
-        "features": x.shape[1],
-    }
+    x, x_test = (x - shift) / scale, (x_test - shift) / scale
+    weight, bias = fit_logistic(x, classes, len(known), strength)
+    train_hits, hits = (known[(part @ weight + bias).argmax(1)] == own for part, own in ((x, y), (x_test, y_test)))
+    facts = {"train_top1": 100 * float(train_hits.double().mean()), "strength": strength, "features": x.shape[1]}
     return hits.cpu(), facts
 
 
@@ -267,17 +244,14 @@ def choose_strength(x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor, classe
     before, from strong to weak."""
     shift, scale = standardisation(x)
     x, x_held = (x - shift) / scale, (x_held - shift) / scale
-    best, best_hits, since = STRENGTHS[0], -1, 0
     start: tuple[Tensor, Tensor] | None = None
+    hits: list[int] = []
     for strength in STRENGTHS:
         start = fit_logistic(x, y, classes, strength, start)
-        hits = int(((x_held @ start[0] + start[1]).argmax(1) == y_held).sum())
-        since += 1
-        if hits > best_hits:
-            best, best_hits, since = strength, hits, 0
-        if since == PATIENCE:
+        hits.append(int(((x_held @ start[0] + start[1]).argmax(1) == y_held).sum()))
+        if len(hits) - hits.index(max(hits)) > PATIENCE:
             break
-    return best
+    return STRENGTHS[hits.index(max(hits))]
 
 
 def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,9 +268,7 @@ def fit_logistic(
     (scikit-learn's ``C`` is 1 / (n · strength). benchmarks/probe_solver.py compares the two.)
 
     Args:
-        x: features (n, d).
-        y: classes (n,) below ``classes``.
-        classes: their number.
+        x: features (n, d), of classes ``y`` (n,) below ``classes``.
         strength: λ, above 0.
         start: weights to begin from; zeros by default.
 
@@ -332,10 +304,7 @@ def paired(hits: Tensor, reference: Tensor) -> tuple[float, float]:
 
     Wald's interval for paired shares with half an image added to each cell of the 2 × 2 table (Agresti and Min, 2005).
     It is narrower than two separate intervals, since most images are hit or missed by both models.
-
-    Args:
-        hits: of the model, bool (m,).
-        reference: of the model that it is compared with, bool (m,).
+    Both are bool (m,).
     """
     n = len(hits) + 2
     gained = int((hits & ~reference).sum()) + 0.5

@@ -158,7 +158,8 @@ def prune(
         report: dict[str, Any] = {"dense": accuracy("dense"), "masked": None, "pruned": None}
         chosen = choose(run, subject, candidates, images, labels, flops, update)
         if evaluation is not None or not update:
-            apply_alone(subject, chosen.choice)
+            chain.put(alone(chosen.choice, subject.original))
+            restore_untouched(subject.network, subject.original, chosen.choice.masks)
             report["masked"] = report["pruned"] = accuracy("masked")
         reports: list[LayerReport] = []
         if update:
@@ -178,7 +179,7 @@ def prune(
 
 
 def check_disk_and_masks(subject: Subject, folder: Path | None) -> None:
-    """Refuses what can be refused before images are read.
+    """
 
     Raises:
         MaskError: a mask file that is not for this model.
@@ -237,12 +238,6 @@ def choose(
     }
     facts = {"allocation": allocation, "criterion": criterion}
     return Chosen(evidence.pattern, choice, begin, final, flops, facts)
-
-
-def apply_alone(subject: Subject, choice: Choice) -> None:
-    """Makes the network what the criterion makes of it without SNOWS."""
-    subject.chain.put(alone(choice, subject.original))
-    restore_untouched(subject.network, subject.original, choice.masks)
 
 
 def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[Subject, list[LayerReport]]:

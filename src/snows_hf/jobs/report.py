@@ -3,27 +3,29 @@
 import base64
 import importlib.util
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters import build_chain
-from ..data.images import calibration_images, open_images
+from ..data.images import ImageSource, calibration_images, open_images
 from ..data.names import Name, local_folder, short_name
 from ..errors import AdapterError, ConfigError, LoadError, SaveError, one_line
 from ..hub.load import Checkpoint, load
 from ..hub.packed import pack_tensor
-from ..hub.save import REPORT_FILE, read_report, retrainings, save_checkpoint
+from ..hub.save import REPORT_FILE, read_report, retrainings
 from ..masks.permutation import order_like
+from ..reports.describe import describe_data
 from ..reports.page import class_changes, render, summary_of, view_of
 from ..runtime.files import check_file, write_json, write_whole
-from .attention import attention
+from ..runtime.run import Run
+from .attention import check_attends, compare_maps
 from .request import check_report
 
 
@@ -73,8 +75,9 @@ def report(
     folder = checkpoint.folder if output is None else Path(output)
     picture = None
     if data is not None:
+        run = Run.begin(device, on_stage=on_stage)
         picture, found["attention"] = attention_picture(
-            checkpoint, dense, revision, data, split, images, device, on_stage
+            run, checkpoint, found.get("permuted"), dense, revision, data, split, images
         )
     with understood(checkpoint.folder):
         page = render("report.html", report=found, view=view_of(found), picture=picture)
@@ -105,7 +108,7 @@ def compare(
         ``models``: for each ``model``, ``name`` (``model`` where two would have the same), ``source``, ``pattern``,
         ``mask``, ``samples``, ``k``, ``sparsity``, ``dense``, ``masked`` and ``pruned`` (top-1 in per cent, None where
         not measured; weights that are ``retrained`` count as pruned), ``drop``, ``eval_data``, ``loss_left``
-        (geometric mean over the layers of the share of the mask's K-step loss that is left), ``products``, ``size``,
+        (geometric mean over the layers of the share of ``loss_start`` that is left), ``products``, ``size``,
         ``flops``, ``seconds``; and ``output``.
 
     Raises:
@@ -121,9 +124,9 @@ def compare(
         checkpoint = load(model, trial=False)
         with understood(checkpoint.folder):
             rows.append({"model": str(model)} | summary_of(described(checkpoint)))
-    count = Counter(row["name"] for row in rows)
+    names = [row["name"] for row in rows]
     for row in rows:
-        row["name"] = row["model"] if count[row["name"]] > 1 else row["name"]
+        row["name"] = row["model"] if names.count(row["name"]) > 1 else row["name"]
     result: dict[str, Any] = {"models": rows, "output": str(output) if output is not None else None}
     if output is not None:
         page = render("compare.html", rows=rows)
@@ -142,16 +145,15 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         final = found["pruned"]
         for made in retrainings(found):  # the weights that are in the folder, on the same images, or nothing
             final = made["after"] if made["eval_data"] == found["eval_data"] else None
-        tensors = checkpoint.model.state_dict()
+        tensors = checkpoint.model.state_dict().values()
         here = local_folder(checkpoint.source) is not None
         return found | {
             "name": (found.get("name") if here else None) or short_name(checkpoint.source),
             "flops": found["flops"] | {"reduction": found["flops"]["dense"] / found["flops"]["pruned"]},
             "size": {
-                "dense": sum(tensor.nbytes for tensor in tensors.values()),
+                "dense": sum(tensor.nbytes for tensor in tensors),
                 "packed": sum(
-                    sum(part.nbytes for part in (pack_tensor(tensor) or {"": tensor}).values())
-                    for tensor in tensors.values()
+                    part.nbytes for tensor in tensors for part in (pack_tensor(tensor) or {"": tensor}).values()
                 ),
             },
             "rows": {
@@ -188,71 +190,59 @@ def row_zeros(weights: Sequence[Tensor], cells: int = STRIP) -> list[float]:
 
 
 def attention_picture(
+    run: Run,
     checkpoint: Checkpoint,
+    permuted: dict[str, Any] | None,
     dense: Name | None,
     revision: str | None,
     data: Name,
     split: str,
     images: int,
-    device: str,
-    on_stage: Callable[[str], None],
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Attention maps as the text of a data URI, and their similarities to the dense model's; None and None for a
     model that has no such maps, and without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        on_stage("No attention maps: drawing needs matplotlib (pip install 'snows-hf[viz]')")
+        run.say("No attention maps: drawing needs matplotlib (pip install 'snows-hf[viz]')")
         return None, None
-    with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
-        models = [checkpoint.source]
-        if dense is not None:
-            original = load(dense, revision)
-            check_same_shapes(original, checkpoint.model)
-            known = True
-            if permuted := described(checkpoint).get("permuted"):
-                image = calibration_images(open_images(data, split), 1, 0, original.preprocess)
-                known = order_like(build_chain(original.model), checkpoint.model.state_dict(), image, permuted)
-                if not known:
-                    on_stage("No attention maps of the mask alone: the order of the channels cannot be told any more")
-            models = [*reference_models(Path(place), original, checkpoint.model if known else None), *models]
-        picture = Path(place) / "attention.png"
-        try:
-            found = attention(
-                models, data, output=picture, split=split, images=images, device=device, on_stage=on_stage
-            )
-        except AdapterError as error:
-            on_stage(f"No attention maps: {error.message}")
-            return None, None
-        found.pop("output")
-        for row in found["models"]:
-            row["model"] = short_name(row["model"])
-        return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}", found
+    try:
+        check_attends(build_chain(checkpoint.model))
+        source = open_images(data, split)
+        dense_first = references(run, load(dense, revision), checkpoint, permuted, source) if dense is not None else ()
+        models = chain(dense_first, [(short_name(checkpoint.source), checkpoint)])
+        with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
+            picture = Path(place) / "attention.png"
+            found = compare_maps(run, models, source, picture, images)
+            found |= {"data": describe_data(data, split), "seed": 0}
+            return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}", found
+    except AdapterError as error:
+        run.say(f"No attention maps: {error.message}")
+        return None, None
 
 
-def check_same_shapes(dense: Checkpoint, pruned: nn.Module) -> None:
-    """
+@torch.no_grad()
+def references(
+    run: Run, dense: Checkpoint, pruned: Checkpoint, permuted: dict[str, Any] | None, source: ImageSource
+) -> Iterator[tuple[str, Checkpoint]]:
+    """The dense model, and its weights under the mask of the pruned one, its channels in the same order.
+
     Raises:
         ConfigError: the dense model has other weights than the pruned one.
     """
-    weights = dict(dense.model.named_parameters())
-    for name, sparse in pruned.named_parameters():
-        if name not in weights or weights[name].shape != sparse.shape:
+    shapes = {name: weight.shape for name, weight in dense.model.named_parameters()}
+    for name, sparse in pruned.model.named_parameters():
+        if shapes.get(name) != sparse.shape:
             raise ConfigError(
                 f"The dense model {dense.source} has no weight {name} of shape {tuple(sparse.shape)}.",
                 "Give the model that was pruned as --dense.",
             )
-
-
-@torch.no_grad()
-def reference_models(place: Path, dense: Checkpoint, pruned: nn.Module | None) -> list[str]:
-    """Folders in ``place`` of the dense model, and of its weights under the mask of ``pruned`` where it is given."""
-    folders = [place / "dense", *([place / "mask alone"] if pruned is not None else [])]
-    for folder in folders:
-        folder.mkdir()
-    save_checkpoint(dense, folders[0], {}, {})
-    if pruned is not None:
-        weights = dict(dense.model.named_parameters())
-        for name, sparse in pruned.named_parameters():
-            if sparse.ndim > 1:
-                weights[name].masked_fill_(sparse == 0, 0)
-        save_checkpoint(dense, folders[1], {}, {})
-    return [str(folder) for folder in folders]
+    yield "dense", dense
+    if permuted:
+        image = calibration_images(source, 1, 0, dense.preprocess).to(run.device)
+        if not order_like(build_chain(dense.model), pruned.model.state_dict(), image, permuted):
+            run.say("No attention maps of the mask alone: the order of the channels cannot be told any more")
+            return
+    for name, sparse in pruned.model.named_parameters():
+        if sparse.ndim > 1:
+            weight = dense.model.get_parameter(name)
+            weight.masked_fill_(sparse.to(weight.device) == 0, 0)
+    yield "mask alone", dense

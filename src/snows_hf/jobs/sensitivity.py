@@ -10,12 +10,12 @@ from typing import Any
 from ..adapters.offload import place
 from ..data.images import open_images
 from ..data.names import Name, short_name
-from ..errors import SaveError
 from ..masks.allocation import IMAGES, Sensitivity
 from ..masks.choices import measure_sensitivities
 from ..masks.evidence import Evidence
 from ..patterns import NM, Unstructured, parse_candidates
 from ..reports.describe import describe_data, finite
+from ..runtime.files import write_whole
 from ..runtime.run import Progress, Run
 from ..settings import PruneConfig, preset as preset_for
 from .calibration import calibrate, first_pass
@@ -45,12 +45,7 @@ def sensitivity(
         data: calibration images, as for :func:`snows_hf.prune`; :data:`~snows_hf.masks.allocation.IMAGES` of them are
             used unless ``samples`` says fewer.
         data_split: split of ``data``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: in which things are computed.
-        revision: of the model on the Hub.
-        preset: ``default`` or ``paper``.
-        on_stage: called with a line of text when a new stage begins, and for each measurement.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, dtype, revision, preset, on_stage, on_progress: as for :func:`snows_hf.prune`.
         **settings: changes to the preset, by the names of PruneConfig and SolverConfig: ``mask``, ``repair_steps`` …
 
     Returns:
@@ -147,9 +142,4 @@ def plot_sensitivity(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("error of the logits / their variance")
     axes.set_title(f"{result['source']}: one layer sparse, all others dense")
     axes.legend()
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise SaveError(
-            f"Plot {path} cannot be written: {error.strerror or error}.", "Choose another file."
-        ) from error
+    write_whole(path, lambda partial: figure.savefig(partial, format=path.suffix.removeprefix(".")))

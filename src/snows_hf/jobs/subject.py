@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ..adapters import Chain, Group, build_chain
 from ..adapters.check import select_layers
 from ..data.names import Name
+from ..errors import ConfigError
 from ..hub.load import Checkpoint, buffers_follow_weights, load
 from ..masks.choose import split_by_fit
 from ..patterns import Masks
@@ -81,6 +83,24 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
+def listed(models: Name | Sequence[Name]) -> list[str]:
+    """Names of one model or of several.
+
+    Raises:
+        ConfigError: of none.
+    """
+    names = [fspath(model) for model in ([models] if isinstance(models, str | PathLike) else models)]
+    if not names:
+        raise ConfigError("No model is named.", "Name at least one Hub id or folder.")
+    return names
+
+
+def load_told(run: Run, model: Name, revision: str | None = None) -> Checkpoint:
+    """:func:`~snows_hf.hub.load.load`, with a word about it."""
+    run.say(f"Loading {model}")
+    return load(model, revision)
+
+
 def load_subject(
     run: Run,
     model: Name,
@@ -91,17 +111,13 @@ def load_subject(
     """Loads a model, and finds the layers that are asked for.
 
     Args:
-        run: is told.
-        model: Hub id or folder.
-        revision: on the Hub.
         configure: family of architectures → all settings.
         candidates: patterns that must each fit some layer; None stands for dense.
 
     Raises:
         SnowsError: no such model, no adapter for it, no such layer, or a pattern that fits none.
     """
-    run.say(f"Loading {model}")
-    checkpoint = load(model, revision)
+    checkpoint = load_told(run, model, revision)
     chain = build_chain(checkpoint.model)
     config = configure(chain.family)
     layers = select_layers(chain, config.layers)

@@ -7,8 +7,8 @@ is not the one to be trained.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..adapters.base import Chain, logits_of
 from ..data.images import CHUNK, ImageSource, check_labels, drawn, labelled_batches, open_images
 from ..data.names import Name, short_name
 from ..errors import ConfigError
-from ..hub.card import write_training_card
+from ..hub.card import write_card
 from ..hub.create import create
 from ..hub.load import Checkpoint
 from ..hub.save import claim, save_checkpoint
@@ -36,7 +36,7 @@ from ..masks.evidence import Evidence
 from ..method.augment import augmented
 from ..patterns import Masks, Pattern
 from ..patterns.plan import at_initialisation
-from ..reports.describe import describe_data
+from ..reports.describe import describe_data, share_of_zeros
 from ..runtime.device import describe_hardware
 from ..runtime.distributed import processes
 from ..runtime.files import whole_folder
@@ -47,7 +47,7 @@ from .calibration import class_labels
 from .measure import measure
 from .prune import PruneResult
 from .request import check_request, check_training
-from .training import fixed, seed_of, set_rate, sgd, train_epoch
+from .training import fixed, seed_of, sgd, train_epoch
 
 
 def train(
@@ -76,10 +76,7 @@ def train(
         data_split: split of ``data``.
         eval_data: labelled images on which accuracy is measured at the end; None measures nothing.
         eval_split: split of ``eval_data``.
-        device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
-        revision: of ``source`` on the Hub.
-        on_stage: called with a line of text when a new stage begins, after each epoch, and for each collapsed layer.
-        on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
+        device, revision, on_stage, on_progress: as for :func:`snows_hf.prune`.
         **settings: by the names of :class:`~snows_hf.settings.TrainConfig`.
 
     Raises:
@@ -106,15 +103,15 @@ def train(
         run.say(f"Warming up batch norms on {config.warm_up_bn} batches")
         if not warm_up(network, images[: config.warm_up_bn * config.batch_size].split(config.batch_size), run.device):
             run.say("The network has no batch norm: there is nothing to warm up")
-    start = choose_start(run, chain, chosen_pattern, config, images, labels)
+    masks, facts = choose_masks(run, chain, chosen_pattern, config, images, labels)
     run.say(f"Training on {len(labels)} images")
     training = time.perf_counter()
-    losses = fit(run, network, images, labels, start.masks, config)
+    losses = fit(run, network, images, labels, masks, config)
     training_seconds = time.perf_counter() - training
     accuracy = measure(run, "trained", network, checkpoint, evaluation)
     network.to("cpu")
 
-    report = describe(checkpoint, chain, start, config) | {
+    report = describe(checkpoint, masks, facts, config) | {
         "source": short_name(source),
         "pattern": str(chosen_pattern) if chosen_pattern is not None else None,
         "images": len(labels),
@@ -129,25 +126,8 @@ def train(
     if output is None:
         return PruneResult(network, None, {"output": None, **report})
     run.say(f"Saving to {output}")
-    report = save(checkpoint, Path(output), start.masks, report)
+    report = save(checkpoint, Path(output), masks, report)
     return PruneResult(network, Path(output), {"output": str(output), **report})
-
-
-@dataclass(frozen=True)
-class Start:
-    """What the training begins with.
-
-    Attributes:
-        masks: by parameter name; empty for a dense network.
-        facts: of the criterion.
-        cut: layers that the masks have cut off, and why.
-        connected: whether the logits still depend on the images.
-    """
-
-    masks: Masks = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    cut: Mapping[str, str] = field(default_factory=dict)
-    connected: bool = True
 
 
 def weights_of(chain: Chain) -> dict[str, Tensor]:
@@ -155,12 +135,13 @@ def weights_of(chain: Chain) -> dict[str, Tensor]:
     return {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
 
 
-def choose_start(
+def choose_masks(
     run: Run, chain: Chain, pattern: Pattern | None, config: TrainConfig, images: Tensor, labels: Tensor
-) -> Start:
-    """Masks of an untrained network, and what they have cut off."""
+) -> tuple[Masks, dict[str, Any]]:
+    """Masks of an untrained network by parameter name, empty for a dense one; for the report, what the criterion says
+    of them, which layers they have cut off and why, and whether the logits still depend on the images."""
     if pattern is None:
-        return Start()
+        return {}, {"criterion": {}, "collapse": {"layers": {}, "connected": True}}
     run.say(f"Choosing masks by {Path(config.mask).name}")
     settings = PruneConfig(str(pattern), mask=config.mask, seed=config.seed)
     some = slice(0, config.criterion_samples)
@@ -171,22 +152,20 @@ def choose_start(
         run.say(f"Layer collapse: {name}: {reason}")
     if not connected:
         run.say("The logits no longer depend on the images: training can only learn how frequent classes are")
-    return Start(choice.masks, choice.facts, cut, connected)
+    return choice.masks, {"criterion": dict(choice.facts), "collapse": {"layers": cut, "connected": connected}}
 
 
-def describe(checkpoint: Checkpoint, chain: Chain, start: Start, config: TrainConfig) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, masks: Masks, facts: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """What the report says of the network and its masks."""
-    zeros = sum(int((chain.weight(name) == 0).sum()) for name in start.masks)
     return {
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
-        "sparsity": zeros / sum(mask.numel() for mask in start.masks.values()) if start.masks else 0.0,
+        "sparsity": share_of_zeros(map(checkpoint.model.get_parameter, masks)) if masks else 0.0,
         "settings": config.to_dict() | {"mask": Path(config.mask).name},
-        "criterion": dict(start.facts),
-        "collapse": {"layers": dict(start.cut), "connected": start.connected},
+        **facts,
         "layers": [
             {"name": name, "shape": list(mask.shape), "sparsity": 1 - float(mask.double().mean())}
-            for name, mask in start.masks.items()
+            for name, mask in masks.items()
         ],
         "versions": versions(torch, timm, transformers, accelerate),
         "seed": config.seed,
@@ -206,7 +185,7 @@ def save(checkpoint: Checkpoint, output: Path, masks: Masks, report: dict[str, A
     with whole_folder(output) as folder:
         saved = replace(checkpoint, folder=folder)  # a licence of the configuration's is not one of these weights
         save_checkpoint(saved, folder, summary, report)
-        write_training_card(saved, folder, report)
+        write_card(saved, folder, report)
     return report
 
 
@@ -241,8 +220,7 @@ def warm_up(network: nn.Module, batches: Iterator[Tensor] | tuple[Tensor, ...], 
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return False
-    momenta = [norm.momentum for norm in norms]
-    training = network.training
+    momenta, training = [norm.momentum for norm in norms], network.training
     network.eval()  # dropout stays off
     for norm in norms:
         norm.reset_running_stats()
@@ -262,12 +240,11 @@ def fit(
     """SGD with momentum on cross-entropy, in place; weights that the masks leave out are zero and stay zero.
 
     Args:
-        run: whose device the network is on; it is told after each epoch.
+        run: whose device the network is on.
         network: in float32; left in evaluation mode.
-        images: preprocessed (n, 3, h, w).
-        labels: classes (n,).
+        images: preprocessed (n, 3, h, w), with classes ``labels`` (n,).
         masks: by parameter name, true where a weight stays.
-        config: epochs, learning rate and its schedule, batch size, momentum, weight decay, augmentation, seed.
+        config: settings.
 
     Returns:
         The mean loss of each epoch.
@@ -286,22 +263,26 @@ def fit(
         if processes() > 1:
             accelerator = accelerate.Accelerator(cpu=run.device.type == "cpu")
             model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        each = max(1, len(loader))
+        steps = max(1, len(loader))
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            tracked = run.track(loader, f"Batches of epoch {epoch + 1}/{config.epochs}", each)
-            for step, (batch, classes) in enumerate(tracked, epoch * each):
-                batch, classes = batch.to(run.device), classes.to(run.device)
-                set_rate(optimizer, config.lr * factor(step, config.epochs * each, config.schedule))
-                yield augmented(batch, seed_of(config.seed, step)) if config.augment else batch, classes
+            for step, (batch, classes) in enumerate(loader, epoch * steps):
+                batch = batch.to(run.device)
+                yield (
+                    augmented(batch, seed_of(config.seed, step)) if config.augment else batch,
+                    classes.to(run.device),
+                )
 
         def loss_of(batch: Tensor, classes: Tensor) -> Tensor:
             return F.cross_entropy(logits_of(model, batch), classes)
 
+        def rate(step: int) -> float:
+            return config.lr * factor(step, config.epochs * steps, config.schedule)
+
         losses = []
         network.train()
         for epoch in range(config.epochs):
-            losses.append(train_epoch(batches(epoch), loss_of, optimizer, epoch + 1))
+            losses.append(train_epoch(run, batches(epoch), steps, loss_of, optimizer, rate, epoch, config.epochs))
             run.say(f"Epoch {epoch + 1}/{config.epochs}: loss {losses[-1]:.4f}")
         network.eval()
     return losses

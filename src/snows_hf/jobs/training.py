@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericsError
+from ..runtime.run import Run
 from ..settings import FinetuneConfig, TrainConfig
 
 
@@ -17,17 +18,13 @@ from ..settings import FinetuneConfig, TrainConfig
 def fixed(network: nn.Module, gone: Mapping[str, Tensor]) -> Iterator[None]:
     """For the time of the block, weights (by parameter name, where ``gone`` is true) are zero and have no gradient:
     then momentum and weight decay, of zero, leave them where they are, bit for bit."""
-    handles = []
-    for name, zero in gone.items():
-        weight = network.get_parameter(name).requires_grad_(True)
-        zero = zero.to(weight.device)
-        weight.data.masked_fill_(zero, 0.0)
-        handles.append(weight.register_hook(partial(torch.masked_fill, mask=zero, value=0.0)))
-    try:
+    with ExitStack() as hooks:
+        for name, zero in gone.items():
+            weight = network.get_parameter(name).requires_grad_(True)
+            zero = zero.to(weight.device)
+            weight.data.masked_fill_(zero, 0.0)
+            hooks.enter_context(weight.register_hook(partial(torch.masked_fill, mask=zero, value=0.0)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def sgd(network: nn.Module, config: TrainConfig | FinetuneConfig) -> torch.optim.SGD:
@@ -40,38 +37,35 @@ def sgd(network: nn.Module, config: TrainConfig | FinetuneConfig) -> torch.optim
     )
 
 
-def set_rate(optimizer: Any, lr: float) -> None:
-    """Sets the learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def train_epoch(
+    run: Run,
     batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     optimizer: Any,
+    rate: Callable[[int], float],
     epoch: int,
+    epochs: int,
 ) -> float:
-    """One SGD step a batch; returns the mean loss over the images.
-
-    Args:
-        batches: images (b, 3, h, w) and classes (b,).
-        loss_of: the mean loss of a batch.
-        optimizer: of the network in training mode.
-        epoch: from 1, for messages.
+    """One SGD step for each of the ``steps`` batches, images (b, 3, h, w) and classes (b,), at a learning rate by the
+    number of the step over all ``epochs``; returns the mean over the images of ``loss_of``, which is that of a batch.
+    The network is in training mode, and ``epoch`` counts from 0.
 
     Raises:
         NumericsError: a loss is not finite.
     """
     total, seen = 0.0, 0
-    for images, classes in batches:
+    tracked = run.track(batches, f"Batches of epoch {epoch + 1}/{epochs}", steps)
+    for step, (images, classes) in enumerate(tracked, epoch * steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
         loss = loss_of(images, classes)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise NumericsError(f"The training loss became {value} in epoch {epoch}.", "Lower --lr.")
+            raise NumericsError(f"The training loss became {value} in epoch {epoch + 1}.", "Lower --lr.")
         total, seen = total + value * len(classes), seen + len(classes)
     return total / seen
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,35 +42,33 @@ def describe_layers(
     chosen = pattern.patterns if isinstance(pattern, PerLayer) else {}  # with those that it leaves dense
     counted = [group for group in layers if group in touched or any(name in chosen for name in group.parameters)]
     pruned = [chain.weight(name) for group in counted for name in group.parameters]
-    zeros = sum(int((weight == 0).sum()) for weight in pruned)
     first = {report.name: report.to_dict() for report in reports if report.sweep == 1}
     # Gradual steps may have removed more since.
     summaries = [first[group.name] | summary(chain, group) for group in touched if group.name in first]
     weights = {name: chain.weight(name) for group in layers for name in group.parameters}
     _, unfit = split_by_fit(weights, pattern)
-    dense_layers = [
-        {
-            "name": group.name,
-            "shape": list(chain.weight(group.parameters[0]).shape),
-            "reason": "the allocation leaves it so"
-            if any(name in chosen for name in group.parameters)
-            else f"{pattern} does not fit its input width"
-            if any(name in unfit for name in group.parameters)
-            else "the mask file has no mask for it",
-        }
-        for group in layers
-        if not any(name in masks for name in group.parameters)
-    ]
+
+    def reason(group: Group) -> str:
+        if any(name in chosen for name in group.parameters):
+            return "the allocation leaves it so"
+        if any(name in unfit for name in group.parameters):
+            return f"{pattern} does not fit its input width"
+        return "the mask file has no mask for it"
+
     return {
         "source": short_name(checkpoint.source),
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
         "pattern": str(pattern),
-        "sparsity": zeros / sum(weight.numel() for weight in pruned),
+        "sparsity": share_of_zeros(pruned),
         "settings": config.to_dict() | {"mask": Path(config.mask).name},
         "layers": summaries or [summary(chain, group) for group in touched],
         "later_sweeps": [report.to_dict() for report in reports if report.sweep > 1],
-        "dense_layers": dense_layers,
+        "dense_layers": [
+            {"name": group.name, "shape": list(chain.weight(group.parameters[0]).shape), "reason": reason(group)}
+            for group in layers
+            if group not in touched
+        ],
         "pruned_parameters": list(masks),
         "namespace": "live parameter names of the loaded model",
         "versions": versions(torch, transformers, timm, datasets, accelerate, safetensors)
@@ -81,22 +80,23 @@ def describe_layers(
 def summary(chain: Chain, group: Group) -> dict[str, Any]:
     """What the report says about a layer that SNOWS has not touched."""
     weights = [chain.weight(name) for name in group.parameters]
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
     return {
         "name": group.name,
         "parameters": list(group.parameters),
         "shape": [sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]],
-        "sparsity": zeros / sum(weight.numel() for weight in weights),
+        "sparsity": share_of_zeros(weights),
     }
+
+
+def share_of_zeros(weights: Iterable[Tensor]) -> float:
+    """Of all weights together."""
+    zeros, total = (sum(numbers) for numbers in zip(*((int((w == 0).sum()), w.numel()) for w in weights), strict=True))
+    return zeros / total
 
 
 def describe_size(network: nn.Module, masks: Masks, flops: dict[str, int]) -> dict[str, Any]:
     """Weights and floating-point operations per image, dense and without those that the zeros make superfluous.
-
-    Args:
-        network: pruned.
-        masks: of the pruned weights.
-        flops: of each module on one image, by name, ``""`` being the whole network.
+    ``flops`` are those of each dense module on one image, by name, ``""`` being the whole network.
     """
     state = network.state_dict()
     zeros = {name: float((state[name] == 0).double().mean()) for name in masks}

@@ -1,8 +1,9 @@
 """What report.html and compare.html draw, besides what stands in the reports themselves."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import jinja2
@@ -12,7 +13,6 @@ from ..hub.save import retrainings
 
 MATRIX = 20
 """Most classes that are drawn as a matrix of confusions; of more, only the largest changes are listed."""
-
 
 LISTED = 20
 """Most changes that a list of classes, or of confusions, shows."""
@@ -31,29 +31,25 @@ def class_changes(
     if not dense or not pruned or not dense.get("confusion") or not pruned.get("confusion"):
         return None
     before, after = (
-        {tuple(map(int, pair.split())): int(count) for pair, count in measured["confusion"].items()}
+        Counter({tuple(map(int, pair.split())): int(count) for pair, count in measured["confusion"].items()})
         for measured in (dense, pruned)
     )
-    numbers = sorted({number for pair in before.keys() | after.keys() for number in pair})
-    place = {number: i for i, number in enumerate(numbers)}
+    pairs = sorted({*before, *after})
+    numbers = sorted({number for pair in pairs for number in pair})
     classes = [
         {
             "name": names[number] if names and number < len(names) else f"class {number}",
             "images": sum(count for (true, _), count in before.items() if true == number),
-            "dense": before.get((number, number), 0),
-            "pruned": after.get((number, number), 0),
+            "dense": before[number, number],
+            "pruned": after[number, number],
         }
         for number in numbers
     ]
+    place = {number: i for i, number in enumerate(numbers)}
     confusions = [
-        {
-            "true": place[true],
-            "predicted": place[predicted],
-            "dense": before.get((true, predicted), 0),
-            "pruned": after.get((true, predicted), 0),
-        }
-        for true, predicted in sorted(before.keys() | after.keys())
-        if true != predicted and before.get((true, predicted), 0) != after.get((true, predicted), 0)
+        {"true": place[pair[0]], "predicted": place[pair[1]], "dense": before[pair], "pruned": after[pair]}
+        for pair in pairs
+        if pair[0] != pair[1] and before[pair] != after[pair]
     ]
     return {"classes": classes, "confusions": sorted(confusions, key=lambda c: -abs(c["pruned"] - c["dense"]))}
 
@@ -131,12 +127,10 @@ def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def strip(shares: Sequence[float]) -> list[tuple[float, float, float]]:
     """Cells of a strip as start and width in per cent, and share; equal neighbours are one cell, without a seam."""
-    cells, start = [], 0
-    for share, run in groupby(shares):
-        length = len(list(run))
-        cells.append((100 * start / len(shares), 100 * length / len(shares), share))
-        start += length
-    return cells
+    runs = [(share, len(list(run))) for share, run in groupby(shares)]
+    starts = accumulate((length for _, length in runs), initial=0)
+    scale = 100 / len(shares)
+    return [(scale * start, scale * length, share) for start, (share, length) in zip(starts, runs, strict=False)]
 
 
 class LogAxis:
@@ -176,29 +170,26 @@ def shown_classes(changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if changes is None:
         return None
     classes, confusions = changes["classes"], changes["confusions"]
-    rows = sorted(classes, key=lambda c: (c["pruned"] - c["dense"]) / max(c["images"], 1))
+    rows = [row | {"share": 100 * (row["pruned"] - row["dense"]) / max(row["images"], 1)} for row in classes]
+    rows.sort(key=lambda row: row["share"])
     if len(rows) > LISTED:
         rows = [*rows[: LISTED // 2], *rows[-LISTED // 2 :]]
-    shares = [100 * (row["pruned"] - row["dense"]) / max(row["images"], 1) for row in rows]
-    widest = max(map(abs, shares)) or 1.0
+    widest = max(abs(row["share"]) for row in rows) or 1.0
     matrix = None
     if len(classes) <= MATRIX:
-        cells = [[0] * len(classes) for _ in classes]
-        for i, row in enumerate(classes):
-            cells[i][i] = row["pruned"] - row["dense"]
-        for c in confusions:
-            cells[c["true"]][c["predicted"]] = c["pruned"] - c["dense"]
-        strongest = max(1, *(abs(cell) for row in cells for cell in row))
-        matrix = [[(cell, round(80 * abs(cell) / strongest)) for cell in row] for row in cells]
+        right = [{"true": i, "predicted": i} | row for i, row in enumerate(classes)]
+        cells = {(c["true"], c["predicted"]): c["pruned"] - c["dense"] for c in (*right, *confusions)}
+        strongest = max(1, *map(abs, cells.values()))
+        places = range(len(classes))
+        changed = [[cells.get((i, j), 0) for j in places] for i in places]
+        matrix = [[(cell, round(80 * abs(cell) / strongest)) for cell in row] for row in changed]
+    named = [c | {key: classes[c[key]]["name"] for key in ("true", "predicted")} for c in confusions[:LISTED]]
     return {
-        "rows": [row | {"share": s, "bar": 50 * abs(s) / widest} for row, s in zip(rows, shares, strict=True)],
+        "rows": [row | {"bar": 50 * abs(row["share"]) / widest} for row in rows],
         "total": len(classes),
         "names": [row["name"] for row in classes],
         "matrix": matrix,
-        "confusions": [
-            c | {"true": classes[c["true"]]["name"], "predicted": classes[c["predicted"]]["name"]}
-            for c in confusions[:LISTED]
-        ],
+        "confusions": named,
     }
 
 
