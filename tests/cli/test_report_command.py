@@ -13,7 +13,8 @@ from embedded import DIGITS, RESNET, VIT, pruned, tensors_of
 
 from snows_hf.data.accuracy import Accuracy
 from snows_hf.hub.repack import pack
-from snows_hf.jobs.report import LogAxis, class_changes, row_zeros, strip
+from snows_hf.jobs.report import row_zeros
+from snows_hf.reports.page import LogAxis, class_changes, strip
 
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
