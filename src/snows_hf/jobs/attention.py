@@ -81,7 +81,7 @@ def attention(
     if not names:
         raise ConfigError("No model to look into.", "Name at least one Hub id or folder.")
     output = Path(output)
-    check_attention(images, seed, output)
+    check_attention(images, samples, seed, output)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     source = open_images(data, split)
 
