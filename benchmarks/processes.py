@@ -29,8 +29,9 @@ EMBEDDED = Path(str(files("snows_hf") / "embedded"))
 def work(arguments: argparse.Namespace) -> None:
     """What each of the processes does: the prune, with every sum counted."""
     from snows_hf import prune
-    from snows_hf.cli.prune import read_settings
+    from snows_hf.cli.options import read_settings
     from snows_hf.runtime.distributed import rank
+    from snows_hf.settings import PruneConfig
 
     torch.set_num_threads(1)
     sums: list[int] = []
@@ -45,7 +46,7 @@ def work(arguments: argparse.Namespace) -> None:
 
     torch.distributed.all_reduce = counted
     output = Path(arguments.worker)
-    settings = read_settings(arguments.settings) | {"samples": arguments.samples}
+    settings = read_settings(arguments.settings, PruneConfig("2:4")) | {"samples": arguments.samples}
     where = {"data": str(arguments.data), "output": output, "device": "cpu", "dtype": arguments.dtype}
     result = prune(str(arguments.model), "2:4", **where, **settings)
     layers = result.report["layers"] + result.report["later_sweeps"]

@@ -322,44 +322,18 @@ def check_seed(seed: int) -> None:
     TrainConfig(seed=seed)
 
 
-_PAPER = {
-    "curvature": "hessian",
-    "preconditioner": "none",
-    "permute": False,
-    "targets": "cascaded",
-    "damping": 1e-4,
-    "cg_rtol": 0.0,
-    "backtrack": 0.9,
-    "max_backtracks": 50,
-    "batch_size": 128,
-}
+_PAPER: dict[str, Any] = {"curvature": "hessian", "preconditioner": "none", "permute": False, "targets": "cascaded"}
+_PAPER |= {"damping": 1e-4, "cg_rtol": 0.0, "backtrack": 0.9, "max_backtracks": 50, "batch_size": 128}
 _PAPER_CNN = {**_PAPER, "cg_atol": 1e-3, "cg_max_iter": 1000, "passes": 3, "samples": 3000}
 _PAPER_VIT = {**_PAPER, "cg_atol": 5e-4, "cg_max_iter": 500, "passes": 1, "samples": 5000}
 
-_CNN = {
-    "weighting": "relative",
-    "cg_max_iter": 5,
-    "layer_steps": 4,
-    "joint_steps": 60,
-    "gradual": 1 / 3,
-    "emphasis": 3.0,
-    "augment": True,
-    "average": 10,
-    "patience": 10,
-    "min_gain": 0.002,
-}
+_CNN: dict[str, Any] = {"weighting": "relative", "cg_max_iter": 5, "layer_steps": 4, "joint_steps": 60}
+_CNN |= {"gradual": 1 / 3, "emphasis": 3.0, "augment": True, "average": 10, "patience": 10, "min_gain": 0.002}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # What measured best here (docs/results.md).
     "default": {
-        "vit": {
-            "k": 5,
-            "weighting": "relative",
-            "batch_size": 128,
-            "cg_max_iter": 5,
-            "passes": 2,
-            "layer_steps": 8,
-        },
+        "vit": {"k": 5, "weighting": "relative", "batch_size": 128, "cg_max_iter": 5, "passes": 2, "layer_steps": 8},
         "cifar_resnet": {"k": 40, **_CNN},
         "resnet": {"k": 30, **_CNN},
         "mobilenet": {"k": 60, **_CNN},

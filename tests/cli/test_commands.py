@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import psutil
@@ -11,8 +13,12 @@ from embedded import DIGITS, RESNET, VIT, copy_of, tensors_of
 from PIL import Image
 from safetensors.torch import save_file
 
+import snows_hf
 from snows_hf import __version__
+from snows_hf.cli import app
+from snows_hf.jobs.bench import bench
 from snows_hf.patterns import NM
+from snows_hf.settings import FinetuneConfig, PruneConfig, TrainConfig
 
 
 QUICK = ("--data", DIGITS, "--samples", 64, "--k", 1)
@@ -43,7 +49,7 @@ def test_prune_as_json(run, model: Path, layers: int) -> None:
     for line in ("Loading", "Reading 64", f"Pruning {layers} layers to 2:4", f"{solved}/{solved}", "Saving to out"):
         assert line in result.err
 
-    evaluated = run("eval", "out", "--data", DIGITS, "--json")
+    evaluated = run("eval", "out", "--data", DIGITS, "--json", "--confusions")
     assert evaluated.code == 0
     assert json.loads(evaluated.out) == report["pruned"]
 
@@ -91,7 +97,7 @@ def test_channels_in_another_order_are_the_same_network(run) -> None:
     assert report["permuted"] and all(s["kept_after"] > s["kept_before"] for s in report["permuted"].values())
     assert all("fc2" in name for name in report["permuted"])
     assert "come in another order than in the base model" in Path("out/README.md").read_text()
-    assert json.loads(run("eval", "out", "--data", DIGITS, "--json").out) == report["pruned"]
+    assert json.loads(run("eval", "out", "--data", DIGITS, "--json", "--confusions").out) == report["pruned"]
     found = json.loads(run("report", "out", "--dense", VIT, "--data", DIGITS, "--json").out)
     rows = found["attention"]["models"]
     assert len(rows) == 3 and rows[1]["last"] == rows[2]["last"], "the result is the mask alone"
@@ -311,7 +317,7 @@ def test_pack_and_unpack(run) -> None:
     report = json.loads(result.out)
     assert not Path("small/model.safetensors").exists()
     assert json.loads(run("inspect", "small", "--json").out)["pattern_ok"] is True
-    assert json.loads(run("eval", "small", "--data", DIGITS, "--json").out) == report["pruned"]
+    assert json.loads(run("eval", "small", "--data", DIGITS, "--json", "--confusions").out) == report["pruned"]
 
     for arguments in (
         ("pack", "packed", "x"),
@@ -358,3 +364,51 @@ def test_bench_without_a_gpu(run) -> None:
     wrong = run("bench", "out", "--batch-sizes", "1,many")
     assert wrong.code == 1
     assert "Batch sizes '1,many'" in wrong.err
+
+
+def test_eval_counts_confusions_where_it_is_asked_to(run) -> None:
+    found = json.loads(run("eval", VIT, "--data", DIGITS, "--json").out)
+    assert found.keys() == {"top1", "top5", "images"}
+    counted = json.loads(run("eval", VIT, "--data", DIGITS, "--json", "--confusions").out)
+    assert sum(counted.pop("confusion").values()) == counted["images"] == 597
+    assert counted == found
+
+
+@pytest.mark.parametrize("text", ["*.1.mlp.*,vit.layers.0.mlp.fc2", "['*.1.mlp.*', vit.layers.0.mlp.fc2]"])
+def test_names_of_layers_by_set(run, text: str) -> None:
+    result = run("prune", VIT, "--pattern", "2:4", *QUICK, "--no-update", "--set", f"layers={text}", "--json")
+    assert result.code == 0, result.err
+    names = [layer["name"] for layer in json.loads(result.out)["layers"]]
+    assert names == ["vit.layers.0.mlp.fc2", "vit.layers.1.mlp.fc1", "vit.layers.1.mlp.fc2"]
+
+
+JOBS: dict[str, tuple[Callable[..., object], set[str]]] = {
+    "prune": (snows_hf.prune, {"config", "no_update", "report", "push_to", "private"}),
+    "eval": (snows_hf.evaluate, {"confusions"}),
+    "inspect": (snows_hf.inspect, {"model"}),
+    "sensitivity": (snows_hf.sensitivity, {"samples", "plot"}),
+    "finetune": (snows_hf.finetune, set()),
+    "probe": (snows_hf.probe, set()),
+    "attention": (snows_hf.attention, set()),
+    "report": (snows_hf.report, set()),
+    "compare": (snows_hf.compare, set()),
+    "train": (snows_hf.train, set()),
+    "pack": (snows_hf.pack, {"model"}),
+    "unpack": (snows_hf.unpack, {"model"}),
+    "push": (snows_hf.push, set()),
+    "bench": (bench, {"model"}),
+    "demo": (snows_hf.prune, set()),
+}
+"""What each command calls, and which of its options are its own, or are given under another name."""
+
+
+def test_every_option_reaches_its_job() -> None:
+    """An option that the job does not take would be passed to nobody."""
+    assert {command.name for command in app.registered_commands} == JOBS.keys()
+    for command in app.registered_commands:
+        job, own = JOBS[str(command.name)]
+        options = signature(command.callback).parameters
+        settings = {name for name in options if name in PruneConfig.known() | FinetuneConfig.own() | TrainConfig.own()}
+        takes = signature(job).parameters
+        handed = options.keys() - {"as_json", "quiet", "pairs"} - own - (settings if "settings" in takes else set())
+        assert handed <= takes.keys(), command.name

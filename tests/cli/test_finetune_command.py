@@ -20,7 +20,9 @@ def test_finetune(run) -> None:
     assert again["output"] == "again"
     assert again["finetune"]["settings"]["flip"] is False
     assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
-    assert json.loads(run("eval", "again", "--data", DIGITS, "--json").out) == again["finetune"]["after"]
+    assert (
+        json.loads(run("eval", "again", "--data", DIGITS, "--json", "--confusions").out) == again["finetune"]["after"]
+    )
 
     dense = run("finetune", RESNET, *options, "--output", "x")
     assert dense.code == 0

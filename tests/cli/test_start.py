@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from embedded import DIGITS, NO_HUB, VIT
 
-from snows_hf.cli.prune import command
+from snows_hf.cli.prune import prune
 
 
 MAIN = """
@@ -97,11 +97,19 @@ REFUSALS = [
     (["inspect", "./nothing"], "Model folder nothing does not exist"),
     (["probe", VIT, "--data", DIGITS, "--samples", 1], "samples = 1"),
     (["attention", VIT, "--data", DIGITS, "--output", "a.jpg"], "ends in .png"),
+    *(
+        (["attention", VIT, "--data", DIGITS, "--output", "a.png", f"--{what}", count], f"{what} = {count}: expected")
+        for what in ("samples", "images")
+        for count in (-5, 0)
+    ),
     (["report", "nobody/nothing"], "Give --output"),
     (["compare", VIT, "--output", "a.pdf"], "ends in .html"),
     (["pack", VIT, VIT], "exists and is not empty"),
     (["bench", VIT, "--batch-sizes", "1,0"], "Batch sizes [1, 0]"),
     (["demo", "--pattern", "half"], "Pattern 'half'"),
+    (["demo", "--output", VIT], f"Output {VIT} exists and is not empty.\nChoose another --output, or remove it."),
+    ([*NM, "--set", "layers=*.fc1", "--set", "layer=*.fc2"], "Unknown setting 'layer'.\nKnown: allocation, "),
+    ([*FINETUNE, "--set", "k=3"], "Unknown setting 'k'.\nKnown: batch_size, "),
 ]
 
 
@@ -124,7 +132,7 @@ def test_the_help_of_prune_is_short_and_names_the_rest(run) -> None:
     assert len(set(options)) <= 12
     for part in ("What to prune", "Images", "Result", "512", "swap for N:M, else magnitude", "NAME=VALUE"):
         assert part in table
-    accepted = {f"--{name.replace('_', '-')}" for name in signature(command).parameters}
+    accepted = {f"--{name.replace('_', '-')}" for name in signature(prune).parameters}
     assert {name for name in accepted if name not in shown} == {"--model", "--pairs", "--as-json"}
 
 

@@ -17,7 +17,7 @@ def test_a_trained_network_that_eval_and_inspect_read(run) -> None:
     for line in ("untrained", "Warming up batch norms on 1 batches", "Choosing masks by snip", "Epoch 1/1: loss"):
         assert line in result.err
     assert report["collapse"].keys() == {"layers", "connected"} and len(report["losses"]) == 1
-    assert json.loads(run("eval", "out", "--data", DIGITS, "--json").out) == report["accuracy"]
+    assert json.loads(run("eval", "out", "--data", DIGITS, "--json", "--confusions").out) == report["accuracy"]
     found = json.loads(run("inspect", "out", "--json").out)
     assert (found["pattern"], found["pattern_ok"]) == ("0.9", True)
     for command in (("report", "out"), ("compare", "out")):

@@ -1,4 +1,4 @@
-"""The command line: one file per command; this one only mounts them and turns errors into messages."""
+"""The command line: this file only mounts the commands and turns errors into messages."""
 
 import sys
 
@@ -6,21 +6,7 @@ import typer
 
 from ..errors import MemoryLimitError, SnowsError, one_line
 from ..runtime.version import __version__
-from . import (
-    attention,
-    bench,
-    demo,
-    evaluate,
-    finetune,
-    inspect,
-    probe,
-    prune,
-    push,
-    repack,
-    report,
-    sensitivity,
-    train,
-)
+from . import bench, hub, measure, prune, report, train
 from .sink import Sink
 
 
@@ -31,21 +17,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("prune", epilog=prune.ALSO)(prune.command)
-app.command("eval")(evaluate.command)
-app.command("inspect")(inspect.command)
-app.command("sensitivity")(sensitivity.command)
-app.command("finetune")(finetune.command)
-app.command("probe")(probe.command)
-app.command("attention")(attention.command)
-app.command("report")(report.command)
-app.command("compare")(report.compare_command)
-app.command("train")(train.command)
-app.command("pack")(repack.pack_command)
-app.command("unpack")(repack.unpack_command)
-app.command("push")(push.command)
-app.command("bench")(bench.command)
-app.command("demo")(demo.command)
+app.command("prune", epilog=prune.ALSO)(prune.prune)
+app.command("eval")(measure.evaluate)
+app.command("inspect")(report.inspect)
+app.command("sensitivity")(measure.sensitivity)
+app.command("finetune")(train.finetune)
+app.command("probe")(measure.probe)
+app.command("attention")(measure.attention)
+app.command("report")(report.report)
+app.command("compare")(report.compare)
+app.command("train")(train.train)
+app.command("pack")(hub.pack)
+app.command("unpack")(hub.unpack)
+app.command("push")(hub.push)
+app.command("bench")(bench.bench)
+app.command("demo")(prune.demo)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,8 +1,8 @@
 """Options that several commands share, and those that are made of settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 import yaml
@@ -27,49 +27,42 @@ def checked(check: Callable[[Any], object]) -> Callable[[V], V]:
     return callback
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Hub id or folder of a transformers or timm image classifier.", callback=checked(model_folder)
-    ),
-]
+def model_argument(help: str, metavar: str | None = None) -> Any:
+    """An argument that is a model, or several."""
+    return typer.Argument(help=help, metavar=metavar, callback=checked(model_folder))
+
+
+def images_option(help: str, **more: Any) -> Any:
+    """An option that is a data set."""
+    return typer.Option(help=help, callback=checked(data_folder), **more)
+
+
+Model = Annotated[str, model_argument("Hub id or folder of a transformers or timm image classifier.")]
 Models = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="MODEL...",
-        help="Hub ids or folders; the first is what others are compared with.",
-        callback=checked(model_folder),
-    ),
+    list[str], model_argument("Hub ids or folders; the first is what others are compared with.", "MODEL...")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the object of --json).")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=checked(check_device))]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew, where the last run of this was broken off.")]
 DataSplit = Annotated[str, typer.Option(help="Split of --data.")]
-Labelled = Annotated[
-    str, typer.Option(help="Labelled images: Hub data set, image folder or parquet.", callback=checked(data_folder))
-]
-EvalData = Annotated[
-    str | None, typer.Option(help="Labelled images to measure accuracy on.", callback=checked(data_folder))
-]
+Images = Annotated[str, images_option("Images: Hub data set, image folder or parquet.")]
+Labelled = Annotated[str, images_option("Labelled images: Hub data set, image folder or parquet.")]
+EvalData = Annotated[str | None, images_option("Labelled images to measure accuracy on.")]
 EvalSplit = Annotated[str, typer.Option(help="Split of --eval-data.")]
 Output = Annotated[Path, typer.Option(help="Folder for the result.")]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository on the Hub private.")]
+Drawn = Annotated[int, typer.Option(help="Images to draw.")]
 Seed = Annotated[int, typer.Option(help="Of the choice of images.", callback=checked(check_seed))]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any setting of docs/settings.md; may be repeated."),
-]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository on the Hub private.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the object of --json).")]
 
 
-def setting(config: type[Settings], name: str, *names: str, panel: str | None = None, hidden: bool = False) -> Any:
+def setting(config: type[Settings], name: str, panel: str | None = None, hidden: bool = False) -> Any:
     """The option of a setting, which is None where the user leaves it to the job: help and default are the field's.
 
     Args:
         config: the settings.
         name: of one of them.
-        names: of the option, where it is not ``--name``.
         panel: of the help.
         hidden: from the help.
     """
@@ -78,35 +71,33 @@ def setting(config: type[Settings], name: str, *names: str, panel: str | None = 
     default: str | bool = not field.is_required() and field.default not in (None, ()) and str(field.default)
     if config is PruneConfig and name in N_M:
         default = f"{N_M[name]} for N:M, else {default}"
-    return typer.Option(*names, help=text, show_default=default, rich_help_panel=panel, hidden=hidden)
+    return typer.Option(help=text, show_default=default, rich_help_panel=panel, hidden=hidden)
 
 
-def given(**settings: Any) -> dict[str, Any]:
-    """Those that the user gave; the others keep the defaults of the job."""
-    return {name: value for name, value in settings.items() if value is not None}
+def option_type(kind: Any) -> Any:
+    """What typer is to read for a field of this annotation, besides None: text for a choice, a list for names."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return str
+    return list[str] if origin is tuple else option_type(parts[0]) if parts else kind
 
 
-def settings_from(config: Settings, pairs: list[str] | None, path: Path | None = None, **own: Any) -> dict[str, Any]:
-    """What the user changes of settings: by a file, over it by ``--set``, over these by options of their own.
-
-    Args:
-        config: the settings before that.
-        pairs: the values of ``--set``.
-        path: the file.
-        own: values of options, None where they were not given.
+def read_pairs(pairs: Sequence[str], config: type[Settings]) -> dict[str, Any]:
+    """The settings of ``--set``; names, of layers say, may come as in YAML or with commas between.
 
     Raises:
-        ConfigError: what cannot be read; in the file, what is no setting or out of range.
+        ConfigError: no setting, or no value that can be read.
     """
-    settings = {} if path is None else read_settings(path, config)
-    for pair in pairs or []:
+    settings = {}
+    for pair in pairs:
         name, equals, text = pair.partition("=")
         if name not in config.known():
             raise config.unknown(name)
         if not equals:
             raise ConfigError(f"--set {pair!r}: expected NAME=VALUE.", "As in --set damping=1e-3.")
-        settings[name] = read_yaml(text, f"--set {pair!r}")
-    return settings | given(**own)
+        several = option_type(config.known()[name].annotation) == list[str] and not text.startswith("[")
+        settings[name] = [part.strip() for part in text.split(",")] if several else read_yaml(text, f"--set {pair!r}")
+    return settings
 
 
 def read_settings(path: Path, config: Settings) -> dict[str, Any]:
@@ -132,9 +123,8 @@ def read_settings(path: Path, config: Settings) -> dict[str, Any]:
                 raise config.unknown(name)
         config.updated(**settings)
     except ConfigError as error:
-        raise ConfigError(
-            f"Settings file {path}: {error.message[0].lower()}{error.message[1:]}", error.remedy
-        ) from error
+        fault = f"{error.message[0].lower()}{error.message[1:]}"
+        raise ConfigError(f"Settings file {path}: {fault}", error.remedy) from error
     return settings
 
 

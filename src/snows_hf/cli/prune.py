@@ -1,21 +1,30 @@
-"""``snows-hf prune``"""
+"""``snows-hf prune`` and ``demo``, the same on a model and data that come with the package"""
 
 import re
 import shlex
+from collections import Counter
+from collections.abc import Callable
+from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..data.names import data_folder, short_name
+from ..data.names import short_name
 from ..errors import SaveError, SnowsError
 from ..jobs.request import DEFAULT_DATA, check_pruning, check_request
-from ..settings import PruneConfig, preset as preset_for
-from .options import Device, Json, Model, Quiet, checked, given, setting, settings_from
-from .push import push_and_show
-from .sink import Sink, open_sink, shown
-from .watch import Watch
+from ..runtime.files import check_output
+from ..settings import PruneConfig
+from .command import Call, with_options
+from .hub import push_and_show
+from .options import Device, Model, Output, images_option, read_settings, setting
+from .sink import Sink, shown
 
+
+T = TypeVar("T")
+
+MOVED = ("improved", "thinned_out")
+"""How a solve ends that has moved weights."""
 
 WHAT, IMAGES, RESULT = "What to prune", "Images", "Result"
 
@@ -31,35 +40,29 @@ def hidden(*names: str) -> Any:
     return typer.Option(*names, hidden=True)
 
 
-def command(
+@with_options(
+    PruneConfig, "mask", "samples", "sparsity", "allocation", "layers", "k", "seed",
+    panels={"mask": WHAT, "samples": IMAGES, "set": WHAT},
+)  # fmt: skip
+def prune(
+    call: Call,
     model: Model,
     pattern: Annotated[str, setting(PruneConfig, "pattern", panel=WHAT)],
-    mask: Annotated[str | None, setting(PruneConfig, "mask", panel=WHAT)] = None,
     preset: Annotated[
         str, typer.Option(help="Settings to start from: default, or paper (Table 7).", rich_help_panel=WHAT)
     ] = "default",
-    pairs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="Any setting of docs/settings.md; repeatable.", rich_help_panel=WHAT
-        ),
-    ] = None,
     data: Annotated[
         str,
-        typer.Option(
-            help="Calibration images: Hub data set (USER/NAME or USER/NAME@REVISION), image folder or parquet.",
+        images_option(
+            "Calibration images: Hub data set (USER/NAME or USER/NAME@REVISION), image folder or parquet.",
             rich_help_panel=IMAGES,
-            callback=checked(data_folder),
         ),
     ] = DEFAULT_DATA,
     data_split: Annotated[str, hidden()] = "train",
-    samples: Annotated[int | None, setting(PruneConfig, "samples", panel=IMAGES)] = None,
     eval_data: Annotated[
         str | None,
-        typer.Option(
-            help="Labelled images to measure accuracy on, of the split test or --eval-split.",
-            rich_help_panel=IMAGES,
-            callback=checked(data_folder),
+        images_option(
+            "Labelled images to measure accuracy on, of the split test or --eval-split.", rich_help_panel=IMAGES
         ),
     ] = None,
     eval_split: Annotated[str, hidden()] = "test",
@@ -67,11 +70,6 @@ def command(
         Path | None,
         typer.Option(help="Folder for the result.", show_default="NAME-PATTERN here", rich_help_panel=RESULT),
     ] = None,
-    sparsity: Annotated[float | None, setting(PruneConfig, "sparsity", hidden=True)] = None,
-    allocation: Annotated[str | None, setting(PruneConfig, "allocation", hidden=True)] = None,
-    layers: Annotated[list[str] | None, setting(PruneConfig, "layers", hidden=True)] = None,
-    k: Annotated[int | None, setting(PruneConfig, "k", "--k", hidden=True)] = None,
-    seed: Annotated[int | None, setting(PruneConfig, "seed", hidden=True)] = None,
     no_update: Annotated[bool, hidden("--no-update")] = False,
     config: Annotated[Path | None, hidden()] = None,
     format: Annotated[str, hidden()] = "safetensors",
@@ -83,79 +81,63 @@ def command(
     dtype: Annotated[str, hidden()] = "float32",
     memory: Annotated[float | None, hidden()] = None,
     revision: Annotated[str | None, hidden()] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    **settings: Any,
 ) -> None:
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
-    settings = settings_from(
-        preset_for(preset, "", pattern), pairs, config, mask=mask, samples=samples, sparsity=sparsity,
-        allocation=allocation, layers=layers or None, k=k, seed=seed,
-    )  # fmt: skip
-    output = default_output(model, pattern) if output is None else output
-    images: dict[str, Any] = {
-        "data": data, "data_split": data_split, "eval_data": eval_data, "eval_split": eval_split,
-    }  # fmt: skip
-    machine: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
+    if config is not None:
+        settings = read_settings(config, PruneConfig(pattern)) | settings
+    output = output or default_output(model, pattern)
     check_pruning(pattern, preset, settings)
-    check_request(**images, output=output, **machine, format=format)
+    check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     if push_to is not None:
         from ..runtime.remote import check_push
 
         check_push(push_to, private)
 
-    from ..jobs.prune import prune
-    from ..jobs.report import report as make_page
+    from ..jobs.prune import prune as job
+
+    result = call.run(job, output=output, update=not no_update, **settings)
+    show_report(call.sink, result.report)
+    publish(call, output, result.report)
+
+
+def publish(call: Call, output: Path, outcome: dict[str, Any]) -> None:
+    """What is asked for besides the result, which is safe already, and the object of ``--json``.
+
+    Raises:
+        SaveError: what failed, with the commands that repeat it and nothing else.
+    """
+    from ..jobs.report import report as job
     from ..runtime.distributed import from_main
 
-    sink = open_sink(as_json, quiet)
-    with Watch(sink) as watch:
-        result = prune(
-            model,
-            pattern,
-            **images,
-            **machine,
-            output=output,
-            revision=revision,
-            preset=preset,
-            update=not no_update,
-            restart=restart,
-            format=format,
-            **watch.told,
-            **settings,
-        )
-    show_report(sink, result.report)
-    outcome = result.report
-    failed: list[tuple[SnowsError, str]] = []  # with the command that repeats what failed, and nothing else
-    if report:
+    sink, asked = call.sink, call.options
+    failed: list[tuple[SnowsError, str]] = []
+
+    def attempt(step: Callable[[], T], *again: str) -> T | None:
+        try:
+            return from_main(step)
+        except SnowsError as error:
+            failed.append((error, f"`{shlex.join(['snows-hf', *again])}` repeats only the {again[0]}"))
+            return None
+
+    if asked["report"]:
         sink.stage("Writing the report")
         # Attention maps on images that measure anyway, not those that the model was made with.
-        options: dict[str, Any] = {
-            "dense": model,
-            "data": eval_data,
-            "split": eval_split,
-            "revision": revision,
-            "device": device,
-        }
-        try:
-            page = from_main(lambda: make_page(output, on_stage=sink.stage, **options))["html"]
-            sink.text(f"Report: {page}")
-        except SnowsError as error:
-            page = None
-            repeated = [part for name, value in given(**options).items() for part in (f"--{name}", value)]
-            failed.append((error, shlex.join(["snows-hf", "report", str(output), *repeated])))
-        outcome = outcome | {"page": page}
-    if push_to is not None:
-        try:
-            pushed = from_main(lambda: push_and_show(sink, output, push_to, private))
-        except SnowsError as error:
-            pushed = None
-            repeated = [str(output), push_to, *(["--private"] if private else [])]
-            failed.append((error, shlex.join(["snows-hf", "push", *repeated])))
-        outcome = outcome | {"pushed_to": pushed}
+        options = {"dense": asked["model"], "data": asked["eval_data"], "split": asked["eval_split"]}
+        options |= {"revision": asked["revision"], "device": asked["device"]}
+        again = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+        page = attempt(lambda: call.run(job, model=output, output=None, **options), "report", str(output), *again)
+        if page is not None:
+            sink.text(f"Report: {page['html']}")
+        outcome = outcome | {"page": page and page["html"]}
+    if asked["push_to"] is not None:
+        to, private = asked["push_to"], asked["private"]
+        again = [str(output), to, *(["--private"] if private else [])]
+        outcome = outcome | {"pushed_to": attempt(lambda: push_and_show(sink, output, to, private), "push", *again)}
     sink.json(outcome)
     if failed:
         remedies = [error.remedy for error, _ in failed if error.remedy]
-        repeats = " and ".join(f"`{again}` repeats only the {again.split()[1]}" for _, again in failed)
+        repeats = " and ".join(again for _, again in failed)
         raise SaveError(
             " ".join(error.message for error, _ in failed),
             " ".join([*remedies, f"The result is safe in {output}: {repeats}."]),
@@ -173,27 +155,71 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
     """The outcome for people: accuracy side by side, layers that need a look, and where the result is."""
     for layer in report["dense_layers"]:
         sink.text(f"Left dense: {layer['name']} {tuple(layer['shape'])}: {layer['reason']}.")
-    for layer in report["layers"] if report["update"] else []:
-        if layer["status"] != "improved":
-            sink.text(f"Not improved: {layer['name']}: {layer['status']}. {layer['remedy']}")
-        if layer["rejected_steps"]:
-            sink.text(f"Rejected {layer['rejected_steps']} of {layer['steps']} Newton steps: {layer['name']}.")
+    if report["update"]:
+        show_solves(sink, [*report["layers"], *report["later_sweeps"]])
     if report["pruned"]:
-        images = report["pruned"]["images"]
         alone = f"{report['settings']['mask']} alone" if report["criterion"]["own_update"] else "mask alone"
-        steps = [("dense", "dense"), (alone, "masked"), *([("SNOWS", "pruned")] if report["update"] else [])]
-        rows = [(what, f"{report[key]['top1']:.2f}", f"{report[key]['top5']:.2f}") for what, key in steps]
-        sink.table(["", "top-1 (%)", "top-5 (%)"], rows, title=f"{report['pattern']} on {images} images")
+        found = {"dense": report["dense"], alone: report["masked"]}
+        sink.accuracies(found | ({"SNOWS": report["pruned"]} if report["update"] else {}), report["pattern"])
     if "patterns" in report["allocation"]:
-        chosen = [(name, shown(own)) for name, own in report["allocation"]["patterns"].items()]
-        sink.table(
-            ["weights", "pattern"],
-            chosen,
-            title=f"Allocation by sensitivity, counting {report['allocation']['budget']}",
-        )
+        chosen = [{"name": name, "own": shown(own)} for name, own in report["allocation"]["patterns"].items()]
+        title = f"Allocation by sensitivity, counting {report['allocation']['budget']}"
+        sink.table({"weights": "{name}", "pattern": "{own}"}, chosen, title)
     sink.text(
         f"{len(report['layers'])} layers pruned to {report['pattern']} ({100 * report['sparsity']:.1f} % zeros) with "
         f"{report['samples']} images in {report['seconds']:.0f} s."
     )
     if report["output"]:
         sink.text(f"Saved to {report['output']}")
+
+
+def show_solves(sink: Sink, solves: list[dict[str, Any]]) -> None:
+    """Those that need a look, of all solves in their order: what one left as it was, a later one may have moved."""
+    times = Counter(solved["name"] for solved in solves)
+    for i, solved in enumerate(solves):
+        name = solved["name"] if times[solved["name"]] == 1 else f"{solved['name']} (sweep {solved['sweep']})"
+        if solved["status"] not in MOVED:
+            later = [other for other in solves[i + 1 :] if other["status"] in MOVED]
+            later = [other for other in later if not {*solved["parameters"]}.isdisjoint(other["parameters"])]
+            remedy = solved["remedy"]
+            if later:
+                by = f"Sweep {later[-1]['sweep']}" if later[-1]["name"] == solved["name"] else "The joint solve"
+                remedy = f"{by} has moved it since."
+            sink.text(f"Not improved: {name}: {solved['status']}. {remedy}")
+        if solved["rejected_steps"]:
+            sink.text(f"Rejected {solved['rejected_steps']} of {solved['steps']} Newton steps: {name}.")
+
+
+@with_options()
+def demo(
+    call: Call,
+    model: Annotated[str, typer.Option(help="vit or resnet.")] = "vit",
+    pattern: Annotated[str, typer.Option(help="As for prune.")] = "2:4",
+    output: Output = Path("snows-demo"),
+) -> None:
+    """Prune a small model that comes with the package, on real scanned digits, with nothing to download."""
+    if model not in ("vit", "resnet"):
+        raise typer.BadParameter("expected vit or resnet", param_hint="--model")
+    check_pruning(pattern, "default", {})
+    check_output(output, size=0)
+
+    import torch
+
+    from ..jobs.prune import prune as job
+
+    # Such small matrices gain nothing from a second thread, and where other programs use the processor threads that
+    # wait for each other cost many times the work itself.
+    torch.set_num_threads(1)
+    with as_file(files("snows_hf") / "embedded") as embedded:
+        digits = str(embedded / "digits")
+        report = call.run(job, model=str(embedded / f"{model}_digits"), data=digits, eval_data=digits).report
+    show_report(call.sink, report)
+    call.sink.text("Try next:")
+    for line in (
+        f"snows-hf inspect {shlex.quote(str(output))}",
+        f"snows-hf report {shlex.quote(str(output))}",
+        "snows-hf prune google/vit-base-patch16-224 --pattern 2:4",
+        "snows-hf prune timm/resnet50.a1_in1k --pattern 2:4 --samples 1000",
+    ):
+        call.sink.text(f"  {line}")
+    call.sink.json(report)

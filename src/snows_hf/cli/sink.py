@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,15 @@ from rich.text import Text
 
 from ..errors import SnowsError
 from ..runtime.launch import launched_rank
+
+
+Column = str | Callable[[Any], str]
+
+EDGELESS = 10_000
+"""Columns of what has no edge at which a table would have to fold."""
+
+NAME = 16
+"""Columns that a table leaves to names, at least, before it gives way to lines."""
 
 
 @dataclass
@@ -30,8 +39,8 @@ class Sink:
         if launched_rank() > 0:
             self.as_json, self.quiet = False, True
         self.out = Console(highlight=False, soft_wrap=True)
-        if not self.out.is_terminal:  # a pipe or a file has no edge at which a table would have to fold
-            self.out.width = 10_000
+        if not self.out.is_terminal:  # but a pipe or a file
+            self.out.width = EDGELESS
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     @classmethod
@@ -49,17 +58,51 @@ class Sink:
         if not (self.quiet or self.as_json):
             self.out.print(text, markup=False)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-        """A table of the result for people; the first column is text, the others are numbers."""
+    def table(
+        self, columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]], title: str | None = None
+    ) -> None:
+        """A table of the result for people.
+
+        On a narrow terminal names fold, and numbers never: where that does not do, each row becomes lines of titles
+        and numbers.
+
+        Args:
+            columns: what each shows of a row, by its title: a format of the row's items, or a function. The first
+                holds names, the others numbers. A cell stays empty where the row lacks the number, or has None.
+            rows: of the table.
+            title: of the table.
+        """
         if self.quiet or self.as_json:
             return
+        cells = [[cell(show, row) for show in columns.values()] for row in rows]
         # Names come from anywhere: as Text, brackets in them are no markup.
         table = Table(title=Text(title) if title else None, title_justify="left")
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-        for row in rows:
+        first, *others = columns
+        table.add_column(first, overflow="fold")
+        for column in others:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in cells:
             table.add_row(*map(Text, row))
-        self.out.print(table)
+        longest = max(len(name) for name in (first, *(row[0] for row in cells)))
+        natural = self.out.measure(table, options=self.out.options.update(max_width=EDGELESS)).maximum
+        room = self.out.width - (natural - longest)
+        if room >= min(NAME, longest):
+            table.columns[0].max_width = room
+            self.out.print(table)
+            return
+        if title:
+            self.text(title)
+        for name, *numbers in cells:
+            self.text(name)
+            for column, number in zip(others, numbers, strict=True):
+                if number:
+                    self.text(f"  {column}: {number}")
+
+    def accuracies(self, found: Mapping[str, Mapping[str, Any]], pattern: str) -> None:
+        """Accuracies side by side, of models by name."""
+        rows = [{**accuracy, "name": name} for name, accuracy in found.items()]
+        columns = {"": "{name}", "top-1 (%)": "{top1:.2f}", "top-5 (%)": "{top5:.2f}"}
+        self.table(columns, rows, f"{pattern} on {rows[-1]['images']} images")
 
     def json(self, result: dict[str, Any]) -> None:
         """The whole result as one JSON object on stdout, in JSON mode."""
@@ -72,6 +115,15 @@ class Sink:
         self.err.print(f"{who}Error: {error.message}", markup=False, style="bold red")
         if error.remedy:
             self.err.print(error.remedy, markup=False)
+
+
+def cell(show: Column, row: Mapping[str, Any]) -> str:
+    if callable(show):
+        return show(row)
+    try:
+        return show.format(**row)
+    except (KeyError, TypeError):
+        return ""
 
 
 def shown(pattern: str) -> str:

@@ -1,30 +1,22 @@
-"""``snows-hf train``"""
+"""``snows-hf train`` and ``finetune``"""
 
 from typing import Annotated, Any
 
 import typer
 
+from ..data.names import model_folder
 from ..jobs.request import check_request, check_training
-from ..settings import TrainConfig
-from .options import (
-    DataSplit,
-    Device,
-    EvalData,
-    EvalSplit,
-    Json,
-    Labelled,
-    Output,
-    Quiet,
-    Revision,
-    Set,
-    setting,
-    settings_from,
+from ..settings import FinetuneConfig, TrainConfig
+from .command import Call, with_options
+from .options import DataSplit, Device, EvalData, EvalSplit, Labelled, Model, Output, Restart, Revision, checked
+from .sink import Sink
+
+
+@with_options(
+    TrainConfig, "mask", "allocation", "layer_cap", "warm_up_bn", "epochs", "lr", "batch_size", "samples", "seed"
 )
-from .sink import open_sink
-from .watch import Watch
-
-
-def command(
+def train(
+    call: Call,
     source: Annotated[
         str,
         typer.Argument(
@@ -39,47 +31,32 @@ def command(
     pattern: Annotated[
         str | None, typer.Option(help="N:M, or a fraction of zeros such as 0.9. Default: dense.")
     ] = None,
-    mask: Annotated[str | None, setting(TrainConfig, "mask")] = None,
-    allocation: Annotated[str | None, setting(TrainConfig, "allocation")] = None,
-    layer_cap: Annotated[float | None, setting(TrainConfig, "layer_cap")] = None,
-    warm_up_bn: Annotated[int | None, setting(TrainConfig, "warm_up_bn")] = None,
-    epochs: Annotated[int | None, setting(TrainConfig, "epochs")] = None,
-    lr: Annotated[float | None, setting(TrainConfig, "lr")] = None,
-    batch_size: Annotated[int | None, setting(TrainConfig, "batch_size")] = None,
-    samples: Annotated[int | None, setting(TrainConfig, "samples")] = None,
-    seed: Annotated[int | None, setting(TrainConfig, "seed")] = None,
-    pairs: Set = None,
     eval_data: EvalData = None,
     eval_split: EvalSplit = "test",
     device: Device = "auto",
     revision: Revision = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    **settings: Any,
 ) -> None:
     """Prune an untrained network and train it with the mask fixed."""
-    own: dict[str, Any] = {"mask": mask, "allocation": allocation, "layer_cap": layer_cap, "warm_up_bn": warm_up_bn}
-    own |= {"epochs": epochs, "lr": lr, "batch_size": batch_size, "samples": samples, "seed": seed}
-    settings = settings_from(TrainConfig(), pairs, **own)
     check_training(pattern, settings)
     check_request(data, data_split, eval_data, eval_split, output, device)
 
-    from ..jobs.train import train
+    from ..jobs.train import train as job
 
-    sink = open_sink(as_json, quiet)
-    with Watch(sink) as watch:
-        report = train(
-            source,
-            data,
-            pattern,
-            output=output,
-            data_split=data_split,
-            eval_data=eval_data,
-            eval_split=eval_split,
-            device=device,
-            revision=revision,
-            **watch.told,
-            **settings,
-        ).report
+    report = call.run(job, **settings).report
+    show(call.sink, report)
+    if report["accuracy"]:
+        accuracy = report["accuracy"]
+        call.sink.text(
+            f"top-1 {accuracy['top1']:.2f} %, top-5 {accuracy['top5']:.2f} % on {accuracy['images']} images of "
+            f"{eval_data} ({eval_split})"
+        )
+    call.sink.text(f"Saved to {output}")
+    call.sink.json(report)
+
+
+def show(sink: Sink, report: dict[str, Any]) -> None:
+    """What became of the layers, for people."""
     for name, reason in report["collapse"]["layers"].items():
         sink.text(f"Layer collapse: {name}: {reason}.")
     if not report["collapse"]["connected"]:
@@ -89,11 +66,39 @@ def command(
         f"{report['architecture']}, {what}: {report['settings']['epochs']} epochs of {report['images']} images in "
         f"{report['seconds']:.0f} s."
     )
-    if report["accuracy"]:
-        accuracy = report["accuracy"]
-        sink.text(
-            f"top-1 {accuracy['top1']:.2f} %, top-5 {accuracy['top5']:.2f} % on {accuracy['images']} images of "
-            f"{eval_data} ({eval_split})"
-        )
-    sink.text(f"Saved to {output}")
-    sink.json(report)
+
+
+@with_options(FinetuneConfig, "epochs", "minutes", "lr", "batch_size", "flip", "samples", "seed")
+def finetune(
+    call: Call,
+    model: Model,
+    data: Labelled,
+    output: Output,
+    data_split: DataSplit = "train",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to learn from besides the labels: the dense one, say.", callback=checked(model_folder)
+        ),
+    ] = None,
+    eval_data: EvalData = None,
+    eval_split: EvalSplit = "test",
+    device: Device = "auto",
+    restart: Restart = False,
+    revision: Revision = None,
+    **settings: Any,
+) -> None:
+    """Retrain a checkpoint, of a pruned one with its zeros held. Interrupted, the same command goes on."""
+    FinetuneConfig().updated(**settings)
+    check_request(data, data_split, eval_data, eval_split, output, device)
+
+    from ..jobs.finetune import finetune as job
+
+    report = call.run(job, **settings).report
+    made = report["finetune"]
+    if made["after"]:
+        call.sink.accuracies({"before": made["before"], "retrained": made["after"]}, report["pattern"] or "dense")
+    held = "all zeros held" if made["zeros"] else "no weight held at zero"
+    call.sink.text(f"{made['epochs']} epochs on {made['images']} images in {made['seconds']:.0f} s, {held}.")
+    call.sink.text(f"Saved to {report['output']}")
+    call.sink.json(report)

@@ -76,7 +76,7 @@ def attention(
     """
     names = listed(models)
     output = Path(output)
-    check_attention(images, seed, output)
+    check_attention(images, samples, seed, output)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     loaded = ((name, load_told(run, name)) for name in names)
     found = compare_maps(run, loaded, open_images(data, split), output, images, samples, seed)

@@ -99,10 +99,9 @@ def check_request(
         SaveError: the output could not be written.
     """
     check_device(device)
-    check_dtype(dtype)
+    check_one_of("dtype", dtype, DTYPES)
     check_memory(memory)
-    if format not in FORMATS:
-        raise ConfigError(f"Format {format!r}: expected one of {', '.join(FORMATS)}.")
+    check_one_of("Format", format, FORMATS)
     check_apart(data, data_split, eval_data, eval_split, "Give --data-split or --eval-split")
     if output is not None:
         check_output(Path(output), size=0)
@@ -138,13 +137,13 @@ def check_mask(mask: str) -> None:
         raise MaskError(f"Mask file {mask} does not exist.", "Expected a safetensors file of booleans.")
 
 
-def check_dtype(name: str) -> None:
+def check_one_of(what: str, value: str, choices: Sequence[str]) -> None:
     """
     Raises:
-        ConfigError: not one to compute in.
+        ConfigError: it is none of them.
     """
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}.")
+    if value not in choices:
+        raise ConfigError(f"{what} {value!r}: expected one of {', '.join(choices)}.")
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -154,7 +153,7 @@ def find_dtype(name: str) -> torch.dtype:
     """
     import torch
 
-    check_dtype(name)
+    check_one_of("dtype", name, DTYPES)
     found: torch.dtype = getattr(torch, name)
     return found
 
@@ -167,8 +166,8 @@ def check_probe(
         ConfigError: a bad seed, or fewer images than a probe takes.
         DataError: the same images for fitting and for measuring.
     """
-    if samples is not None and samples < 2:
-        raise ConfigError(f"samples = {samples}: a probe needs at least two training images.")
+    if samples is not None:
+        check_count("samples", samples, least=2)
     check_seed(seed)
     measured = data if eval_data is None else eval_data
     check_apart(data, train_split, measured, test_split, "Give --train-split or --test-split")
@@ -191,29 +190,34 @@ def check_report(model: Name, output: str | Path | None, images: int) -> None:
         ConfigError: no image, or no place for the report.
         SaveError: the output could not be written.
     """
-    check_images(images)
+    check_count("images", images)
     if output is None and local_folder(model) is None:
         raise ConfigError(f"{model} is no folder here, in which a report could be put.", "Give --output.")
     if output is not None and not Path(output).is_dir():
         check_output(Path(output), size=0)
 
 
-def check_attention(images: int, seed: int, output: Path) -> None:
+def check_attention(images: int, samples: int, seed: int, output: Path) -> None:
     """Refuses, before any work is done, a file that could not be written, and a machine without matplotlib.
 
     Raises:
         ConfigError: no image, a bad seed, no matplotlib, or a name that does not end in .png.
         SaveError: the file exists, or its folder does not.
     """
-    check_images(images)
+    check_count("images", images)
+    check_count("samples", samples)
     check_seed(seed)
     check_matplotlib()
     check_file(output, ".png")
 
 
-def check_images(images: int) -> None:
-    if images < 1:
-        raise ConfigError(f"{images} images: expected at least one.")
+def check_count(name: str, count: int, least: int = 1) -> None:
+    """
+    Raises:
+        ConfigError: fewer images than that.
+    """
+    if count < least:
+        raise ConfigError(f"{name} = {count}: expected at least {least}.")
 
 
 def check_plot(path: Path) -> None:
