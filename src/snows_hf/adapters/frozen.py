@@ -22,6 +22,9 @@ Blank = tuple[torch.Size, torch.memory_format]
 """What must be known of a tensor where its values are not."""
 
 
+OTHERS = {0: (1, 2), 1: (0, 2), 2: (0, 1)}
+
+
 def _blank(x: Tensor) -> Blank:
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return x.shape, torch.channels_last if channels_last else torch.contiguous_format
@@ -49,21 +52,18 @@ class Convolution(Function):
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
-        places = [place for place in range(3) if place != ctx.place]
-        values = dict(zip(places, ctx.saved_tensors, strict=True)) | {ctx.place: tangents[0]}
+        p, (i, j), (a, b), (t,) = ctx.place, OTHERS[ctx.place], ctx.saved_tensors, tangents
         # Those whose gradients this very backward pass is for; ``needs_input_grad`` also has those that another may be
         # for. Leaves: always.
-        asked = [
+        of_a, of_b = (
             node is not None and (hasattr(node, "variable") or torch._C._will_engine_execute_node(node))
             for node, _ in ctx.next_functions[:2]
-        ]
-        gradients = (
-            Convolution.apply(*(values[other] for other in range(3) if other != place), place, ctx.conv, ctx.blanks)
-            if wanted
-            else None
-            for place, wanted in zip(places, asked, strict=True)
         )
-        return (*gradients, None, None, None)
+        return (
+            Convolution.apply(*((t, b) if p < j else (b, t)), i, ctx.conv, ctx.blanks) if of_a else None,
+            Convolution.apply(*((t, a) if p < i else (a, t)), j, ctx.conv, ctx.blanks) if of_b else None,
+            *(None, None, None),
+        )
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
