@@ -37,12 +37,7 @@ def residual_unit(
 ) -> Iterator[Operation]:
     """Operations of x → activation(branch(x) + shortcut(x)), x (n, channels, height, width).
 
-    Args:
-        names: live names of the model's modules.
-        unit: what has all of them.
-        branch: begins with a convolution.
-        shortcut: has one convolution or none.
-        activation: after the addition.
+    ``branch`` begins with a convolution, ``shortcut`` has one or none.
     """
     (first, after), *others = cut(branch)[1]
     yield Operation(names[first], lambda s: (first(s[0]), s[0]), Group.of(names[first], "conv"))

@@ -30,7 +30,6 @@ def transformer_block(
     """Operations of x → x + scale1(project(attend(x), x)) → x + scale2(mlp(norm2(x))), on tokens x (n, …, width).
 
     Args:
-        names: live names of the model's modules.
         attn: what owns the projections: ``qkv`` and ``proj`` (timm), or ``q_proj``, ``k_proj``, ``v_proj`` and
             ``o_proj`` or ``out_proj`` (transformers).
         mlp: what owns ``fc1``, an activation, ``fc2`` and, in timm, a norm before that.

@@ -114,8 +114,7 @@ def find_first_masks(evidence: Evidence, choice: Choice) -> tuple[Choice, Patter
 
 def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
     """Full weights of a criterion without SNOWS: its own update where it has one, else the dense weights masked."""
-    return {
-        # Not a product, which would leave zeros of negative weights negative.
+    return {  # not a product, which would leave zeros of negative weights negative
         name: choice.weights.get(name, original[name]).to(mask.device).where(mask, 0)
         for name, mask in choice.masks.items()
     }
@@ -123,11 +122,7 @@ def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def fit_sensitivity(evidence: Evidence, candidates: Sequence[Candidate]) -> Evidence:
     """Evidence, with images, whose batches fit where layers are repaired one by one, under the candidate that keeps
-    most.
-
-    Raises:
-        ConfigError: not even one image fits.
-    """
+    most; as :func:`fit_batches`."""
     densest = min((c for c in candidates if c is not None), key=lambda candidate: candidate.sparsity)
     masks = choose_masks(dict(evidence.weights), densest, "magnitude")  # of any criterion's size
     images, config = evidence.images, evidence.config.updated(joint_steps=0)
@@ -136,11 +131,8 @@ def fit_sensitivity(evidence: Evidence, candidates: Sequence[Candidate]) -> Evid
 
 
 def fit_criterion(evidence: Evidence) -> Evidence:
-    """Evidence whose batches fit where a criterion needs labels: it expands the loss of the whole network.
-
-    Raises:
-        ConfigError: not even one image fits.
-    """
+    """Evidence whose batches fit where a criterion needs labels: it expands the loss of the whole network. As
+    :func:`fit_batches`."""
     images = evidence.images
     if images is None or not needs_labels(evidence.config.mask):
         return evidence

@@ -20,11 +20,7 @@ from .preconditioner import recorded, row_preconditioner
 
 @dataclass(frozen=True)
 class ActiveWeights:
-    """The m weights of a group that its masks keep, as one flat vector w.
-
-    Attributes:
-        masks: parameter name → bool mask of the parameter's shape, for the pruned parameters of the group.
-    """
+    """The m weights of a group that its masks keep, as one flat vector w; its parameters without a mask have none."""
 
     masks: Mapping[str, Tensor]
 
