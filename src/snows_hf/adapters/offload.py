@@ -91,11 +91,8 @@ ROOM_FOR_WEIGHTS = 7
 
 def place(run: Run, chain: Chain, images: Tensor, offload: bool | None) -> Chain:
     """The chain with its model on the run's device; or one that computes there while the model stays on the CPU, where
-    ``offload`` says so, or, for None, where a CUDA device has not ``ROOM_FOR_WEIGHTS`` times its bytes.
-
-    Args:
-        images: one or more, to see what each operation reads.
-    """
+    ``offload`` says so, or, for None, where a CUDA device has not ``ROOM_FOR_WEIGHTS`` times its bytes. One image
+    shows what each operation reads."""
     size = sum(tensor.nbytes for tensor in chain.model.state_dict().values())
     if offload is None and run.device.type == "cuda":
         offload = size * ROOM_FOR_WEIGHTS > torch.cuda.mem_get_info(run.device)[0]

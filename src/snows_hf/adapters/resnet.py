@@ -59,7 +59,6 @@ def residual_unit(
 
 @register(ResNetForImageClassification, family="resnet")
 def transformers_resnet(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers ResNet classifier."""
     base, names = model.resnet, module_names(model)
     stem, name = base.embedder.embedder, names[base.embedder.embedder.convolution]
     yield Operation.of(name, stem.convolution)

@@ -122,7 +122,11 @@ def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def fit_sensitivity(evidence: Evidence, candidates: Sequence[Candidate]) -> Evidence:
     """Evidence, with images, whose batches fit where layers are repaired one by one, under the candidate that keeps
-    most; as :func:`fit_batches`."""
+    most.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
     densest = min((c for c in candidates if c is not None), key=lambda candidate: candidate.sparsity)
     masks = choose_masks(dict(evidence.weights), densest, "magnitude")  # of any criterion's size
     images, config = evidence.images, evidence.config.updated(joint_steps=0)
@@ -131,8 +135,11 @@ def fit_sensitivity(evidence: Evidence, candidates: Sequence[Candidate]) -> Evid
 
 
 def fit_criterion(evidence: Evidence) -> Evidence:
-    """Evidence whose batches fit where a criterion needs labels: it expands the loss of the whole network. As
-    :func:`fit_batches`."""
+    """Evidence whose batches fit where a criterion needs labels: it expands the loss of the whole network.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
     images = evidence.images
     if images is None or not needs_labels(evidence.config.mask):
         return evidence

@@ -90,8 +90,6 @@ class KStepObjective:
     """Value and second-order expansion of Eq. 6 on one batch.
 
     Args:
-        segment: the operations whose outputs are compared.
-        active: the weights that may move.
         state: what enters the layer in the pruned network.
         config: weighting of the operations, ``emphasis`` of late ones (where the segment is the whole network),
             curvature, preconditioner and its damping.

@@ -13,9 +13,9 @@ BINS = 20_000
 
 
 def spend(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """The number of each layer's candidate, by dynamic programming over the layers (a multiple-choice knapsack): exact,
-    but that costs are rounded up to 1/:data:`BINS` of what can be chosen about, where that is more than 1. The budget
-    is never exceeded.
+    """The number of each layer's candidate, by dynamic programming (a multiple-choice knapsack): exact, but that costs
+    are rounded up to 1/:data:`BINS` of what can be chosen about, where that is more than 1. The budget is never
+    exceeded.
 
     Args:
         losses: of every layer, the loss of each of its candidates; infinite ones are taken only if they must be.
