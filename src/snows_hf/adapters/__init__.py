@@ -2,20 +2,6 @@
 
 from .base import Chain, Group, Operation, State, build_chain, logits_of, register, supported
 from .frozen import frozen
-from .offload import Logits, offloaded, place
 
 
-__all__ = [
-    "Chain",
-    "Group",
-    "Logits",
-    "Operation",
-    "State",
-    "build_chain",
-    "frozen",
-    "logits_of",
-    "offloaded",
-    "place",
-    "register",
-    "supported",
-]
+__all__ = ["Chain", "Group", "Operation", "State", "build_chain", "frozen", "logits_of", "register", "supported"]

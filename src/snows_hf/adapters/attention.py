@@ -38,11 +38,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
 
 def split_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (n, …, heads, tokens, d) of a transformers attention, from tokens (n, …, tokens, width)."""
-    q, k, v = (
-        linear(x).unflatten(-1, (-1, attn.head_dim)).transpose(-3, -2)
-        for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
-    return q, k, v
+    q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    return tuple(each.unflatten(-1, (-1, attn.head_dim)).transpose(-3, -2) for each in (q, k, v))
 
 
 def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,9 +21,7 @@ State = tuple[Tensor, ...]
 """What flows between operations: first the output that Eq. 3 compares, then what later operations still need
 (the residual stream, say). Every tensor has the images along its first dimension."""
 
-
 Function = Callable[[Tensor], Tensor]
-
 T = TypeVar("T")
 
 
@@ -105,13 +103,12 @@ class Chain(nn.Module):
     def walk(
         self, flow: T, advance: Callable[[Operation, T], T] | None = None, stop: int | None = None
     ) -> Iterator[tuple[int, Operation, T]]:
-        """Every operation up to ``stop``, in forward order, with its place and what flows into it.
+        """Every one of ``operations[:stop]``, in forward order, with its place and what flows into it.
 
         Args:
             flow: what enters the first operation: a state, or whatever ``advance`` takes.
             advance: what leaves an operation, of what enters it; asked for once the caller is done with that. None:
                 the state after it, without a graph.
-            stop: number of operations; all for None.
         """
         for place, operation in enumerate(self.operations[:stop]):
             yield place, operation, flow

@@ -37,7 +37,6 @@ def _transformers_block(layer: Any, base: Any, names: dict[nn.Module, str]) -> I
 
 @register(BeitForImageClassification, family="vit")
 def transformers_beit(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers BEiT classifier."""
     base, names = model.beit, module_names(model)
     yield Operation.of(names[base.embeddings], base.embeddings)
     for layer in base.layers:
@@ -64,7 +63,6 @@ def _timm_block(block: Any, model: Any, names: dict[nn.Module, str]) -> Iterator
 
 @register(Beit, family="vit")
 def timm_beit(model: Any) -> Iterator[Operation]:
-    """Operations of a timm BEiT."""
     names = module_names(model)
 
     def embed(x: Tensor) -> Tensor:

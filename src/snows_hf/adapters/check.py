@@ -27,12 +27,8 @@ def check_chain(chain: Chain, images: Tensor) -> Tensor:
     The untouched model is compared with the frozen chain, in float32 or wider, on real images and one of noise, which
     tells outputs apart where the real ones are alike.
 
-    Args:
-        chain: of the model.
-        images: preprocessed, (n, 3, height, width).
-
     Returns:
-        The model's logits for them (n, classes).
+        The model's logits (n, classes) for the preprocessed images (n, 3, height, width).
 
     Raises:
         AdapterError: the logits differ by more than rounding, or images of this size fail in the adapter, or already

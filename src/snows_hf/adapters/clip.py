@@ -22,7 +22,6 @@ def _blocks(model: Any) -> Iterator[Operation]:
 
 @register(CLIPForImageClassification, family="vit")
 def clip(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers CLIP vision classifier."""
     tower = model.vision_model
     # (pre_layrnorm is the library's spelling.)
     yield Operation.of("vision_model.pre_layrnorm", lambda x: tower.pre_layrnorm(tower.embeddings(x)))
@@ -32,7 +31,6 @@ def clip(model: Any) -> Iterator[Operation]:
 
 @register(SiglipForImageClassification, family="vit")
 def siglip(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers SigLIP vision classifier."""
     tower = model.vision_model
     yield Operation.of("vision_model.embeddings", tower.embeddings)
     yield from _blocks(model)

@@ -56,7 +56,6 @@ def _transformers_block(layer: Any, names: dict[nn.Module, str]) -> Iterator[Ope
 
 @register(ConvNextForImageClassification, ConvNextV2ForImageClassification, family="vit")
 def transformers_convnext(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers ConvNeXt classifier."""
     base, names = model.base_model, module_names(model)
     yield Operation.of(names[base.embeddings], base.embeddings)
     for stage in base.encoder.stages:
@@ -84,7 +83,6 @@ def _timm_block(block: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
 
 @register(ConvNeXt, family="vit")
 def timm_convnext(model: Any) -> Iterator[Operation]:
-    """Operations of a timm ConvNeXt."""
     names = module_names(model)
     yield Operation.of("stem", model.stem)
     for stage in model.stages:

@@ -28,7 +28,6 @@ def _block(layer: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
 
 @register(Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification, family="vit")
 def dinov2(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers DINOv2 classifier."""
     base, names = model.base_model, module_names(model)
     yield Operation.of(names[base.embeddings], base.embeddings)
     for layer in base.encoder.layer:

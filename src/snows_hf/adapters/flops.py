@@ -13,13 +13,10 @@ from . import Chain, frozen
 
 @torch.no_grad()
 def count_flops(chain: Chain, image: Tensor) -> dict[str, int]:
-    """Operations on one image by the model's module names, ``""`` being the whole model. A multiply-add counts as two.
+    """Operations on one image (1, 3, height, width) by the model's module names, ``""`` being the whole model. A
+    multiply-add counts as two.
 
     Modules are counted on the chain, which calls all that own a prunable weight; a model may use the weight alone.
-
-    Args:
-        chain: whose parameters say device and type.
-        image: (1, 3, height, width).
     """
     parameter = next(chain.parameters())
     image = image.to(parameter.device, parameter.dtype)

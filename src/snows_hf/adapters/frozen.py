@@ -47,8 +47,7 @@ class Convolution(Function):
         given = (a, blank, b) if place == 1 else (a, b, blank)
         places, mask = (conv.stride, conv.padding, conv.dilation), [place == 1, place == 2, False]
         gradients = torch.ops.aten.convolution_backward(*given, None, *places, False, (0, 0), conv.groups, mask)
-        gradient: Tensor = gradients[place - 1]
-        return gradient
+        return gradients[place - 1]
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:

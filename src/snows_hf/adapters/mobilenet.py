@@ -32,7 +32,6 @@ def _separable(block: Any, name: str) -> Iterator[Operation]:
 
 @register(EfficientNet, family="mobilenet")
 def mobilenet(model: Any) -> Iterator[Operation]:
-    """Operations of a timm MobileNetV1."""
     names = module_names(model)
     yield Operation.of("conv_stem", model.conv_stem)
     yield Operation.of("conv_stem > activation", model.bn1)

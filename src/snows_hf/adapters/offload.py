@@ -6,7 +6,8 @@ accelerate's hooks do the like for a module that is called; an operation may rea
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,28 +43,6 @@ class Runner(nn.Module):
         return run(state)
 
 
-@dataclass(frozen=True)
-class Offloaded:
-    """An operation's ``run`` with the tensors of these names, in ``runner``, on a device; so is what it gives."""
-
-    run: Callable[[State], State]
-    runner: Runner
-    names: tuple[str, ...]
-    device: torch.device
-
-    def __call__(self, state: State) -> State:
-        # As they are now: within an outer functional call, that one's.
-        own = {name: _get(self.runner, name).to(self.device) for name in self.names}
-        moved: State = torch.func.functional_call(self.runner, own, (self.run, send_to_device(state, self.device)))
-        return moved
-
-
-def _get(module: nn.Module, name: str) -> Tensor:
-    owner, _, own = name.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(owner), own)
-    return tensor
-
-
 class Logits(nn.Module):
     """A chain as the classifier that it is."""
 
@@ -77,13 +56,8 @@ class Logits(nn.Module):
 
 @torch.no_grad()
 def offloaded(chain: Chain, images: Tensor, device: torch.device) -> Chain:
-    """The chain of a model that stays where it is, computing on ``device``.
-
-    Args:
-        chain: whose model is on the CPU.
-        images: (n, 3, height, width), run through it once to see what each operation reads.
-        device: where operations run from now on.
-    """
+    """The chain of a model that stays where it is, on the CPU, computing on ``device``; images (n, 3, height, width)
+    run through it once, to see what each operation reads."""
     runner, training = Runner(chain.model), chain.model.training
     names: dict[int, list[str]] = {}
     for kind in (runner.named_parameters, runner.named_buffers):
@@ -96,7 +70,13 @@ def offloaded(chain: Chain, images: Tensor, device: torch.device) -> Chain:
         with Reads() as reads:
             state = operation.run(state)
         read = dict.fromkeys(name for tensor in reads.tensors for name in names.get(id(tensor), ()))
-        operations.append(replace(operation, run=Offloaded(operation.run, runner, tuple(read), device)))
+
+        def run(state: State) -> State:
+            # As they are now: within an outer functional call, that one's.
+            own = {name: attrgetter(name)(runner).to(device) for name in read}
+            return torch.func.functional_call(runner, own, (operation.run, send_to_device(state, device)))
+
+        operations.append(replace(operation, run=run))
         return state
 
     chain.model.eval()
@@ -111,11 +91,8 @@ ROOM_FOR_WEIGHTS = 7
 
 def place(run: Run, chain: Chain, images: Tensor, offload: bool | None) -> Chain:
     """The chain with its model on the run's device; or one that computes there while the model stays on the CPU, where
-    ``offload`` says so, or, for None, where a CUDA device has not ``ROOM_FOR_WEIGHTS`` times its bytes.
-
-    Args:
-        images: one or more, to see what each operation reads.
-    """
+    ``offload`` says so, or, for None, where a CUDA device has not ``ROOM_FOR_WEIGHTS`` times its bytes. One image
+    shows what each operation reads."""
     size = sum(tensor.nbytes for tensor in chain.model.state_dict().values())
     if offload is None and run.device.type == "cuda":
         offload = size * ROOM_FOR_WEIGHTS > torch.cuda.mem_get_info(run.device)[0]

@@ -37,12 +37,7 @@ def residual_unit(
 ) -> Iterator[Operation]:
     """Operations of x → activation(branch(x) + shortcut(x)), x (n, channels, height, width).
 
-    Args:
-        names: live names of the model's modules.
-        unit: what has all of them.
-        branch: begins with a convolution.
-        shortcut: has one convolution or none.
-        activation: after the addition.
+    ``branch`` begins with a convolution, ``shortcut`` has one or none.
     """
     (first, after), *others = cut(branch)[1]
     yield Operation(names[first], lambda s: (first(s[0]), s[0]), Group.of(names[first], "conv"))
@@ -64,7 +59,6 @@ def residual_unit(
 
 @register(ResNetForImageClassification, family="resnet")
 def transformers_resnet(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers ResNet classifier."""
     base, names = model.resnet, module_names(model)
     stem, name = base.embedder.embedder, names[base.embedder.embedder.convolution]
     yield Operation.of(name, stem.convolution)

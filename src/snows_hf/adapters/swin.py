@@ -46,7 +46,6 @@ def _transformers_block(layer: Any, names: dict[nn.Module, str]) -> Iterator[Ope
 
 @register(SwinForImageClassification, family="vit")
 def transformers_swin(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers Swin classifier."""
     base, names = model.swin, module_names(model)
 
     def embed(x: Tensor) -> Tensor:
@@ -97,7 +96,6 @@ def _timm_block(block: Any, names: dict[nn.Module, str]) -> Iterator[Operation]:
 
 @register(timm_swin.SwinTransformer, family="vit")
 def timm_swin_transformer(model: Any) -> Iterator[Operation]:
-    """Operations of a timm SwinTransformer."""
     names = module_names(model)
     yield Operation.of("patch_embed", model.patch_embed)
     for stage in model.layers:

@@ -30,12 +30,10 @@ def transformer_block(
     """Operations of x → x + scale1(project(attend(x), x)) → x + scale2(mlp(norm2(x))), on tokens x (n, …, width).
 
     Args:
-        names: live names of the model's modules.
         attn: what owns the projections: ``qkv`` and ``proj`` (timm), or ``q_proj``, ``k_proj``, ``v_proj`` and
             ``o_proj`` or ``out_proj`` (transformers).
         mlp: what owns ``fc1``, an activation, ``fc2`` and, in timm, a norm before that.
         attend: tokens to the attention's output, norm included.
-        norm2: before the MLP.
         scales: of what the attention and the MLP add to the tokens.
         project: the attention's output, and the tokens, to what is added to these; the out-projection for None.
     """
@@ -73,7 +71,6 @@ def transformers_block(
 
 @register(ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, family="vit")
 def transformers_vit(model: Any) -> Iterator[Operation]:
-    """Operations of a transformers ViT or DeiT classifier."""
     base, names = model.base_model, module_names(model)
     yield Operation.of(names[base.embeddings], base.embeddings)
     for layer in base.layers:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters import Logits, place
+from ..adapters.offload import Logits, place
 from ..data.images import open_images
 from ..data.names import Name
 from ..hub.card import write_card

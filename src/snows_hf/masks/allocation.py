@@ -34,18 +34,15 @@ from .scores.base import Choice
 IMAGES = 256
 """Most images that are used: a quarter repairs, which is what costs, the others judge."""
 
-
 FINE = 200
 """Sparsities between two measured ones are chosen from so many in all, their losses interpolated."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One layer under one candidate pattern, with all other layers dense.
+    """One layer, a group of parameters, under one candidate pattern, with all other layers dense.
 
     Attributes:
-        layer: name of the group.
-        parameters: of the group.
         pattern: None for dense.
         weights: of the layer, in all.
         kept: how many of them stay.
@@ -175,11 +172,8 @@ def logits_error(segment: Segment, weights: dict[str, Tensor], states: Sequence[
 def allocate(table: Sequence[Sensitivity], config: PruneConfig) -> PerLayer:
     """The pattern of each layer whose losses sum to the least, under the budget that ``config`` sets.
 
-    Of N:M candidates by :func:`spend`; of sparsities likewise, with losses interpolated between the measured ones.
-
-    Args:
-        table: what :func:`layer_sensitivities` gives.
-        config: pattern, sparsity and budget; a set of patterns with ``dense`` lets layers stay dense.
+    Of N:M candidates by :func:`spend`; of sparsities likewise, with losses interpolated between the measured ones. A
+    set of patterns with ``dense`` lets layers stay dense. ``table`` is of :func:`layer_sensitivities`.
 
     Raises:
         ConfigError: the budget is below what the sparsest candidates keep.

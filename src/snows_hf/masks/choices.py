@@ -114,8 +114,7 @@ def find_first_masks(evidence: Evidence, choice: Choice) -> tuple[Choice, Patter
 
 def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
     """Full weights of a criterion without SNOWS: its own update where it has one, else the dense weights masked."""
-    return {
-        # Not a product, which would leave zeros of negative weights negative.
+    return {  # not a product, which would leave zeros of negative weights negative
         name: choice.weights.get(name, original[name]).to(mask.device).where(mask, 0)
         for name, mask in choice.masks.items()
     }

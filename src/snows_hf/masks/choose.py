@@ -36,11 +36,8 @@ def split_by_fit(weights: Mapping[str, Tensor], pattern: Pattern) -> tuple[list[
 
 
 def choose(evidence: Evidence) -> Choice:
-    """Masks, and the weights of criteria that have an update of their own, for every weight that the pattern fits.
-
-    Args:
-        evidence: with any prunable weights, and with what the criterion of ``evidence.config.mask`` needs. That may
-            also be the path of a safetensors file of booleans.
+    """Masks, and the weights of criteria that have an update of their own, for every weight that the pattern fits, by
+    the criterion, or the safetensors file of booleans, that ``evidence.config.mask`` says.
 
     Raises:
         MaskError: a bad mask file, or the criterion needs what is not there.
@@ -58,13 +55,7 @@ def choose(evidence: Evidence) -> Choice:
 
 
 def choose_masks(weights: Mapping[str, Tensor], pattern: Pattern, mask: str) -> Masks:
-    """Masks (True: kept) for every weight that the pattern fits, from the weights alone.
-
-    Args:
-        weights: prunable weights by parameter name.
-        pattern: what the masks obey.
-        mask: name of a criterion that needs no more than weights, or the path of a safetensors file of booleans.
-    """
+    """The masks of :func:`choose` by a criterion that needs no more than weights, or by a file."""
     return choose(Evidence(weights, pattern, PruneConfig(str(pattern), mask=mask))).masks
 
 

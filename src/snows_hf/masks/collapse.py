@@ -16,12 +16,8 @@ def find_collapse(chain: Chain, masks: Masks, images: Tensor) -> tuple[dict[str,
     """Parameters that the masks have cut off, each with the reason, and whether the logits still depend on the images.
 
     A weight lies on a path if it has a gradient in the network of absolute weights without shifts (SynFlow's), on an
-    input that is positive everywhere: there nothing cancels and every ReLU is open. In float64.
-
-    Args:
-        chain: of the network, its weights as they are without the masks.
-        masks: by parameter name.
-        images: one image (1, 3, h, w), for its shape.
+    input that is positive everywhere: there nothing cancels and every ReLU is open. In float64. ``images`` is one,
+    (1, 3, h, w), for its shape.
     """
     other = positive(chain)
     for name, parameter in other.model.named_parameters():

@@ -44,13 +44,11 @@ class Evidence:
     """The dense network before any layer is pruned. Criteria read it and never change it.
 
     Attributes:
-        weights: the weights to choose from, by parameter name: those that the pattern fits.
-        pattern: what the masks will obey.
-        config: K, weighting, batch size and seed.
-        chain: of the dense network; None where a criterion has weights only.
-        images: preprocessed calibration images (n, 3, h, w), or None.
+        weights: those to choose from, by parameter name: those that the pattern fits.
+        chain: None where a criterion has weights only.
+        images: preprocessed (n, 3, h, w), or None.
         labels: the model's class of each image (n,), or None.
-        run: is told how far a criterion is; its journal keeps masks that are chosen layer by layer.
+        run: its journal keeps masks that are chosen layer by layer.
         record: under which name.
     """
 
@@ -179,9 +177,7 @@ class Evidence:
         """H = X Xᵀ of each of the weights, or of those of these names, (groups, d, d), over all images and positions.
 
         X (d, …) is what the dense layer reads, so that ‖WX − ŴX‖² = Σ_r (w_r − ŵ_r)ᵀ H (w_r − ŵ_r) for the rows of
-        :func:`matrix`.
-
-        The images pass through the network as often as it takes for no more than ``GRAM_ENTRIES`` numbers at a time.
+        :func:`matrix`. The images pass through the network as often as ``GRAM_ENTRIES`` takes.
 
         Raises:
             MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.

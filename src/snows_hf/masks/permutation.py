@@ -28,14 +28,13 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels between two layers.
+    """The channels between two layers: from operation ``start``, which makes them, to the one before ``stop``, which
+    reads them.
 
     Attributes:
         reader: the weight whose dimension 1 they are.
         makers: the tensors whose dimension 0 they are: weight and bias of the layer before, and of the norms and
             depthwise convolutions between.
-        start: place of the operation that makes them.
-        stop: … and of the one after that which reads them.
     """
 
     reader: str
@@ -57,12 +56,7 @@ def free_channels(chain: Chain, images: Tensor, names: Collection[str]) -> list[
 
     Which layer comes before another is seen in a forward pass. Whether something else reads what is between them is
     not known from that: each candidate is put in a random order, in float64, and counts if everything that comes
-    out of the operations from the first layer to the second stays the same.
-
-    Args:
-        chain: of the dense model.
-        images: two or more, (n, 3, h, w).
-        names: of the weights.
+    out of the operations from the first layer to the second stays the same, for two or more ``images`` (n, 3, h, w).
     """
     found, free = candidates(chain, images, names), []
     twin = build_chain(copy.deepcopy(chain.model).cpu().double().eval())
@@ -137,8 +131,6 @@ def order_channels(
     """Puts the input channels of layers in a better order for the pattern, in place, where their order is free.
 
     Args:
-        chain: of the dense model.
-        pattern: N:M.
         images: two or more, (n, 3, h, w).
         names: of the weights that will be pruned; the input channels of others stay.
         device: where orders are searched for; the network stays where it is.
@@ -165,9 +157,8 @@ def order_like(chain: Chain, other: Mapping[str, Tensor], images: Tensor, names:
     """Puts the input channels of layers in the order that they have in another state of the model, in place.
 
     Args:
-        chain: of the dense model.
-        other: its tensors by name after :func:`order_channels`, whatever has become of the weights of two or more
-            dimensions since.
+        other: the dense model's tensors after :func:`order_channels`, whatever has become of the weights of two or
+            more dimensions since.
         images: one or more, (n, 3, h, w).
         names: of the weights whose input channels have moved.
 
@@ -192,14 +183,10 @@ def kept(groups: Tensor, n: int) -> Tensor:
 
 
 def better_order(magnitudes: Tensor, pattern: NM) -> Tensor:
-    """An order of columns in which groups of M keep more: from the given one, swaps of two columns between two groups,
-    as long as some gain.
+    """An order of the columns of magnitudes (columns, rows) in which groups of M, which divides them, keep more: from
+    the given one, swaps of two columns between two groups, as long as some gain.
 
     In each round the groups are paired at random, and of each pair's M² swaps the best is made if it gains.
-
-    Args:
-        magnitudes: (columns, rows).
-        pattern: N:M; M divides the columns.
     """
     n, m, device = pattern.n, pattern.m, magnitudes.device
     groups = torch.arange(len(magnitudes), device=device).unflatten(0, (-1, m))

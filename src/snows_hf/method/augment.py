@@ -8,15 +8,11 @@ from ..runtime.distributed import Share, whole
 
 
 def augmented(images: Tensor, seed: int, share: Share | None = None, crop: float = 0.125, flip: bool = True) -> Tensor:
-    """Each image mirrored left to right or not, and shifted along both axes; its border is reflected.
+    """Images (n, c, h, w), half of them mirrored left to right with ``flip``, and all shifted along both axes; their
+    borders are reflected.
 
-    Args:
-        images: (n, c, h, w).
-        seed: decides which image goes where.
-        share: which images of a batch these are; each comes out as it would among all of them.
-        crop: the most that an image shifts, as a share of its shorter side: 4 pixels of 32, as usual for CIFAR (He et
-            al., 2015, section 4.2).
-        flip: mirror half of the images.
+    ``crop`` is the most that they shift, as a share of the shorter side: 4 pixels of 32, as usual for CIFAR (He et
+    al., 2015, section 4.2). ``share`` says which of a batch these are; each comes out as it would among all of them.
     """
     share = share or whole(len(images))
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,4 @@
-"""Algorithm 3: layer after layer, each solved on the inputs that the pruned layers before it produce (streams.py).
-
-What is solved, kept and told of one layer is in layers.py.
-"""
+"""Algorithm 3: layer after layer, each solved on the inputs that the pruned layers before it produce (streams.py)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,10 +29,9 @@ def prune_chain(
 
     Args:
         chain: of the dense model, on the device where segments are to run.
-        images: preprocessed calibration images (n, 3, h, w), in an order that is already random. Activations rest on
-            their shelf; those of a tensor's stay in memory.
+        images: preprocessed (n, 3, h, w), in an order that is already random. Activations rest on their shelf; those
+            of a tensor's stay in memory.
         masks: parameter name → bool mask; parameters without one stay dense.
-        config: batch sizes, targets and solver settings.
         run: is told when a layer starts, after each Newton step, and when a layer is done; its journal keeps every
             finished layer, and has those that an earlier run has finished.
         start: full weights that a criterion has updated for these masks. A layer starts from them in the first sweep
@@ -65,8 +61,8 @@ def prune_chain(
         for number in range(1, config.sweeps + 1):
             reports += sweep(layers, number, Streams.start(images, batches, shelf))
         if pattern is not None:
-            everything = whole_network(chain, masks, "all layers, thinning out")
-            task = Task(everything, config.sweeps + 1, solves, steps=gradual_steps, pattern=pattern)
+            segment = whole_network(chain, masks, "all layers, thinning out")
+            task = Task(segment, config.sweeps + 1, solves, steps=gradual_steps, pattern=pattern)
             report, weights = layers.finish(task, Streams.start(images, batches, shelf))
             reports.append(report)
             layers = replace(layers, masks={name: weight != 0 for name, weight in weights.items()})

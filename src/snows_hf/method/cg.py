@@ -4,6 +4,7 @@ Knows vectors and one callable; no network, no mask. The vectors hold the active
 is the reduced one of Eq. 9/10, of size m.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -62,11 +63,11 @@ def cg(
     """
     precondition = preconditioner or (lambda r: r)
     delta, r = g.new_zeros(g.shape), -g
-    z = precondition(r)
-    p, rz = z, r @ z
+    p = z = precondition(r)
+    rz = r @ z
     g_norm = g.norm()
     stop_at = max(atol, rtol * float(g_norm))
-    model_values: list[float] = []
+    q: list[float] = []  # the quadratic model after each iteration
     status, iteration = CGStatus.MAX_ITER, 0
 
     def result() -> CGResult:
@@ -78,7 +79,7 @@ def cg(
     for iteration in range(1, max_iter + 1):
         Bp = product(p) + damping * p
         curvature = float(p @ Bp)
-        if curvature != curvature or curvature in (float("inf"), float("-inf")):
+        if not math.isfinite(curvature):
             status = CGStatus.NON_FINITE
             break
         if curvature <= 0:
@@ -93,13 +94,9 @@ def cg(
             status = CGStatus.CONVERGED
             break
         # q(δ) = ½ δᵀ(H + λI)δ + gᵀδ = ½ δᵀ(g - r), since r = -g - (H + λI)δ.
-        model_values.append(0.5 * float(delta @ (g - r)))
+        q.append(0.5 * float(delta @ (g - r)))
         window = max(10, iteration // 10)
-        if (
-            stall
-            and iteration > window
-            and model_values[-1] - model_values[-1 - window] > window * stall * model_values[-1]
-        ):
+        if stall and iteration > window and q[-1] - q[-1 - window] > window * stall * q[-1]:
             status = CGStatus.STALLED
             break
         z = precondition(r)

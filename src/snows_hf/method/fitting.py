@@ -19,7 +19,6 @@ from .streams import masked_operations, whole_network
 OVERHEAD = 1.25
 """What a product needs in memory, over what is kept for it: some passes through while it is computed."""
 
-
 SMALLEST_FACTORS = 2**16
 """Numbers in a parameter's factors below which smaller blocks no longer save much."""
 
@@ -92,7 +91,6 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
     plain = config.updated(preconditioner="none", gradual=0.0)
 
     def kept(segment: Segment, state: State) -> tuple[int, list[Tensor]]:
-        """What autograd keeps for a product, and the outputs."""
         active = ActiveWeights.of(segment.group, masks, chain.device)
         objective = KStepObjective(segment, active, state, plain)
         return saved_bytes(lambda: objective.expand(active.within(chain))), list(objective.targets)
@@ -101,12 +99,12 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
         (two, outputs), (one, _) = kept(segment, state), kept(segment, tuple(tensor[:1] for tensor in state))
         return two - one + 4 * sum(output[0].nbytes for output in outputs)
 
-    segments = []
     todo = masked_operations(chain, masks)
     with frozen(chain.model):
         if config.joint_steps:  # its graph holds all others
-            segments, todo = [(whole_network(chain, masks), start)], []
-        for index, _, state in chain.walk(start, stop=max(todo, default=-1) + 1):
-            if index in todo:
-                segments.append((Segment.cut(chain, index, config.k), state))
-        return max(per_image(segment, state) for segment, state in segments)
+            return per_image(whole_network(chain, masks), start)
+        return max(
+            per_image(Segment.cut(chain, index, config.k), state)
+            for index, _, state in chain.walk(start, stop=todo[-1] + 1)
+            if index in todo
+        )

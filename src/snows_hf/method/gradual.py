@@ -27,16 +27,12 @@ def thin_out(
     progress: Callable[[NewtonState], None],
 ) -> NewtonResult:
     """One Newton step per batch, each followed by the removal of some weights; the last one by that of all which the
-    pattern removes.
-
-    The weights returned are those of the end, zero where they have gone.
+    pattern removes. The weights returned are those of the end, zero where they have gone.
 
     Args:
-        batches: in the order of the steps, with the weights active that there are at first.
+        batches: with the weights active that there are at first.
         held_out: objective on images that no batch holds; it measures, and decides nothing.
         state: where to go on, with as many weights as are active at first.
-        config: settings of the steps.
-        pattern: what the masks come to.
         progress: called after each step, with where the run is.
     """
     start, result = batches.active, state.result
@@ -69,17 +65,11 @@ def surplus(step: int, steps: int) -> float:
 def thinning_step(
     batch: KStepObjective, weights: Mapping[str, Tensor], config: SolverConfig, pattern: Pattern, share: float
 ) -> tuple[Step | None, dict[str, Tensor]]:
-    """One Newton step on one batch, and the weights after it, of which those with the lowest saliencies have gone.
+    """One Newton step on one batch, with all weights active that are left, and the full weights after it,
+    :func:`thinned` by the saliencies of the preconditioner, which must be ``gram``.
 
     Where loss or gradient are not finite there is no step, and the weights that were there come to the pattern at
     once, by magnitude.
-
-    Args:
-        batch: with all weights active that are left.
-        weights: full weights, zero where they have gone.
-        config: settings of the step, whose preconditioner must be ``gram``.
-        pattern: see :func:`thinned`.
-        share: see :func:`thinned`.
     """
     active = batch.active
     taken = newton_step(batch, active.gather(weights), config)
@@ -93,15 +83,9 @@ def thinning_step(
 
 
 def thinned(masks: Mapping[str, Tensor], saliencies: Mapping[str, Tensor], pattern: Pattern, share: float) -> Masks:
-    """Masks on their way to a pattern: of the weights that it would remove now, ``share`` still stay, those with the
-    highest saliencies; with 0 the pattern is reached.
-
-    Args:
-        masks: of which each keeps what the pattern keeps, and more.
-        saliencies: of the weights' shapes, not negative; those of what is gone are not read.
-        pattern: the one to come to.
-        share: from 0 to 1.
-    """
+    """Masks on their way to a pattern, from such as keep more: of the weights that it would remove now, a ``share``
+    from 0 to 1 still stay, those with the highest saliencies (of the weights' shapes, not negative; those of what is
+    gone are not read); with 0 the pattern is reached."""
     scores = {name: torch.where(mask, saliencies[name], -1.0) for name, mask in masks.items()}
     final = pattern.masks(scores)
     leaving = {name: mask & ~final[name] for name, mask in masks.items()}

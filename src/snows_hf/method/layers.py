@@ -25,10 +25,9 @@ STAGE = "Layers"
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be solved.
+    """What is to be solved: the group of a segment.
 
     Attributes:
-        segment: its group's weights move.
         sweep: counted from 1.
         place: which of all solves this is, from 0 on.
         first: number of the first step, of all joint ones.

@@ -95,11 +95,8 @@ class NewtonState:
 def armijo(
     value: Callable[[Tensor], float], w: Tensor, delta: Tensor, loss: float, slope: float, config: SolverConfig
 ) -> float:
-    """Largest α ≤ 1 of a backtracking sequence with L(w + αδ) ≤ L(w) + αβ δᵀg (A.1.3), on one and the same batch.
-
-    Returns:
-        α; 0 when no step of the sequence qualifies.
-    """
+    """Largest α ≤ 1 of a backtracking sequence with L(w + αδ) ≤ L(w) + αβ δᵀg (A.1.3), on one and the same batch; 0
+    where no step of the sequence qualifies."""
     alpha = 1.0
     for _ in range(config.max_backtracks + 1):
         if value(w + alpha * delta) <= loss + alpha * config.beta * slope:
@@ -162,8 +159,7 @@ def newton(
     Args:
         batches: one objective per mini-batch, at least one; iterated once per pass.
         held_out: objective on images that no batch holds.
-        w: active weights to start from, shape (m,).
-        config: passes, CG and line-search settings.
+        w: active weights to start from, (m,).
         progress: called after each step, with where the run is; it changes in the next.
         state: where an earlier run was; ``w`` is not read then, and ``batches`` are those that it had left.
     """

@@ -20,11 +20,7 @@ from .preconditioner import recorded, row_preconditioner
 
 @dataclass(frozen=True)
 class ActiveWeights:
-    """The m weights of a group that its masks keep, as one flat vector w.
-
-    Attributes:
-        masks: parameter name → bool mask of the parameter's shape, for the pruned parameters of the group.
-    """
+    """The m weights of a group that its masks keep, as one flat vector w; its parameters without a mask have none."""
 
     masks: Mapping[str, Tensor]
 
@@ -94,8 +90,6 @@ class KStepObjective:
     """Value and second-order expansion of Eq. 6 on one batch.
 
     Args:
-        segment: the operations whose outputs are compared.
-        active: the weights that may move.
         state: what enters the layer in the pruned network.
         config: weighting of the operations, ``emphasis`` of late ones (where the segment is the whole network),
             curvature, preconditioner and its damping.

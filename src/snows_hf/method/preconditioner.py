@@ -102,11 +102,8 @@ def factor_bytes(masks: Mapping[str, Tensor], entries: int = FACTOR_ENTRIES) -> 
 
 
 class RowBlocks:
-    """Cholesky factors of bᵣ G + λI on the active weights of each row r of one parameter, for a part of its rows.
-
-    Attributes:
-        span: where the active weights of these rows are among the parameter's.
-    """
+    """Cholesky factors of bᵣ G + λI on the active weights of each row r of one parameter, for a part of its rows;
+    ``span`` is where their active weights are among the parameter's."""
 
     def __init__(
         self,
@@ -152,11 +149,9 @@ class RowBlocks:
     def saliency(self, w: Tensor) -> Tensor:
         """½wᵢ²/[(bG + λI)⁻¹]ᵢᵢ (m,): what it costs to remove one active weight, the others of its block making up for
         it (Hassibi and Stork, 1993, Eq. 5)."""
-        inverse = [
-            torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).flatten(1)
-            for factor in self.factor.split(self.chunk)
-        ]
-        return w.square() / (2 * torch.cat(inverse)[self.valid].to(w.dtype))
+        inverses = map(torch.cholesky_inverse, self.factor.split(self.chunk))
+        diagonal = torch.cat([inverse.diagonal(dim1=-2, dim2=-1).flatten(1) for inverse in inverses])
+        return w.square() / (2 * diagonal[self.valid].to(w.dtype))
 
 
 class RowPreconditioner:
@@ -191,11 +186,9 @@ def row_preconditioner(
     """The preconditioner of a group, or None where a module is neither Linear nor plain Conv2d.
 
     Args:
-        masks: parameter name → mask, as in ActiveWeights.
         seen: what :func:`recorded` noted while ``outputs`` were computed.
-        outputs: the outputs of the segment, still attached to their graph, each with the loss's curvature in it.
+        outputs: those of the segment, still attached to their graph, each with the loss's curvature in it.
         damping: λ.
-        share: which images of the batch these are.
         entries: most numbers in the factors of one parameter.
     """
     grams = []

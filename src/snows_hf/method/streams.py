@@ -26,10 +26,7 @@ from .objective import ActiveWeights, KStepObjective, Segment
 @dataclass
 class Streams:
     """Activations before one operation, per batch of images (of this process's share of them): of the dense network,
-    and of the one pruned so far.
-
-    They rest on a shelf (memory.py). The last batch only judges. ``halvings``: how often batches were halved.
-    """
+    and of the one pruned so far. The last batch only judges. ``halvings``: how often batches were halved."""
 
     shelf: Shelf
     dense: list[Kept]
@@ -82,11 +79,8 @@ def through(operation: Operation, state: State, device: torch.device) -> State:
 
 
 def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
-    """n calibration images as slices: mini-batches of at most ``batch_size``, and last the held-out batch.
-
-    Batches are of equal size but for one image. No more than ``batch_size`` images judge. A single image serves as
-    both batch and judge.
-    """
+    """n images as slices: mini-batches of equal size but for one image, and last the held-out batch; each of at most
+    ``batch_size``. A single image serves as both batch and judge."""
     judges = min(max(1, round(held_out * n)), max(n - 1, 1), batch_size)
     learners = max(n - judges, 1)
     count = -(-learners // batch_size)
@@ -109,11 +103,8 @@ def holding(chain: Chain, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batches:
-    """The objectives of one layer, each made when its turn comes and freed after.
-
-    ``dense``: weights that stand in for the model's own where targets are computed. ``order``: of steps, and the batch
-    of each.
-    """
+    """The objectives of one layer, each made when its turn comes and freed after. ``dense`` stand in for the model's
+    own weights where targets are computed; ``order`` is of steps, with the batch of each."""
 
     segment: Segment
     dense: Mapping[str, Tensor]

@@ -13,16 +13,13 @@ BINS = 20_000
 
 
 def spend(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """Dynamic programming over the layers (a multiple-choice knapsack): exact, but that costs are rounded up to
-    1/:data:`BINS` of what can be chosen about, where that is more than 1. The budget is never exceeded.
+    """The number of each layer's candidate, by dynamic programming (a multiple-choice knapsack): exact, but that costs
+    are rounded up to 1/:data:`BINS` of what can be chosen about, where that is more than 1. The budget is never
+    exceeded.
 
     Args:
         losses: of every layer, the loss of each of its candidates; infinite ones are taken only if they must be.
-        costs: of every layer, what each of its candidates keeps.
-        budget: what all layers together may keep.
-
-    Returns:
-        The number of each layer's candidate.
+        costs: of every layer, what each of its candidates keeps, in the budget's unit.
 
     Raises:
         ConfigError: the cheapest candidates together cost more than the budget.

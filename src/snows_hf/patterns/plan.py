@@ -11,10 +11,8 @@ from .pattern import NM, Pattern, Unstructured, parse_candidates, parse_pattern
 DENSITIES = (0.25, 0.5, 1.0, 1.5, 2.5)
 """Candidates around an unstructured sparsity, as multiples of the share of weights that it keeps."""
 
-
 MOST_KEPT = 0.95
 """The share that the last candidate keeps; beyond it there is only dense."""
-
 
 Candidate = NM | Unstructured | None
 

@@ -83,11 +83,10 @@ def on_k_step_loss(evidence: Evidence, probes: int = PROBES) -> Diagonal:
 
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""θ, g, H (m,) → scores (m,)."""
 
 
 def scored(diagonal: Callable[[Evidence], Diagonal], formula: Formula, evidence: Evidence) -> Choice:
-    """The masks by a formula, and how far off the diagonal in it may be."""
+    """The masks by a formula, θ, g, H (m,) → scores (m,), and how far off the diagonal in it may be."""
     g, H, variance = diagonal(evidence)
     scores = evidence.everything.scatter(formula(evidence.theta(), g, H))
     error = float(variance.sum().sqrt() / H.norm().clamp_min(1e-30))

@@ -71,12 +71,7 @@ def obc(evidence: Evidence) -> Choice:
 
 
 def nm_kept(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
-    """The weights (bool, as W) that each row keeps once M − N of every M have gone.
-
-    Args:
-        W: (rows, d), input channels innermost.
-        H: (groups, d, d).
-    """
+    """The weights (bool, as W) that each row keeps once M − N of every M have gone; W has input channels innermost."""
     steps = W.shape[1] // pattern.m * (pattern.m - pattern.n)
     order = torch.cat([order for order, _ in removals(W, H, steps, pattern)])
     return torch.ones_like(W, dtype=torch.bool).scatter_(1, order, False)
@@ -159,10 +154,8 @@ def refit(W: Tensor, H: Tensor, kept: Tensor) -> Tensor:
     """The kept weights (rows, d) that minimise ½ ΔᵀHΔ: where the updates of ExactOBS lead, in one solve a row."""
     (columns, valid), owner = support(kept), owners(W, H)
     right = (W.unflatten(0, (len(H), -1)) @ H).flatten(0, 1).gather(1, columns) * valid
-    solved = [
-        torch.cholesky_solve(
-            right[some, :, None], torch.linalg.cholesky(system(H, owner[some], columns[some], valid[some]))
-        )
-        for some in chunks(len(columns), columns.shape[1], W.device)
-    ]
+    solved = []
+    for some in chunks(len(columns), columns.shape[1], W.device):
+        factor = torch.linalg.cholesky(system(H, owner[some], columns[some], valid[some]))
+        solved.append(torch.cholesky_solve(right[some, :, None], factor))
     return torch.zeros_like(W).scatter_(1, columns, torch.cat(solved)[..., 0])

@@ -42,11 +42,7 @@ def swap(evidence: Evidence) -> Choice:
 def refined(W: Tensor, H: Tensor, kept: Tensor, width: int) -> Tensor:
     """Kept weights (bool, as W) after swaps: as many in every group of ``width`` columns, and no row's error larger.
 
-    Args:
-        W: (rows, d), input channels innermost.
-        H: X Xᵀ + damping, (d, d).
-        kept: (rows, d), to begin with.
-        width: columns of a group.
+    W and ``kept`` are (rows, d), input channels innermost, and H = X Xᵀ + damping (d, d).
     """
     kept, q = kept.clone(), W @ H
     moving = torch.arange(len(W), device=W.device)
