@@ -15,6 +15,7 @@ import timm
 import torch
 from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import tqdm
 from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -28,6 +29,7 @@ from ..data.names import Name, local_folder, model_folder
 from ..errors import LoadError, NumericsError, SnowsError, one_line, shortened
 from ..runtime.files import checksum
 from ..runtime.remote import hub_errors
+from ..runtime.run import Run
 from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, opened, read_packed
 
@@ -60,8 +62,27 @@ class Checkpoint:
     class_names: tuple[str, ...] | None
 
 
-def find_folder(source: Name, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional).
+def bar_for(run: Run, name: str) -> type[tqdm]:
+    """A bar for the Hub's client that shows nothing, and tells ``run`` how much of a download has come."""
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"disable": True})
+            # There are others: of files, and of what goes over the network, which may be less.
+            self.told = options.get("unit") == "B" and options.get("desc", "").startswith("Reconstructing")
+
+        def update(self, n: float | None = 1) -> None:
+            with self.get_lock():  # one call for each piece, from several threads
+                self.n += n or 0
+                if self.told and (total := round((self.total or 0) / 1e6)):
+                    run.tell(f"Downloading {name}, MB", self.n / 1e6, total)
+
+    return Bar
+
+
+def find_folder(source: Name, revision: str | None = None, run: Run | None = None) -> Path:
+    """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional),
+    of whose download ``run`` is told.
 
     Raises:
         LoadError: neither exists, the Hub refuses, or the repository holds no checkpoint.
@@ -72,7 +93,8 @@ def find_folder(source: Name, revision: str | None = None) -> Path:
     name = fspath(source).removeprefix("hf-hub:")
     with hub_errors(LoadError, "model", name, revision):
         # A checkpoint is at the root: below are states of a training, other formats, other models.
-        at_root = partial(snapshot_download, name, ignore_patterns=["*/*"])
+        bar = None if run is None else bar_for(run, name)
+        at_root = partial(snapshot_download, name, ignore_patterns=["*/*"], tqdm_class=bar)
         folder = Path(at_root(revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         # Wanted, and no reason to fail: an older snapshot in the cache may not have them.
         with suppress(LocalEntryNotFoundError):
@@ -213,20 +235,21 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
         raise LoadError(f"{what}: {type(error).__name__}: {one_line(error)}", remedy) from error
 
 
-def load(source: Name, revision: str | None = None, trial: bool = True) -> Checkpoint:
+def load(source: Name, revision: str | None = None, trial: bool = True, run: Run | None = None) -> Checkpoint:
     """Loads a classifier and its preprocessing.
 
     Args:
         source: Hub id or folder; ``hf-hub:`` and ``local-dir:`` say which, as in timm.
         revision: branch, tag or commit on the Hub.
         trial: classify a blank image, too: for jobs, whose faults are better known before any work.
+        run: told how much of a download has come; without one the Hub's client shows bars of its own.
 
     Raises:
         LoadError: not found, not safetensors, corrupt, not an image classifier, or its preprocessing does not fit.
         NumericsError: a weight, or an image that was prepared, is NaN or infinite.
     """
     source = fspath(source)
-    folder = find_folder(source, revision)
+    folder = find_folder(source, revision, run)
     config = read_config(folder)
     library = library_of(config, folder)
     if local_folder(source) is None:
