@@ -34,9 +34,6 @@ from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, opened, read_packed
 
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
 @dataclass
 class Checkpoint:
     """A loaded classifier.
@@ -106,13 +103,11 @@ def find_folder(source: Name, revision: str | None = None, run: Run | None = Non
 
 
 def check_download(name: str, snapshot: Path) -> None:
-    """Compares what the cache holds with the checksums that it came with, which the Hub's client leaves undone.
-
-    The cache names each file by its ETag: the SHA-256 of a large file, else git's SHA-1. A file that fails is removed
-    from the cache, so that the next run downloads it again.
+    """Compares what the cache holds with the checksums that it came with, which the Hub's client leaves undone: it
+    names each file by its ETag, the SHA-256 of a large file, else git's SHA-1.
 
     Raises:
-        LoadError: a file is not what the Hub has.
+        LoadError: a file is not what the Hub has; it is removed from the cache, to be downloaded again.
     """
     for path in sorted(snapshot.iterdir()):
         blob = path.resolve()
@@ -149,11 +144,7 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint's config.json.
-
-    Raises:
-        LoadError: missing or no JSON object.
-    """
+    """The contents of a checkpoint's config.json: see :func:`read_json`."""
     return read_json(folder / "config.json", "Expected a transformers or timm checkpoint.")
 
 
@@ -206,7 +197,9 @@ def check_weights(folder: Path) -> None:
             raise LoadError(f"{folder} holds {PACKED_FILE} and model.safetensors.", "Remove one of them.")
         check_packed(folder / PACKED_FILE)
     if not files:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        )
         if pickles:
             raise LoadError(
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read.",
@@ -220,13 +213,8 @@ def check_weights(folder: Path) -> None:
 
 @contextmanager
 def library_errors(what: str, remedy: str = "") -> Iterator[None]:
-    """Turns whatever a library raises within the block into one message.
-
-    Any exception: a configuration can make them divide by zero, or look for a package that is not there.
-
-    Raises:
-        LoadError: instead.
-    """
+    """Turns whatever a library raises within the block into a :class:`LoadError`: a configuration can make them divide
+    by zero, or look for a package that is not there."""
     try:
         yield
     except SnowsError:
@@ -240,7 +228,6 @@ def load(source: Name, revision: str | None = None, trial: bool = True, run: Run
 
     Args:
         source: Hub id or folder; ``hf-hub:`` and ``local-dir:`` say which, as in timm.
-        revision: branch, tag or commit on the Hub.
         trial: classify a blank image, too: for jobs, whose faults are better known before any work.
         run: told how much of a download has come; without one the Hub's client shows bars of its own.
 
@@ -257,8 +244,7 @@ def load(source: Name, revision: str | None = None, trial: bool = True, run: Run
     check_weights(folder)
     if (folder / PACKED_FILE).is_file():
         config.pop("quantization_config", None)
-    load_one = _load_timm if library == "timm" else _load_transformers
-    checkpoint = load_one(source, folder, config)
+    checkpoint = (_load_timm if library == "timm" else _load_transformers)(source, folder, config)
     for name, tensor in checkpoint.model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NumericsError(
@@ -311,10 +297,7 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
 
 
 def check_complete(source: str, model: nn.Module, lacking: Sequence[str], of_what: str = "") -> None:
-    """
-    Raises:
-        LoadError: a weight is lacking.
-    """
+    """Refuses, with a :class:`LoadError`, a model that ``lacking`` weights of its own were not found for."""
     if lacking:
         raise LoadError(
             f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)}"
@@ -374,16 +357,11 @@ def lacking_weights(model: Any, folder: Path, stored: dict[str, torch.Tensor]) -
     heads = model.pretrained_cfg.get("classifier") or ()
     lacking = [f"{head}.weight" for head in ((heads,) if isinstance(heads, str) else heads)]
     lacking = [name for name in lacking if name not in state] or ([] if model.num_classes else ["a classifier"])
-    changed = [
-        name
-        for name, tensor in state.items()
-        if tensor.is_floating_point()
-        and not (
-            name in stored
-            and stored[name].shape == tensor.shape
-            and torch.equal(stored[name].to(tensor.dtype), tensor)
-        )
-    ]
+
+    def is_stored(name: str) -> bool:  # torch.equal is false of other shapes
+        return name in stored and torch.equal(stored[name].to(state[name].dtype), state[name])
+
+    changed = [name for name, tensor in state.items() if tensor.is_floating_point() and not is_stored(name)]
     if changed:
         # timm reads other projects' layouts, too, and renames, splits or resizes what it finds there. What comes of a
         # file is NaN if that file holds nothing else.

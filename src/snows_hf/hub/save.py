@@ -94,8 +94,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     Raises:
         LoadError: there is none, or it is not what ``prune`` writes.
     """
-    report = find_report(folder)
-    if report is None:
+    if (report := find_report(folder)) is None:
         raise LoadError(
             f"{folder} has no {REPORT_FILE}.", "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
         )
@@ -119,8 +118,8 @@ def find_report(folder: Path) -> dict[str, Any] | None:
         return None
     report = read_json(path, finite=True)
     maker = maker_of(report)
-    keys = [key for key, kind in REPORTS[maker].items() if not is_a(report.get(key), kind)]
-    wrong = [f"its {key!r} is {report.get(key)!r:.60}" for key in keys]
+    found = ((key, report.get(key), kind) for key, kind in REPORTS[maker].items())
+    wrong = [f"its {key!r} is {value!r:.60}" for key, value, kind in found if not is_a(value, kind)]
     earlier = report.get("earlier_finetunes", [])
     if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
         wrong.append("its 'earlier_finetunes' are no list of retrainings")

@@ -96,7 +96,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def check_file(output: Path, suffix: str) -> None:
-    """Refuses, before any work is done, a single file that could not be written.
+    """Refuses, before any work is done, a file that could not be written.
 
     Raises:
         ConfigError: its name does not end in ``suffix``.
