@@ -30,8 +30,7 @@ Preprocess = Callable[[Sequence[Any]], Tensor]
 
 T = TypeVar("T")
 
-CHUNK = 64
-"""Images that are decoded and preprocessed together, if nobody asks for another number."""
+CHUNK = 64  # images that are decoded and preprocessed together, if nobody asks for another number
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,8 @@ def describe_rows(name: str, split: str, rows: Any, homes: tuple[str, ...] = ())
 def check_labels(source: ImageSource, what: str) -> None:
     """Refuses, with a :class:`DataError`, a split without labels, which ``what`` needs."""
     if source.label_column is None:
-        raise DataError(
-            f"Data {source.name} ({source.split}) has no labels, which {what} needs.",
-            "Expected one folder per class, or a column 'label'.",
-        )
+        fault = f"Data {source.name} ({source.split}) has no labels, which {what} needs."
+        raise DataError(fault, "Expected one folder per class, or a column 'label'.")
 
 
 def drawn(source: ImageSource, samples: int | None, seed: int) -> ImageSource:
@@ -285,11 +282,8 @@ def _decode(row: dict[str, Any], source: ImageSource, position: int) -> PIL.Imag
         grey = image.point(lambda v: v / 257, "L") if image.mode.startswith("I;16") else image
         return grey.convert("RGB")
     except (HTTPError, OSError, ValueError, SyntaxError, TypeError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(
-            f"Image {path or f'number {position}'} of {source.name} ({source.split}) cannot be read: "
-            f"{one_line(error)}",
-            "Remove or replace it.",
-        ) from error
+        what = f"Image {path or f'number {position}'} of {source.name} ({source.split})"
+        raise DataError(f"{what} cannot be read: {one_line(error)}", "Remove or replace it.") from error
 
 
 def label_map(
@@ -319,7 +313,7 @@ def label_map(
         # A name that stands for two classes (ImageNet has two cranes) decides nothing.
         count = Counter(names)
         index = {name: i for i, name in enumerate(names) if count[name] == 1}
-        if all(name in index for name in wanted):
+        if index.keys() >= {*wanted}:
             return torch.tensor([index[name] for name in wanted])
         elsewhere |= any(index.get(name, i) != i for i, name in enumerate(wanted))
     if len(data_names) == num_classes and not elsewhere:

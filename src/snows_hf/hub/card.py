@@ -59,18 +59,14 @@ def results_of(accuracy: dict[str, Any] | None, data: dict[str, Any]) -> list[Ev
     """What the Hub shows of an accuracy on ``data``; None where it was not measured."""
     if not accuracy:
         return None
+    name, split, revision = data["name"], data["split"], data["revision"]
+    place = {"dataset_type": name, "dataset_name": name, "dataset_split": split, "dataset_revision": revision}
     return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=data["name"],
-            dataset_name=data["name"],
-            dataset_split=data["split"],
-            dataset_revision=data["revision"],
-            metric_type="accuracy",
-            metric_name=metric,
-            metric_value=round(accuracy[key], 4),
+        EvalResult("image-classification", metric_type="accuracy", metric_name=metric, metric_value=value, **place)
+        for metric, value in (
+            ("top-1 accuracy (%)", round(accuracy["top1"], 4)),
+            ("top-5 accuracy (%)", round(accuracy["top5"], 4)),
         )
-        for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5"))
     ]
 
 

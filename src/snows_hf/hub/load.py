@@ -123,11 +123,8 @@ def check_download(name: str, snapshot: Path) -> None:
 
 
 def check_whole(source: str, revision: str | None, snapshot: Path, library: str) -> None:
-    """Asks the Hub where a snapshot lacks a file: without a connection the cache has given all that it holds.
-
-    Raises:
-        LoadError: the Hub does not answer.
-    """
+    """Asks the Hub, which must answer, where a snapshot lacks a file: without a connection the cache has given all
+    that it holds."""
     wanted = ["*.safetensors", *(["preprocessor_config.json"] if library == "transformers" else [])]
     if not all(any(snapshot.glob(pattern)) for pattern in wanted):
         name = source.removeprefix("hf-hub:")
@@ -144,7 +141,7 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint's config.json: see :func:`read_json`."""
+    """A checkpoint's config.json: see :func:`read_json`."""
     return read_json(folder / "config.json", "Expected a transformers or timm checkpoint.")
 
 
@@ -201,10 +198,9 @@ def check_weights(folder: Path) -> None:
             path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
         )
         if pickles:
-            raise LoadError(
-                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read.",
-                "Convert it to safetensors first: load it where you trust it, and `save_pretrained`.",
-            )
+            fault = f"holds its weights as a pickle ({pickles[0]}), which can run any code when it is read."
+            remedy = "Convert it to safetensors first: load it where you trust it, and `save_pretrained`."
+            raise LoadError(f"{folder} {fault}", remedy)
         raise LoadError(f"{folder} has no *.safetensors file.", "Pickles (.bin, .pth) are never read.")
     for path in files:
         with opened(path):
@@ -247,9 +243,8 @@ def load(source: Name, revision: str | None = None, trial: bool = True, run: Run
     checkpoint = (_load_timm if library == "timm" else _load_transformers)(source, folder, config)
     for name, tensor in checkpoint.model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NumericsError(
-                f"Weight {name} of {source} holds NaN or infinite values.", "The checkpoint is damaged."
-            )
+            fault = f"Weight {name} of {source} holds NaN or infinite values."
+            raise NumericsError(fault, "The checkpoint is damaged.")
     return tried(checkpoint) if trial else checkpoint
 
 
@@ -272,10 +267,8 @@ def tried(checkpoint: Checkpoint) -> Checkpoint:
     ):
         pixels = checkpoint.preprocess([PIL.Image.new("RGB", (224, 224))])
         if not torch.isfinite(pixels).all():
-            raise NumericsError(
-                f"{checkpoint.source} prepares images to values that are NaN or infinite.",
-                "Look at the standard deviations in its configuration.",
-            )
+            fault = f"{checkpoint.source} prepares images to values that are NaN or infinite."
+            raise NumericsError(fault, "Look at the standard deviations in its configuration.")
         # Where images are not resized, only the user's have the size that the model takes.
         if getattr(checkpoint.processor, "do_resize", True):
             checkpoint.model(pixels.to(next(checkpoint.model.parameters()).dtype))
@@ -299,11 +292,9 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
 def check_complete(source: str, model: nn.Module, lacking: Sequence[str], of_what: str = "") -> None:
     """Refuses, with a :class:`LoadError`, a model that ``lacking`` weights of its own were not found for."""
     if lacking:
-        raise LoadError(
-            f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)}"
-            f"{of_what}.",
-            "Expected a checkpoint with a trained classification head, and the config.json that belongs to it.",
-        )
+        fault = f"lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)}"
+        remedy = "Expected a checkpoint with a trained classification head, and the config.json that belongs to it."
+        raise LoadError(f"{source} {fault}{of_what}.", remedy)
 
 
 def of_transformers(source: str, folder: Path, config: dict[str, Any], model: Any) -> Checkpoint:

@@ -177,10 +177,8 @@ def _parts_of(path: Path, file: Any) -> tuple[dict[str, dict[str, str]], dict[st
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         version, metadata, sound = None, None, False
     if version != _VERSION or not sound:
-        raise LoadError(
-            f"{path} is not a packed file of version {_VERSION}.",
-            "A newer snows-hf may read it, if it is not damaged.",
-        )
+        fault = f"{path} is not a packed file of version {_VERSION}."
+        raise LoadError(fault, "A newer snows-hf may read it, if it is not damaged.")
     tensors: dict[str, dict[str, str]] = {}
     for key in file.keys():  # noqa: SIM118  no mapping
         suffix = next(filter(key.endswith, SUFFIXES), "")

@@ -153,10 +153,8 @@ def _copy(source: Path, folder: Path, weights: set[str], card: Callable[[str], s
 def check_own(path: Path, folder: Path) -> None:
     """Refuses, with a :class:`LoadError`, to copy what a link puts into a checkpoint's folder from elsewhere."""
     if leads_out(path, folder):
-        raise LoadError(
-            f"{path} is a link to {path.resolve()}, which is no part of the checkpoint, and is not copied.",
-            "Put the file itself in its place, or remove it.",
-        )
+        fault = f"{path} is a link to {path.resolve()}, which is no part of the checkpoint, and is not copied."
+        raise LoadError(fault, "Put the file itself in its place, or remove it.")
 
 
 def _read_text(path: Path) -> str:

@@ -95,15 +95,12 @@ def read_report(folder: Path) -> dict[str, Any]:
         LoadError: there is none, or it is not what ``prune`` writes.
     """
     if (report := find_report(folder)) is None:
-        raise LoadError(
-            f"{folder} has no {REPORT_FILE}.", "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
-        )
+        remedy = "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
+        raise LoadError(f"{folder} has no {REPORT_FILE}.", remedy)
     if (maker := maker_of(report)) != "prune":
         of = " of a model without a report" if maker == "finetune" else ""
-        raise LoadError(
-            f"{folder} is what `snows-hf {maker}` wrote{of}; expected what `snows-hf prune` writes.",
-            "`snows-hf eval` and `snows-hf inspect` read it.",
-        )
+        fault = f"{folder} is what `snows-hf {maker}` wrote{of}; expected what `snows-hf prune` writes."
+        raise LoadError(fault, "`snows-hf eval` and `snows-hf inspect` read it.")
     return report
 
 
@@ -124,10 +121,8 @@ def find_report(folder: Path) -> dict[str, Any] | None:
     if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
         wrong.append("its 'earlier_finetunes' are no list of retrainings")
     if wrong:
-        raise LoadError(
-            f"{path} is not a report that this version of `snows-hf {maker}` writes: {wrong[0]}.",
-            f"{maker.capitalize()} again.",
-        )
+        fault = f"{path} is not a report that this version of `snows-hf {maker}` writes: {wrong[0]}."
+        raise LoadError(fault, f"{maker.capitalize()} again.")
     return report
 
 
