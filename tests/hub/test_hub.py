@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 import pytest
+import timm
 from embedded import DIGITS, NO_HUB, VIT, copy_of
 from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
@@ -33,6 +34,14 @@ from importlib import import_module
 from snows_hf.cli import main
 import_module("snows_hf.jobs.report").HTML_FILE = "missing/report.html"  # a place that cannot be written
 main()
+"""
+TOLD = """
+import json
+from snows_hf.jobs.subject import load_told
+from snows_hf.runtime.run import Run
+told = []
+load_told(Run(on_progress=lambda where: told.append((where.stage, where.done, where.total))), "me/large")
+print(json.dumps(told))
 """
 LICENCE = "---\nlicense: other\nlicense_name: digits-licence\nlicense_link: LICENSE\n---\n# A model\n"
 
@@ -418,6 +427,19 @@ def interrupted_download(hub: Hub, machine: Machine, model: Path) -> None:
         hub.fail("GET", "me/vit/resolve/.*safetensors", passing, times=1)
     machine("inspect", "me/vit").succeeds()
     assert len([r for r in hub.requests if r.startswith("GET") and r.endswith("safetensors")]) == 3
+
+
+@scenario
+def downloads_are_told_as_they_come(hub: Hub, machine: Machine, model: Path) -> None:
+    large = machine.place / "large"
+    timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224"), str(large), safe_serialization=True)
+    hub.add("models", "me/large", large)
+    told = json.loads(machine.python("-c", TOLD).succeeds().out)
+    assert {(stage, total) for stage, _, total in told} == {("Downloading me/large, MB", 23)}
+    done = [done for _, done, _ in told]
+    assert len(done) >= 3 and done == sorted(done)  # the client reads 10 MB at a time
+    size = sum(path.stat().st_size for path in large.glob("*.[sj]*"))
+    assert done[-1] == pytest.approx(size / 1e6) and round(done[-1]) == 23
 
 
 @scenario

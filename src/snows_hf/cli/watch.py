@@ -59,7 +59,8 @@ class Watch:
             self.bar.reset(self.task, total=where.total)
         self.where = where
         over = where.total is not None and where.done >= where.total
-        self.bar.update(self.task, description=escape(self._name(where)), completed=where.done, visible=not over)
+        name = escape(self._name(where))
+        self.bar.update(self.task, total=where.total, description=name, completed=where.done, visible=not over)
 
     def _tick(self) -> None:
         while not self.over.wait(self.spoke + self.interval - time.monotonic()):

@@ -46,11 +46,10 @@ def accuracy_of(
         DataError: no labels, labels that do not match the model's classes, or no image.
         MemoryLimitError: a single image is too much.
     """
-    training = model.training
-    parameter = next(model.parameters())
+    training, parameter = model.training, next(model.parameters())
     classes: Tensor | None = None
     top1 = top5 = images = 0
-    confusion: Counter[str] = Counter()
+    confusion = Counter[str]()
 
     def classify(state: Tensors) -> Tensors:
         return (logits_of(model, state[0].to(parameter.device, parameter.dtype)),)
@@ -66,8 +65,7 @@ def accuracy_of(
             ranked = logits.float().topk(min(5, logits.shape[1])).indices.cpu()
             wanted = to_classes(labels, classes, source)
             hits = ranked == wanted[:, None]
-            pairs = zip(wanted.tolist(), ranked[:, 0].tolist(), strict=True)
-            confusion.update(f"{true} {predicted}" for true, predicted in pairs)
+            confusion.update(map("{} {}".format, wanted.tolist(), ranked[:, 0].tolist()))
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.any(1).sum())
             images += len(labels)

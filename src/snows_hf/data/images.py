@@ -30,12 +30,7 @@ Preprocess = Callable[[Sequence[Any]], Tensor]
 
 T = TypeVar("T")
 
-STREAMS = 128
-"""Places in a streamed dataset (row groups of its files) that images are drawn from at a time, for it may be in the
-order of its classes; local data are shuffled whole."""
-
-CHUNK = 64
-"""Images that are decoded and preprocessed together, if nobody asks for another number."""
+CHUNK = 64  # images that are decoded and preprocessed together, if nobody asks for another number
 
 
 @dataclass(frozen=True)
@@ -44,11 +39,8 @@ class ImageSource:
 
     Attributes:
         name: as the user wrote it.
-        split: name of the split.
         rows: a datasets ``Dataset`` or ``IterableDataset`` whose image column is not decoded yet.
-        image_column: name of the image column.
-        label_column: name of the label column, or None.
-        class_names: names of the data's classes by label, or None where the data does not say.
+        class_names: of the data, by label; None where it does not say.
         homes: folders, or repositories as ``hf://datasets/USER/NAME``, that hold the data's own files: a row without
             bytes may name one of these, and nothing else.
         numbers: of the rows in the whole split, for messages, where images have been drawn.
@@ -99,9 +91,8 @@ def _load_folder(name: str, folder: Path) -> Any:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         empty = isinstance(error, datasets.exceptions.DataFilesNotFoundError | FileNotFoundError)
         fault = "holds no images." if empty else f"cannot be read as a dataset: {one_line(error)}"
-        raise DataError(
-            f"Data folder {name} {fault}", "Expected image files in one folder per class, or parquet."
-        ) from error
+        remedy = "Expected image files in one folder per class, or parquet."
+        raise DataError(f"Data folder {name} {fault}", remedy) from error
 
 
 def _load_from_hub(name: str, revision: str | None) -> Any:
@@ -140,8 +131,7 @@ def describe_rows(name: str, split: str, rows: Any, homes: tuple[str, ...] = ())
     if image is None:
         raise DataError(f"Data {name} ({split}) has no image column; its columns are {', '.join(features)}.")
     labels = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
-    if not labels:
-        labels = [c for c in ("label", "labels") if isinstance(features.get(c), Value)]
+    labels = labels or [column for column in ("label", "labels") if isinstance(features.get(column), Value)]
     # Data sets with coarse and fine classes: the finer ones are what classifiers are trained on.
     label = max(labels, key=lambda column: getattr(features[column], "num_classes", 0), default=None)
     names = tuple(features[label].names) if label and isinstance(features[label], ClassLabel) else None
@@ -151,23 +141,17 @@ def describe_rows(name: str, split: str, rows: Any, homes: tuple[str, ...] = ())
 
 
 def check_labels(source: ImageSource, what: str) -> None:
-    """Makes sure that a split has labels, for ``what`` needs them.
-
-    Raises:
-        DataError: it has none.
-    """
+    """Refuses, with a :class:`DataError`, a split without labels, which ``what`` needs."""
     if source.label_column is None:
-        raise DataError(
-            f"Data {source.name} ({source.split}) has no labels, which {what} needs.",
-            "Expected one folder per class, or a column 'label'.",
-        )
+        fault = f"Data {source.name} ({source.split}) has no labels, which {what} needs."
+        raise DataError(fault, "Expected one folder per class, or a column 'label'.")
 
 
 def drawn(source: ImageSource, samples: int | None, seed: int) -> ImageSource:
     """The same split with ``samples`` of its images drawn at random, fewer where there are fewer, or all for None; of
-    a stream the first that come, from places all over it."""
+    a stream the first that come, from places all over it: 128 row groups at a time, for classes may come in order."""
     if source.size is None:
-        rows = source.rows.reshard().shuffle(seed=seed, buffer_size=1000, max_buffer_input_shards=STREAMS)
+        rows = source.rows.reshard().shuffle(seed=seed, buffer_size=1000, max_buffer_input_shards=128)
         return replace(source, rows=rows.take(samples))
     order = torch.randperm(source.size, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     return replace(source, rows=source.rows.select(order), numbers=order)
@@ -211,10 +195,8 @@ def drawn_labelled(source: ImageSource, samples: int | None, seed: int) -> tuple
     """
     check_labels(source, "training")
     if source.size is None and samples is None:
-        raise DataError(
-            f"Data {source.name} ({source.split}) is streamed from the Hub.",
-            "Give --samples, the images to take of it.",
-        )
+        what = f"Data {source.name} ({source.split}) is streamed from the Hub."
+        raise DataError(what, "Give --samples, the images to take of it.")
     source = drawn(source, samples, seed)
     if source.size is None:
         taken = [_nameless(row, source) for rows in _batches(source, CHUNK) for _, row in rows]
@@ -257,12 +239,10 @@ def _empty(source: ImageSource) -> DataError:
 
 
 def _label(label: Any, source: ImageSource, position: int) -> int:
-    if not isinstance(label, int):
-        raise DataError(
-            f"Image number {position} of {source.name} ({source.split}) has the label {label!r}; expected the number "
-            "of a class."
-        )
-    return label
+    if isinstance(label, int):
+        return label
+    what = f"Image number {position} of {source.name} ({source.split})"
+    raise DataError(f"{what} has the label {label!r}; expected the number of a class.")
 
 
 def _nameless(row: dict[str, Any], source: ImageSource) -> dict[str, Any]:
@@ -278,19 +258,17 @@ def _is_own(path: str, homes: Sequence[str]) -> bool:
     followed, since only who made the folder can have put them there."""
     # A file in an archive: zip://IN_THE_ARCHIVE::ARCHIVE.
     *inner, place = path.split("::")
-    if not all(re.match("(zip|gzip|bz2|xz|lz4|zstd)://", part) for part in inner):
-        return False
-    for home in homes:
+
+    def is_in(home: str) -> bool:
         if home.startswith("hf://"):
-            if place.startswith((f"{home}@", f"{home}/")) and ".." not in place.split("/"):
-                return True
-        elif "://" not in place and Path(normpath(place)).is_relative_to(home):
-            return True
-    return False
+            return place.startswith((f"{home}@", f"{home}/")) and ".." not in place.split("/")
+        return "://" not in place and Path(normpath(place)).is_relative_to(home)
+
+    return all(re.match("(zip|gzip|bz2|xz|lz4|zstd)://", part) for part in inner) and any(map(is_in, homes))
 
 
 def _decode(row: dict[str, Any], source: ImageSource, position: int) -> PIL.Image.Image:
-    value = row[source.image_column] or {"path": None, "bytes": None}
+    value = row[source.image_column] or {}
     path, carried = value.get("path"), value.get("bytes")
     if carried is None and path is not None and not _is_own(path, source.homes):
         raise DataError(
@@ -304,11 +282,8 @@ def _decode(row: dict[str, Any], source: ImageSource, position: int) -> PIL.Imag
         grey = image.point(lambda v: v / 257, "L") if image.mode.startswith("I;16") else image
         return grey.convert("RGB")
     except (HTTPError, OSError, ValueError, SyntaxError, TypeError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(
-            f"Image {value.get('path') or f'number {position}'} of {source.name} ({source.split}) cannot be read: "
-            f"{one_line(error)}",
-            "Remove or replace it.",
-        ) from error
+        what = f"Image {path or f'number {position}'} of {source.name} ({source.split})"
+        raise DataError(f"{what} cannot be read: {one_line(error)}", "Remove or replace it.") from error
 
 
 def label_map(
@@ -338,7 +313,7 @@ def label_map(
         # A name that stands for two classes (ImageNet has two cranes) decides nothing.
         count = Counter(names)
         index = {name: i for i, name in enumerate(names) if count[name] == 1}
-        if all(name in index for name in wanted):
+        if index.keys() >= {*wanted}:
             return torch.tensor([index[name] for name in wanted])
         elsewhere |= any(index.get(name, i) != i for i, name in enumerate(wanted))
     if len(data_names) == num_classes and not elsewhere:
@@ -356,16 +331,10 @@ def label_map(
 
 
 def to_classes(labels: Tensor, classes: Tensor, source: ImageSource) -> Tensor:
-    """Labels of the data (n,) → the model's classes (n,), by a :func:`label_map`.
-
-    Raises:
-        DataError: a label that the map has not.
-    """
+    """Labels of the data (n,) → the model's classes (n,), by a :func:`label_map`; a :class:`DataError` for others."""
     if labels.min() < 0 or labels.max() >= len(classes):
-        raise DataError(
-            f"Data {source.name} ({source.split}): a label lies outside 0 … {len(classes) - 1}; "
-            "images without a label cannot be scored."
-        )
+        fault = f"a label lies outside 0 … {len(classes) - 1}; images without a label cannot be scored."
+        raise DataError(f"Data {source.name} ({source.split}): {fault}")
     return classes[labels]
 
 

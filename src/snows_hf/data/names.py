@@ -31,11 +31,7 @@ def local_folder(source: Name) -> Path | None:
 
 
 def model_folder(source: Name) -> Path | None:
-    """The folder that a model's name means; None for a repository on the Hub.
-
-    Raises:
-        LoadError: there is no such folder.
-    """
+    """What :func:`local_folder` gives; a :class:`LoadError` where there is no such folder."""
     local = local_folder(source)
     if local is not None and not local.is_dir():
         fault = "is a file" if local.exists() else "does not exist"
@@ -44,11 +40,7 @@ def model_folder(source: Name) -> Path | None:
 
 
 def data_folder(name: Name) -> Path | None:
-    """The folder that a data set's name means; None for one on the Hub.
-
-    Raises:
-        DataError: there is no such folder, and the name is no Hub data set's.
-    """
+    """The folder that a data set's name means; None for one on the Hub. A :class:`DataError` where it is neither."""
     name = fspath(name)
     local = Path(expanduser(name))
     if local.is_file():

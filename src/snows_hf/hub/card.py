@@ -16,15 +16,6 @@ from .save import maker_of, retrainings
 PLACEHOLDER = "THIS_FOLDER"
 """Stands in the card's snippets for where the checkpoint is; a push puts the repository's id in its place."""
 
-LICENCE_KEYS = ("license", "license_name", "license_link")
-LICENCE_LINK = re.compile(r"https?://[\w.~:/?#@%+=,;-]+|LICENSE[\w.-]*")
-
-LONGEST = 200
-"""Characters of one name or text of somebody else's, in a card."""
-
-BAR = 20
-"""Characters of a full bar in the table of layers."""
-
 
 def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> None:
     """Writes README.md: how the weights were made, what that cost, how to load them; from the report, as in
@@ -40,7 +31,6 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
     used = [made.get(key) for made in (report, *retrained) for key in ("calibration_data", "data", "eval_data")]
     pattern = report.get("pattern")
     kinds = ["pruning-at-initialization"] if maker == "train" else re.findall("^[0-9]+:[0-9]+$", pattern or "")
-    fields: dict[str, Any] = dict(licence)
     data = ModelCardData(
         model_name=report["name"],
         base_model=report["source"] if is_hub_id and maker != "train" else None,
@@ -49,10 +39,10 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         tags=["snows-hf", *(["sparse", "pruned", *kinds] if pattern else [])],
         datasets=sorted({each["name"] for each in used if each and "/" in each["name"]}) or None,
         eval_results=results_of(accuracy, measured["eval_data"]),
-        **fields,
+        **licence,
     )
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("snows_hf", "hub"))
-    text = environment.get_template("card_template.md" if maker == "prune" else "training_card_template.md").render(
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("snows_hf", "hub"))
+    text = templates.get_template("card_template.md" if maker == "prune" else "training_card_template.md").render(
         card_data=data.to_yaml(),
         report=report,
         retrainings=retrained,
@@ -69,22 +59,18 @@ def results_of(accuracy: dict[str, Any] | None, data: dict[str, Any]) -> list[Ev
     """What the Hub shows of an accuracy on ``data``; None where it was not measured."""
     if not accuracy:
         return None
+    name, split, revision = data["name"], data["split"], data["revision"]
+    place = {"dataset_type": name, "dataset_name": name, "dataset_split": split, "dataset_revision": revision}
     return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=data["name"],
-            dataset_name=data["name"],
-            dataset_split=data["split"],
-            dataset_revision=data["revision"],
-            metric_type="accuracy",
-            metric_name=metric,
-            metric_value=round(accuracy[key], 4),
+        EvalResult("image-classification", metric_type="accuracy", metric_name=metric, metric_value=value, **place)
+        for metric, value in (
+            ("top-1 accuracy (%)", round(accuracy["top1"], 4)),
+            ("top-5 accuracy (%)", round(accuracy["top5"], 4)),
         )
-        for metric, key in (("top-1 accuracy (%)", "top1"), ("top-5 accuracy (%)", "top5"))
     ]
 
 
-def licence_of(folder: Path) -> dict[str, str]:
+def licence_of(folder: Path) -> dict[str, Any]:
     """What the base model's card says of its licence, by the card's own keys, as plain text; empty where it says
     nothing. Of links only addresses on the web and names of LICENSE files are taken over."""
     path = folder / "README.md"
@@ -93,16 +79,17 @@ def licence_of(folder: Path) -> dict[str, str]:
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if own else {}
     except (OSError, ValueError, yaml.YAMLError):  # someone else's file, and only its licence is wanted
         return {}
-    said = {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
-    link = said.pop("license_link", "")
-    licence = {key: plain(text) for key, text in said.items() if plain(text)}
-    return licence | ({"license_link": link} if LICENCE_LINK.fullmatch(link) else {})
+    said = {key: plain(str(data.get(key) or "")) for key in ("license", "license_name")}
+    link = str(data.get("license_link"))
+    if re.fullmatch(r"https?://[\w.~:/?#@%+=,;-]+|LICENSE[\w.-]*", link):
+        said["license_link"] = link
+    return {key: text for key, text in said.items() if text}
 
 
 def plain(value: Any) -> Any:
-    """A report, or any part of it, whose texts are one line each and hold nothing that Markdown, HTML or YAML would
-    read as more than text: what others wrote (names of models, data, layers; a report that is retrained) stays that,
-    wherever a card puts it."""
+    """A report, or any part of it, whose texts are one line each, of at most 200 characters, and hold nothing that
+    Markdown, HTML or YAML would read as more than text: what others wrote (names of models, data, layers; a report
+    that is retrained) stays that, wherever a card puts it."""
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -113,12 +100,10 @@ def plain(value: Any) -> Any:
     # GitHub's Markdown makes links of bare addresses, too.
     text = re.sub(r"(?<=\w)@(?=\w)", " @ ", text.replace("://", ":/"))
     text = re.sub(r"\bwww\.", "www ", text, flags=re.IGNORECASE)
-    return text.strip(" -+=.:")[:LONGEST]
+    return text.strip(" -+=.:")[:200]
 
 
 def bar_of(layer: dict[str, Any]) -> str:
-    """The share of the error at the start that is left, as a bar."""
+    """The share of the error at the start that is left, as a bar of at most 20 characters."""
     before, after = layer["loss_start"], layer["loss_pruned"]
-    if not before or after is None:
-        return ""
-    return "█" * max(1, round(BAR * min(1.0, after / before)))
+    return "" if not before or after is None else "█" * max(1, round(20 * min(1.0, after / before)))

@@ -20,12 +20,9 @@ def create(source: Name, class_names: Sequence[str] | None, seed: int, revision:
     """A classifier with random weights, and its preprocessing; the weights of ``source`` are never read.
 
     Args:
-        source: a name that timm knows, such as ``resnet20_cifar``; or the Hub id or folder of a checkpoint, of which
-            only the configuration is used.
+        source: a name that timm knows, such as ``resnet20_cifar``; or the Hub id or folder of a checkpoint.
         class_names: of the data. An architecture by name gets one output for each; a configuration keeps its number of
             classes, and its names for them where the data have none or another number.
-        seed: of the weights.
-        revision: of ``source`` on the Hub.
 
     Raises:
         LoadError: neither, or the library cannot build it.
@@ -34,9 +31,10 @@ def create(source: Name, class_names: Sequence[str] | None, seed: int, revision:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if timm.is_model(source) and not Path(source).exists():
-            classes = {} if class_names is None else {"num_classes": len(class_names)}
-            labels = {} if class_names is None else {"label_names": list(class_names)}
-            return _timm(source, Path(source), labels, source, **classes)
+            if class_names is None:
+                return _timm(source, Path(source), {}, source)
+            labels = list(class_names)
+            return _timm(source, Path(source), {"label_names": labels}, source, num_classes=len(labels))
         if "/" not in source and not Path(expanduser(source)).exists():
             raise LoadError(
                 f"{source} is no architecture that timm knows, and no folder.",

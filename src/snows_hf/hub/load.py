@@ -15,6 +15,7 @@ import timm
 import torch
 from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import tqdm
 from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -28,11 +29,9 @@ from ..data.names import Name, local_folder, model_folder
 from ..errors import LoadError, NumericsError, SnowsError, one_line, shortened
 from ..runtime.files import checksum
 from ..runtime.remote import hub_errors
+from ..runtime.run import Run
 from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, opened, read_packed
-
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass
@@ -60,8 +59,27 @@ class Checkpoint:
     class_names: tuple[str, ...] | None
 
 
-def find_folder(source: Name, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional).
+def bar_for(run: Run, name: str) -> type[tqdm]:
+    """A bar for the Hub's client that shows nothing, and tells ``run`` how much of a download has come."""
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"disable": True})
+            # There are others: of files, and of what goes over the network, which may be less.
+            self.told = options.get("unit") == "B" and options.get("desc", "").startswith("Reconstructing")
+
+        def update(self, n: float | None = 1) -> None:
+            with self.get_lock():  # one call for each piece, from several threads
+                self.n += n or 0
+                if self.told and (total := round((self.total or 0) / 1e6)):
+                    run.tell(f"Downloading {name}, MB", self.n / 1e6, total)
+
+    return Bar
+
+
+def find_folder(source: Name, revision: str | None = None, run: Run | None = None) -> Path:
+    """The folder of a checkpoint: a local one (``local-dir:`` optional), else a Hub snapshot (``hf-hub:`` optional),
+    of whose download ``run`` is told.
 
     Raises:
         LoadError: neither exists, the Hub refuses, or the repository holds no checkpoint.
@@ -72,7 +90,8 @@ def find_folder(source: Name, revision: str | None = None) -> Path:
     name = fspath(source).removeprefix("hf-hub:")
     with hub_errors(LoadError, "model", name, revision):
         # A checkpoint is at the root: below are states of a training, other formats, other models.
-        at_root = partial(snapshot_download, name, ignore_patterns=["*/*"])
+        bar = None if run is None else bar_for(run, name)
+        at_root = partial(snapshot_download, name, ignore_patterns=["*/*"], tqdm_class=bar)
         folder = Path(at_root(revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         # Wanted, and no reason to fail: an older snapshot in the cache may not have them.
         with suppress(LocalEntryNotFoundError):
@@ -84,13 +103,11 @@ def find_folder(source: Name, revision: str | None = None) -> Path:
 
 
 def check_download(name: str, snapshot: Path) -> None:
-    """Compares what the cache holds with the checksums that it came with, which the Hub's client leaves undone.
-
-    The cache names each file by its ETag: the SHA-256 of a large file, else git's SHA-1. A file that fails is removed
-    from the cache, so that the next run downloads it again.
+    """Compares what the cache holds with the checksums that it came with, which the Hub's client leaves undone: it
+    names each file by its ETag, the SHA-256 of a large file, else git's SHA-1.
 
     Raises:
-        LoadError: a file is not what the Hub has.
+        LoadError: a file is not what the Hub has; it is removed from the cache, to be downloaded again.
     """
     for path in sorted(snapshot.iterdir()):
         blob = path.resolve()
@@ -106,11 +123,8 @@ def check_download(name: str, snapshot: Path) -> None:
 
 
 def check_whole(source: str, revision: str | None, snapshot: Path, library: str) -> None:
-    """Asks the Hub where a snapshot lacks a file: without a connection the cache has given all that it holds.
-
-    Raises:
-        LoadError: the Hub does not answer.
-    """
+    """Asks the Hub, which must answer, where a snapshot lacks a file: without a connection the cache has given all
+    that it holds."""
     wanted = ["*.safetensors", *(["preprocessor_config.json"] if library == "transformers" else [])]
     if not all(any(snapshot.glob(pattern)) for pattern in wanted):
         name = source.removeprefix("hf-hub:")
@@ -127,11 +141,7 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint's config.json.
-
-    Raises:
-        LoadError: missing or no JSON object.
-    """
+    """A checkpoint's config.json: see :func:`read_json`."""
     return read_json(folder / "config.json", "Expected a transformers or timm checkpoint.")
 
 
@@ -184,12 +194,13 @@ def check_weights(folder: Path) -> None:
             raise LoadError(f"{folder} holds {PACKED_FILE} and model.safetensors.", "Remove one of them.")
         check_packed(folder / PACKED_FILE)
     if not files:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        )
         if pickles:
-            raise LoadError(
-                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read.",
-                "Convert it to safetensors first: load it where you trust it, and `save_pretrained`.",
-            )
+            fault = f"holds its weights as a pickle ({pickles[0]}), which can run any code when it is read."
+            remedy = "Convert it to safetensors first: load it where you trust it, and `save_pretrained`."
+            raise LoadError(f"{folder} {fault}", remedy)
         raise LoadError(f"{folder} has no *.safetensors file.", "Pickles (.bin, .pth) are never read.")
     for path in files:
         with opened(path):
@@ -198,13 +209,8 @@ def check_weights(folder: Path) -> None:
 
 @contextmanager
 def library_errors(what: str, remedy: str = "") -> Iterator[None]:
-    """Turns whatever a library raises within the block into one message.
-
-    Any exception: a configuration can make them divide by zero, or look for a package that is not there.
-
-    Raises:
-        LoadError: instead.
-    """
+    """Turns whatever a library raises within the block into a :class:`LoadError`: a configuration can make them divide
+    by zero, or look for a package that is not there."""
     try:
         yield
     except SnowsError:
@@ -213,20 +219,20 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
         raise LoadError(f"{what}: {type(error).__name__}: {one_line(error)}", remedy) from error
 
 
-def load(source: Name, revision: str | None = None, trial: bool = True) -> Checkpoint:
+def load(source: Name, revision: str | None = None, trial: bool = True, run: Run | None = None) -> Checkpoint:
     """Loads a classifier and its preprocessing.
 
     Args:
         source: Hub id or folder; ``hf-hub:`` and ``local-dir:`` say which, as in timm.
-        revision: branch, tag or commit on the Hub.
         trial: classify a blank image, too: for jobs, whose faults are better known before any work.
+        run: told how much of a download has come; without one the Hub's client shows bars of its own.
 
     Raises:
         LoadError: not found, not safetensors, corrupt, not an image classifier, or its preprocessing does not fit.
         NumericsError: a weight, or an image that was prepared, is NaN or infinite.
     """
     source = fspath(source)
-    folder = find_folder(source, revision)
+    folder = find_folder(source, revision, run)
     config = read_config(folder)
     library = library_of(config, folder)
     if local_folder(source) is None:
@@ -234,13 +240,11 @@ def load(source: Name, revision: str | None = None, trial: bool = True) -> Check
     check_weights(folder)
     if (folder / PACKED_FILE).is_file():
         config.pop("quantization_config", None)
-    load_one = _load_timm if library == "timm" else _load_transformers
-    checkpoint = load_one(source, folder, config)
+    checkpoint = (_load_timm if library == "timm" else _load_transformers)(source, folder, config)
     for name, tensor in checkpoint.model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NumericsError(
-                f"Weight {name} of {source} holds NaN or infinite values.", "The checkpoint is damaged."
-            )
+            fault = f"Weight {name} of {source} holds NaN or infinite values."
+            raise NumericsError(fault, "The checkpoint is damaged.")
     return tried(checkpoint) if trial else checkpoint
 
 
@@ -263,10 +267,8 @@ def tried(checkpoint: Checkpoint) -> Checkpoint:
     ):
         pixels = checkpoint.preprocess([PIL.Image.new("RGB", (224, 224))])
         if not torch.isfinite(pixels).all():
-            raise NumericsError(
-                f"{checkpoint.source} prepares images to values that are NaN or infinite.",
-                "Look at the standard deviations in its configuration.",
-            )
+            fault = f"{checkpoint.source} prepares images to values that are NaN or infinite."
+            raise NumericsError(fault, "Look at the standard deviations in its configuration.")
         # Where images are not resized, only the user's have the size that the model takes.
         if getattr(checkpoint.processor, "do_resize", True):
             checkpoint.model(pixels.to(next(checkpoint.model.parameters()).dtype))
@@ -288,16 +290,11 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
 
 
 def check_complete(source: str, model: nn.Module, lacking: Sequence[str], of_what: str = "") -> None:
-    """
-    Raises:
-        LoadError: a weight is lacking.
-    """
+    """Refuses, with a :class:`LoadError`, a model that ``lacking`` weights of its own were not found for."""
     if lacking:
-        raise LoadError(
-            f"{source} lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)}"
-            f"{of_what}.",
-            "Expected a checkpoint with a trained classification head, and the config.json that belongs to it.",
-        )
+        fault = f"lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)}"
+        remedy = "Expected a checkpoint with a trained classification head, and the config.json that belongs to it."
+        raise LoadError(f"{source} {fault}{of_what}.", remedy)
 
 
 def of_transformers(source: str, folder: Path, config: dict[str, Any], model: Any) -> Checkpoint:
@@ -351,16 +348,11 @@ def lacking_weights(model: Any, folder: Path, stored: dict[str, torch.Tensor]) -
     heads = model.pretrained_cfg.get("classifier") or ()
     lacking = [f"{head}.weight" for head in ((heads,) if isinstance(heads, str) else heads)]
     lacking = [name for name in lacking if name not in state] or ([] if model.num_classes else ["a classifier"])
-    changed = [
-        name
-        for name, tensor in state.items()
-        if tensor.is_floating_point()
-        and not (
-            name in stored
-            and stored[name].shape == tensor.shape
-            and torch.equal(stored[name].to(tensor.dtype), tensor)
-        )
-    ]
+
+    def is_stored(name: str) -> bool:  # torch.equal is false of other shapes
+        return name in stored and torch.equal(stored[name].to(state[name].dtype), state[name])
+
+    changed = [name for name, tensor in state.items() if tensor.is_floating_point() and not is_stored(name)]
     if changed:
         # timm reads other projects' layouts, too, and renames, splits or resizes what it finds there. What comes of a
         # file is NaN if that file holds nothing else.

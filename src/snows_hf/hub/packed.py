@@ -52,7 +52,7 @@ _TRIPLES = np.concatenate([_CHOICES[np.arange(216) // 6**i % 6] for i in range(3
 
 
 def pack_tensor(tensor: Tensor) -> dict[str, Tensor] | None:
-    """The parts of a tensor of any shape by suffix; None where the parts would be no smaller than the tensor."""
+    """The parts of a tensor of any shape by suffix; None where these would be no smaller than the tensor."""
     if tensor.dtype not in _FLOATS or not 1 <= tensor.ndim <= _MAX_DIMENSIONS or tensor.numel() == 0:
         return None
     bits = tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.itemsize])
@@ -80,10 +80,8 @@ def _encode_2to4(kept: Tensor) -> Tensor | None:
 
 
 def check_parts(name: str, parts: Mapping[str, Tensor]) -> torch.Size:
-    """Makes sure that the parts belong together, before anything of the tensor's own size is allocated.
-
-    Returns:
-        The tensor's shape. Its elements number at most 12 a byte of the mask, whatever ``:shape`` claims.
+    """Makes sure that the parts belong together, before anything of the tensor's own size is allocated; the shape,
+    whose elements number at most 12 a byte of the mask, whatever ``:shape`` claims.
 
     Raises:
         LoadError: a part is missing, or has a type, a size or contents that cannot be.
@@ -105,10 +103,8 @@ def check_parts(name: str, parts: Mapping[str, Tensor]) -> torch.Size:
     expect(all(size > 0 for size in sizes), f"its shape {sizes} has a dimension below 1")
     numel = math.prod(sizes)  # of Python's integers: a product that lies overflows nothing
     per_byte = 12 if suffix == ":2to4" else 8
-    expect(
-        len(mask) == -(-numel // per_byte),
-        f"its mask has {len(mask)} bytes, and its shape {sizes} asks for {-(-numel // per_byte)}",
-    )
+    size = -(-numel // per_byte)
+    expect(len(mask) == size, f"its mask has {len(mask)} bytes, and its shape {sizes} asks for {size}")
     bytes_ = mask.cpu().numpy()
     rest = numel % per_byte
     if suffix == ":2to4":
@@ -181,13 +177,11 @@ def _parts_of(path: Path, file: Any) -> tuple[dict[str, dict[str, str]], dict[st
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         version, metadata, sound = None, None, False
     if version != _VERSION or not sound:
-        raise LoadError(
-            f"{path} is not a packed file of version {_VERSION}.",
-            "A newer snows-hf may read it, if it is not damaged.",
-        )
+        fault = f"{path} is not a packed file of version {_VERSION}."
+        raise LoadError(fault, "A newer snows-hf may read it, if it is not damaged.")
     tensors: dict[str, dict[str, str]] = {}
     for key in file.keys():  # noqa: SIM118  no mapping
-        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
+        suffix = next(filter(key.endswith, SUFFIXES), "")
         tensors.setdefault(key.removesuffix(suffix), {})[suffix] = key
     for name, parts in tensors.items():
         if "" in parts and len(parts) > 1:
@@ -196,10 +190,7 @@ def _parts_of(path: Path, file: Any) -> tuple[dict[str, dict[str, str]], dict[st
 
 
 def check_packed(path: Path) -> list[str]:
-    """Reads the header and the masks of a packed file, and makes sure that everything in it fits together.
-
-    Returns:
-        The names of the tensors that are packed.
+    """Makes sure that everything in a packed file fits together; names of the tensors that are packed.
 
     Raises:
         LoadError: missing, truncated, or not what it says.
@@ -215,7 +206,7 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Every tensor of a packed file in full, by name, and the metadata of the file they came from.
 
     Raises:
-        LoadError: missing, truncated, or not what it says.
+        LoadError: see :func:`check_packed`.
     """
     with opened(path) as file:
         tensors, metadata = _parts_of(path, file)

@@ -33,10 +33,8 @@ class Pushed:
     """A push that ended well.
 
     Attributes:
-        repository: id on the Hub.
-        url: its page.
+        url: the repository's page.
         revision: the commit.
-        files: what it wrote.
         left_out: what else lies in the folder, links out of it included.
         deleted: weights of an earlier push that it removed.
     """
@@ -50,16 +48,12 @@ class Pushed:
 
 
 def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
-    """Publishes a saved checkpoint. The folder is only read, so that a push that failed can be repeated.
+    """Publishes a saved checkpoint as ``USER/NAME``. The folder is only read, so that a push that failed can be
+    repeated.
 
     Only the checkpoint's own files go there, and no link to a file elsewhere. The repository is made where there is
-    none. Weights at its root that this push does not replace are deleted in the same commit, since a loader would read
-    them in place of the new ones.
-
-    Args:
-        folder: as ``snows-hf prune`` saves it.
-        repository: ``USER/NAME``.
-        private: make it private; a repository that exists and is public is refused.
+    none, and a public one is refused for a ``private`` push. Weights at its root that this push does not replace are
+    deleted in the same commit, since a loader would read them in place of the new ones.
 
     Raises:
         LoadError: the folder holds no checkpoint, lacks a file of its weights, or has it by a link to elsewhere.
@@ -71,11 +65,10 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
     needed = weight_files(folder) | {"config.json", "preprocessor_config.json"}
     for name in sorted(needed):  # without these it would be another checkpoint; other links are left out
         check_own(folder / name, folder)
-    wanted = PUSHED | needed
     info = check_push(repository, private)
     paths = sorted(folder.iterdir())
-    files = [path for path in paths if path.is_file() and (path.name in wanted or path.name.startswith("LICENSE"))]
-    files = [path for path in files if not leads_out(path, folder)]
+    wanted = [path for path in paths if path.name in PUSHED | needed or path.name.startswith("LICENSE")]
+    files = [path for path in wanted if path.is_file() and not leads_out(path, folder)]
     names = tuple(path.name for path in files)
     old = [file.rfilename for file in info.siblings or ()] if info is not None else []
     deleted = tuple(name for name in sorted(old) if OLD_WEIGHTS.fullmatch(name) and name not in names)
@@ -83,14 +76,10 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
     with hub_errors(SaveError, "model", repository, writing=True):
         if info is None:
             api.create_repo(repository, private=private or None, exist_ok=True)
-        commit = api.create_commit(
-            repository,
-            [
-                *(CommitOperationAdd(path.name, _content(path, repository)) for path in files),
-                *(CommitOperationDelete(name) for name in deleted),
-            ],
-            commit_message="Add a sparse model, pruned with snows-hf",
-        )
+        added = [CommitOperationAdd(path.name, _content(path, repository)) for path in files]
+        removed = [CommitOperationDelete(name) for name in deleted]
+        message = "Add a sparse model, pruned with snows-hf"
+        commit = api.create_commit(repository, [*added, *removed], commit_message=message)
     left_out = tuple(path.name for path in paths if path not in files)
     return Pushed(repository, f"{constants.ENDPOINT}/{repository}", commit.oid, names, left_out, deleted)
 

@@ -55,8 +55,8 @@ class PackedQuantizer(HfQuantizer):
         self.packed = [name for file in files for name in check_packed(file)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
-        converters = [conversion for conversion in weight_conversions if isinstance(conversion, WeightConverter)]
+        renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in weight_conversions if isinstance(each, WeightConverter)]
         for name in self.packed:
             renamed = apply_renamings(name, renamings)
             if any(converter.compiled_sources.search(renamed) for converter in converters):

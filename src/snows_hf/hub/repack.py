@@ -38,9 +38,7 @@ def pack(source: Name, output: str | Path, revision: str | None = None) -> dict[
     """Makes a packed copy of a checkpoint; everything but weights, config.json and card is copied as it is.
 
     Args:
-        source: Hub id or folder.
         output: folder for the copy, absent or empty.
-        revision: branch, tag or commit on the Hub.
 
     Returns:
         ``output``, and the bytes of weights ``bytes_before`` and ``bytes_after``.
@@ -153,16 +151,10 @@ def _copy(source: Path, folder: Path, weights: set[str], card: Callable[[str], s
 
 
 def check_own(path: Path, folder: Path) -> None:
-    """Refuses to copy what a link puts into a checkpoint's folder from elsewhere.
-
-    Raises:
-        LoadError: it is such a link.
-    """
+    """Refuses, with a :class:`LoadError`, to copy what a link puts into a checkpoint's folder from elsewhere."""
     if leads_out(path, folder):
-        raise LoadError(
-            f"{path} is a link to {path.resolve()}, which is no part of the checkpoint, and is not copied.",
-            "Put the file itself in its place, or remove it.",
-        )
+        fault = f"{path} is a link to {path.resolve()}, which is no part of the checkpoint, and is not copied."
+        raise LoadError(fault, "Put the file itself in its place, or remove it.")
 
 
 def _read_text(path: Path) -> str:

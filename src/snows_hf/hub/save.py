@@ -94,17 +94,13 @@ def read_report(folder: Path) -> dict[str, Any]:
     Raises:
         LoadError: there is none, or it is not what ``prune`` writes.
     """
-    report = find_report(folder)
-    if report is None:
-        raise LoadError(
-            f"{folder} has no {REPORT_FILE}.", "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
-        )
+    if (report := find_report(folder)) is None:
+        remedy = "Expected what `snows-hf prune` writes; --no-update gives a mask alone."
+        raise LoadError(f"{folder} has no {REPORT_FILE}.", remedy)
     if (maker := maker_of(report)) != "prune":
         of = " of a model without a report" if maker == "finetune" else ""
-        raise LoadError(
-            f"{folder} is what `snows-hf {maker}` wrote{of}; expected what `snows-hf prune` writes.",
-            "`snows-hf eval` and `snows-hf inspect` read it.",
-        )
+        fault = f"{folder} is what `snows-hf {maker}` wrote{of}; expected what `snows-hf prune` writes."
+        raise LoadError(fault, "`snows-hf eval` and `snows-hf inspect` read it.")
     return report
 
 
@@ -119,16 +115,14 @@ def find_report(folder: Path) -> dict[str, Any] | None:
         return None
     report = read_json(path, finite=True)
     maker = maker_of(report)
-    keys = [key for key, kind in REPORTS[maker].items() if not is_a(report.get(key), kind)]
-    wrong = [f"its {key!r} is {report.get(key)!r:.60}" for key in keys]
+    found = ((key, report.get(key), kind) for key, kind in REPORTS[maker].items())
+    wrong = [f"its {key!r} is {value!r:.60}" for key, value, kind in found if not is_a(value, kind)]
     earlier = report.get("earlier_finetunes", [])
     if not isinstance(earlier, list) or not all(is_a(made, RETRAINING) for made in earlier):
         wrong.append("its 'earlier_finetunes' are no list of retrainings")
     if wrong:
-        raise LoadError(
-            f"{path} is not a report that this version of `snows-hf {maker}` writes: {wrong[0]}.",
-            f"{maker.capitalize()} again.",
-        )
+        fault = f"{path} is not a report that this version of `snows-hf {maker}` writes: {wrong[0]}."
+        raise LoadError(fault, f"{maker.capitalize()} again.")
     return report
 
 

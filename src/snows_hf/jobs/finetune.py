@@ -88,7 +88,7 @@ def finetune(
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     # Weights, momentum and a second copy of both while they are replaced.
     check_output(output, 4 * sum(tensor.numel() * 4 for tensor in network.state_dict().values()))
-    tutor = load(teacher) if teacher is not None else None
+    tutor = load(teacher, run=run) if teacher is not None else None
     source, labels = drawn_labelled(open_images(data, data_split), config.samples, config.seed)
     if len(labels) < 2:
         raise ConfigError(f"{data} ({data_split}) has one image.", "Retraining needs at least two.")

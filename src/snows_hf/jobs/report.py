@@ -207,7 +207,9 @@ def attention_picture(
     try:
         check_attends(build_chain(checkpoint.model))
         source = open_images(data, split)
-        dense_first = references(run, load(dense, revision), checkpoint, permuted, source) if dense is not None else ()
+        dense_first = (
+            references(run, load(dense, revision, run=run), checkpoint, permuted, source) if dense is not None else ()
+        )
         models = chain(dense_first, [(short_name(checkpoint.source), checkpoint)])
         with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
             picture = Path(place) / "attention.png"

@@ -98,7 +98,7 @@ def listed(models: Name | Sequence[Name]) -> list[str]:
 def load_told(run: Run, model: Name, revision: str | None = None) -> Checkpoint:
     """:func:`~snows_hf.hub.load.load`, with a word about it."""
     run.say(f"Loading {model}")
-    return load(model, revision)
+    return load(model, revision, run=run)
 
 
 def load_subject(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed
 from torch import Tensor
@@ -73,11 +73,7 @@ class Share:
     alone: bool = True
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Σ tensor over the processes, the same on all; half precision is summed in float32.
-
-        Raises:
-            ProcessError: another of them has ended.
-        """
+        """Σ tensor over the processes, see :func:`together`, the same on all; half precision is summed in float32."""
         if self.alone:
             return tensor
         total = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True).contiguous()
@@ -122,12 +118,8 @@ def share(total: int) -> Share:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the main process, on all of them; an error of ours there is raised on all of them. What
-    ``make`` itself asks of the main process it gets at once.
-
-    Raises:
-        ProcessError: another process has ended.
-    """
+    """What ``make`` gives on the main process, on all of them (see :func:`together`); an error of ours there is raised
+    on all. What ``make`` itself asks of the main process it gets at once."""
     if processes() == 1 or _ON_MAIN.get():
         return make()
     outcome: list[Any] = [None, None]
@@ -143,5 +135,4 @@ def from_main(make: Callable[[], T]) -> T:
         torch.distributed.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
-    made: T = outcome[0]
-    return made
+    return cast(T, outcome[0])

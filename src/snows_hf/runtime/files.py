@@ -37,14 +37,14 @@ def check_output(output: Path, size: int) -> None:
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free
     except OSError as error:
-        raise SaveError(
-            f"Output {output} cannot be written: {error.strerror or error}.", "Choose another --output."
-        ) from error
+        raise unwritable(output, error) from error
     if free < size:
-        raise SaveError(
-            f"Output {output} needs {size / 1e6:.1f} MB, and its disk has {free / 1e6:.1f} MB left.",
-            "Free some space, or choose another --output.",
-        )
+        fault = f"Output {output} needs {size / 1e6:.1f} MB, and its disk has {free / 1e6:.1f} MB left."
+        raise SaveError(fault, "Free some space, or choose another --output.")
+
+
+def unwritable(output: Path, error: OSError) -> SaveError:
+    return SaveError(f"Output {output} cannot be written: {error.strerror or error}.", "Choose another --output.")
 
 
 @contextmanager
@@ -59,19 +59,16 @@ def whole_folder(output: Path, work: Path | None = None) -> Iterator[Path]:
         SaveError: the disk is full or refuses.
     """
     output = output.resolve()
-    if work is not None:
-        partial = work / "result"
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    else:
-        partial = (output if output.exists() else output.parent) / f".{output.name}.partial-{uuid4().hex[:8]}"
+    hidden = (output if output.exists() else output.parent) / f".{output.name}.partial-{uuid4().hex[:8]}"
+    partial = hidden if work is None else work / "result"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     try:
         partial.mkdir(parents=True)
         yield partial
         mode = partial.stat().st_mode & 0o666  # what the umask allows; safetensors would keep its file to the owner
-        for path in partial.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)
-                sync(path)
+        for path in filter(Path.is_file, partial.rglob("*")):
+            path.chmod(mode)
+            sync(path)
         sync(partial)
         if work is not None:
             (work / PLACING).touch()
@@ -84,9 +81,8 @@ def whole_folder(output: Path, work: Path | None = None) -> Iterator[Path]:
             partial.rename(output)
             sync(output.parent)
     except (OSError, SafetensorError) as error:
-        raise SaveError(
-            f"Output {output} cannot be written: {one_line(error)}.", "Nothing was left behind there."
-        ) from error
+        fault = f"Output {output} cannot be written: {one_line(error)}."
+        raise SaveError(fault, "Nothing was left behind there.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -96,7 +92,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def check_file(output: Path, suffix: str) -> None:
-    """Refuses, before any work is done, a single file that could not be written.
+    """Refuses, before any work is done, a file that could not be written.
 
     Raises:
         ConfigError: its name does not end in ``suffix``.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, SaveError, one_line
 from .distributed import from_main
-from .files import checksum, sync, work_folder
+from .files import checksum, sync, unwritable, work_folder
 
 
 RUN = "run"
@@ -112,11 +112,8 @@ class Journal:
         temporary = self.folder / f"{name}.tmp"
         try:
             # Cloned: safetensors takes no tensors that share memory, as tied weights do, or a best and a mean.
-            on_cpu = {
-                key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for key, tensor in tensors.items()
-            }
-            save_file(on_cpu, temporary, {"facts": json.dumps(facts)})
+            cloned = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+            save_file(cloned, temporary, {"facts": json.dumps(facts)})
             sync(temporary)
             path = self.folder / f"{name}.{checksum(temporary)}.safetensors"
             older = [other for other in self._paths(name) if other != path]
@@ -126,25 +123,23 @@ class Journal:
                 other.unlink()
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise SaveError(
-                f"Finished work cannot be kept in {self.folder}: {one_line(error)}.",
-                "What was finished before is kept: make room, and repeat the command to go on from there.",
-            ) from error
+            fault = f"Finished work cannot be kept in {self.folder}: {one_line(error)}."
+            remedy = "What was finished before is kept: make room, and repeat the command to go on from there."
+            raise SaveError(fault, remedy) from error
 
 
 @contextmanager
 def open_journal(
     output: Path | None, run: dict[str, Any], restart: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Journal]:
-    """The journal of a run whose result goes to ``output``; None keeps no journal.
+    """The journal of a run whose result goes to the folder ``output``; None keeps no journal. ``say`` is told of work
+    that is kept.
 
     It is gone after a block that ends well, and after one that fails with nothing finished.
 
     Args:
-        output: folder of the result.
         run: everything that decides what the records hold, as JSON would give it back.
         restart: forget what an earlier run has left.
-        say: called with a line of text about work that is kept.
 
     Raises:
         SaveError: the folder cannot be made, or another run has it.
@@ -186,13 +181,10 @@ def _take(lock: FileLock, output: Path) -> None:
     try:
         lock.acquire(timeout=0)  # and makes the folder
     except Timeout:
-        raise SaveError(
-            f"Output {output} is being made by another run.", "Wait until it has ended, or choose another --output."
-        ) from None
+        remedy = "Wait until it has ended, or choose another --output."
+        raise SaveError(f"Output {output} is being made by another run.", remedy) from None
     except OSError as error:
-        raise SaveError(
-            f"Output {output} cannot be written: {error.strerror or error}.", "Choose another --output."
-        ) from error
+        raise unwritable(output, error) from error
 
 
 def _check_same(journal: Journal, run: dict[str, Any], output: Path) -> None:
@@ -202,11 +194,8 @@ def _check_same(journal: Journal, run: dict[str, Any], output: Path) -> None:
     if found is None or found.facts == run:
         return
     old, new = _flat(found.facts), _flat(run)
-    changed = [
-        f"{key} was {_brief(old.get(key))} and is {_brief(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    values = ((key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()))
+    changed = [f"{key} was {_brief(was)} and is {_brief(now)}" for key, was, now in values if was != now]
     raise ConfigError(
         f"An earlier run into {output} was broken off, and this is another one: {'; '.join(changed)}.",
         "Repeat that run's command to finish it, choose another --output, or give --restart to begin anew.",

@@ -12,18 +12,12 @@ def launched_rank() -> int:
 
 
 def check_device(device: str) -> None:
-    """
-    Raises:
-        ConfigError: an unknown name. Whether the machine has the device only torch can tell.
-    """
+    """Refuses, with a :class:`ConfigError`, an unknown name; whether the machine has it only torch can tell."""
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"Device {device!r}: expected auto, cpu or cuda.")
 
 
 def check_memory(memory: float | None) -> None:
-    """
-    Raises:
-        ConfigError: not a budget at all.
-    """
+    """Refuses, with a :class:`ConfigError`, what is no budget at all."""
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"Setting memory = {memory}: expected a number of GB above 0.")

@@ -25,8 +25,7 @@ from ..errors import ConfigError, MemoryLimitError, SaveError, one_line
 T = TypeVar("T")
 Tensors = tuple[Tensor, ...]
 
-PREFIX = "snows-hf-activations-"
-"""Of temporary folders, which hold a lock and files named by numbers, and nothing else."""
+PREFIX = "snows-hf-activations-"  # of temporary folders
 
 MEMORY_FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),
@@ -47,10 +46,7 @@ class Shelf:
         self.folder: Path | None = None
 
     def keep(self, tensors: Tensors) -> "Kept":
-        """
-        Raises:
-            SaveError: the temporary folder takes no more.
-        """
+        """Raises :class:`SaveError` where the temporary folder takes no more."""
         size = sum(tensor.nbytes for tensor in tensors)
         if self.used + size <= self.limit:
             self.used += size
@@ -69,10 +65,9 @@ class Shelf:
             # Cloned: a slice would be written with all that it is a slice of.
             torch.save(tuple(tensor.clone() for tensor in tensors), path)
         except (OSError, RuntimeError) as error:
-            raise SaveError(
-                f"Activations of {size / 1e9:.2f} GB do not fit into {path.parent}: {one_line(error)}",
-                "Give more --memory, fewer --samples, or point TMPDIR at a disk with more room.",
-            ) from error
+            fault = f"Activations of {size / 1e9:.2f} GB do not fit into {path.parent}: {one_line(error)}"
+            remedy = "Give more --memory, fewer --samples, or point TMPDIR at a disk with more room."
+            raise SaveError(fault, remedy) from error
         kept = Kept(path)
         weakref.finalize(kept, path.unlink, missing_ok=True)
         return kept
@@ -174,10 +169,8 @@ def room(memory: float | None) -> int | None:
     used = psutil.Process().memory_info().rss
     left = int(memory * 1e9) - used
     if left <= 0:
-        raise ConfigError(
-            f"Setting memory = {memory} GB: the libraries and the model alone take {used / 1e9:.2f} GB.",
-            f"Give --memory {math.ceil(used / 1e8 + 5) / 10} or more.",
-        )
+        fault = f"Setting memory = {memory} GB: the libraries and the model alone take {used / 1e9:.2f} GB."
+        raise ConfigError(fault, f"Give --memory {math.ceil(used / 1e8 + 5) / 10} or more.")
     return left
 
 

@@ -27,9 +27,7 @@ def hub_errors(
         raise error_class(*explain(error, kind, name, revision, writing)) from error
 
 
-def explain(
-    error: BaseException, kind: str, name: str, revision: str | None = None, writing: bool = False
-) -> tuple[str, str]:
+def explain(error: BaseException, kind: str, name: str, revision: str | None, writing: bool) -> tuple[str, str]:
     """What happened, and what the user can do about it. Never shows a token."""
     what = f"{kind.capitalize()} {name}"
     while error.__cause__ is not None and isinstance(error, errors.LocalEntryNotFoundError | RuntimeError):
@@ -43,16 +41,13 @@ def explain(
     if isinstance(error, errors.LocalTokenNotFoundError):
         return f"Writing to {name} on the Hub needs a token, and there is none.", _get_a_token("with write access")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError) and not writing:
-        return (
-            f"{what} is neither a folder here nor a {kind if kind == 'dataset' else 'repository'} on the Hub.",
-            f"Check the spelling; for a private {kind} {TOKEN}.",
-        )
+        place = "dataset" if kind == "dataset" else "repository"
+        fault = f"{what} is neither a folder here nor a {place} on the Hub."
+        return fault, f"Check the spelling; for a private {kind} {TOKEN}."
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         fetch = f"hf download {name}{' --repo-type dataset' if kind == 'dataset' else ''}"
-        return (
-            f"{what} is no folder here, offline mode is on, and the cache does not hold all of it.",
-            f"Unset HF_HUB_OFFLINE, or run `{fetch}` while there is a connection.",
-        )
+        fault = f"{what} is no folder here, offline mode is on, and the cache does not hold all of it."
+        return fault, f"Unset HF_HUB_OFFLINE, or run `{fetch}` while there is a connection."
     if status == 401:
         return "The Hub does not accept the token that it was sent.", _get_a_token()
     if status == 403:
@@ -62,10 +57,8 @@ def explain(
     if status is not None and status >= 500:
         return f"The Hub is out of order ({status}), at {kind} {name}.", "Nothing was lost: repeat it later."
     if writing:
-        return (
-            f"{what} cannot be pushed to the Hub: {_shown(error)}",
-            "Check the name and the connection, and repeat it.",
-        )
+        fault = f"{what} cannot be pushed to the Hub: {_shown(error)}"
+        return fault, "Check the name and the connection, and repeat it."
     return (
         f"{what} is no folder here, is not whole in the cache, and cannot be read from the Hub: {_shown(error)}",
         "Check the spelling and the connection, unset HF_HUB_OFFLINE, or give a folder.",
@@ -83,10 +76,8 @@ def _shown(error: BaseException) -> str:
 
 
 def check_push(repository: str, private: bool = False) -> ModelInfo | None:
-    """Refuses what could not be pushed at the end, before any work is done.
-
-    Returns:
-        The repository as it is, or None where there is none yet.
+    """The repository as it is, or None where there is none yet; what could not be pushed at the end is refused before
+    any work is done.
 
     Raises:
         SaveError: a bad name, offline mode, no token, one that the Hub does not accept, or a public repository for a
@@ -107,8 +98,6 @@ def check_push(repository: str, private: bool = False) -> ModelInfo | None:
                 raise
             return None
     if private and not info.private:
-        raise SaveError(
-            f"{repository} exists and is public: --private would not change that.",
-            "Make it private on its page, or choose another name.",
-        )
+        fault = f"{repository} exists and is public: --private would not change that."
+        raise SaveError(fault, "Make it private on its page, or choose another name.")
     return info

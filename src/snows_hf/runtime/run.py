@@ -59,22 +59,16 @@ class Run:
 
     @classmethod
     def begin(cls, device: str, *, reproducible: bool = False, **others: Any) -> Self:
-        """A run on a device by name, ``reproducible`` for a job that makes weights.
-
-        Raises:
-            ConfigError: no such device, or one that this machine has not.
-        """
+        """A run on a device by name, see :func:`~snows_hf.runtime.device.find_device`; ``reproducible`` for a job that
+        makes weights."""
         found = find_device(device)
         if reproducible:
             make_reproducible(found)
         return cls(found, **others)
 
     def with_room(self) -> Self:
-        """The same run, knowing what libraries and model have left of its budget.
-
-        Raises:
-            ConfigError: nothing.
-        """
+        """The same run, knowing what libraries and model have left of its budget: see
+        :func:`~snows_hf.runtime.memory.room`."""
         return replace(self, left=room(self.memory))
 
     @contextmanager
@@ -96,8 +90,7 @@ class Run:
     ) -> Iterator[T]:
         """The items, one after the other, told as the parts of a stage."""
         done = 0
-        for item in items:
-            self.tell(stage, done, total, part(item))
+        for done, item in enumerate(items, 1):
+            self.tell(stage, done - 1, total, part(item))
             yield item
-            done += 1
         self.tell(stage, done, total)
