@@ -136,7 +136,7 @@ def test_settings_are_refused_before_anything_is_loaded(
     def never(*arguments: object) -> None:
         raise AssertionError("it went on")
 
-    monkeypatch.setattr(JOB, "load", never)
+    monkeypatch.setattr(JOB, "load_subject", never)
     monkeypatch.setattr(JOB, "open_images", never)
     fails(run, tmp_path, fault)
 

@@ -77,8 +77,7 @@ def finetune(
     checkpoint = load_told(run, model, revision)
     network = checkpoint.model
     known = find_report(checkpoint.folder) or begin_report(checkpoint)
-    chain = build_chain(network)
-    zeros = zeros_to_hold(checkpoint, chain, known)
+    zeros = zeros_to_hold(checkpoint, build_chain(network), known)
     held = sum(int(zero.sum()) for zero in zeros.values())
     run.say(f"Holding {held} zeros" if held else "The model is dense: no weight is held at zero")
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
@@ -117,7 +116,7 @@ def finetune(
             "before": before,
             "after": after,
             "zeros": held,
-            "mask_unchanged": all(torch.equal(chain.weight(name) == 0, zero) for name, zero in zeros.items()),
+            "mask_unchanged": all(torch.equal(network.get_parameter(name) == 0, zero) for name, zero in zeros.items()),
             "settings": config.to_dict(),
             "device": str(run.device),
             "hardware": describe_hardware(run.device),
@@ -209,10 +208,8 @@ def train(
     """SGD with momentum until the epochs, or the minutes, are over; the journal keeps the state after each epoch, and
     from one that is there the training goes on.
 
-    Args:
-        network: in float32, on the run's device; changed in place, and left in evaluation mode.
-        zeros: by parameter name, true where a weight is held at zero.
-        batches: ``steps`` batches of an epoch (from 0): images (b, 3, h, w) and classes (b,).
+    The network, in float32 on the run's device, is changed in place, and left in evaluation mode. An epoch (from 0)
+    has as many ``steps`` as ``batches``, of images (b, 3, h, w) and classes (b,).
 
     Returns:
         ``epochs`` run, ``planned``, ``seconds`` of training, ``losses`` by epoch (means over the training images).

@@ -26,9 +26,6 @@ STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(2, -13, -1))
 PATIENCE = 4
 """Weaker candidates without a gain on the held-out images after which no more are tried: these take longest."""
 
-HELD_OUT = 0.2
-"""Share of the training images on which λ is chosen."""
-
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
@@ -197,10 +194,8 @@ def find_classifiers(model: nn.Module, pixels: Tensor) -> list[nn.Linear]:
 def fit_and_score(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: int) -> tuple[Tensor, dict[str, Any]]:
     """Chooses λ on a fifth of the training features, fits on all of them, and classifies the test features.
 
-    Args:
-        x: training features (n, d), of classes ``y`` (n,), any whole numbers.
-        x_test: test features (m, d), of classes ``y_test`` (m,); one that ``y`` lacks is never hit.
-        seed: of the split; the same for every backbone.
+    They are (n, d), of classes ``y`` (n,), any whole numbers, and (m, d), of classes ``y_test`` (m,); a class that
+    ``y`` lacks is never hit.
 
     Returns:
         Which test images are hit, bool (m,) on the CPU, and facts for the report.
@@ -212,7 +207,7 @@ def fit_and_score(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: in
     if len(known) < 2:
         raise DataError("The probe's training images are all of one class.", "Give more --samples, or other data.")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    held, fitted = order.tensor_split([max(1, round(HELD_OUT * len(x)))])
+    held, fitted = order.tensor_split([max(1, round(0.2 * len(x)))])
     strength = choose_strength(x[fitted], classes[fitted], x[held], classes[held], len(known))
     shift, scale = standardisation(x)
     x, x_test = (x - shift) / scale, (x_test - shift) / scale

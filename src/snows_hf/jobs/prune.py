@@ -54,11 +54,9 @@ class Chosen:
     """What is decided before any weight moves.
 
     Attributes:
-        pattern: of all layers.
-        choice: masks of that pattern, and the weights of a criterion with an update of its own.
+        choice: masks of the pattern, and the weights of a criterion with an update of its own.
         begin: masks that the solver begins with; those of ``choice``, unless they are to thin out.
         final: the pattern that masks thin out to; None where they stay as they are.
-        flops: operations of every module on one image, by name.
         facts: for the report.
     """
 
@@ -66,7 +64,6 @@ class Chosen:
     choice: Choice
     begin: Choice
     final: Pattern | None
-    flops: dict[str, int]
     facts: dict[str, Any]
 
 
@@ -162,7 +159,7 @@ def prune(
             subject, reports = solve(run, subject, chosen, images)
             report["pruned"] = accuracy("pruned")
         subject.network.to("cpu")
-        report |= describe(run, subject, chosen, reports) | {
+        report |= describe(run, subject, chosen, flops, reports) | {
             "update": update,
             "permuted": permuted,
             "samples": len(images),
@@ -188,7 +185,8 @@ def check_disk_and_masks(subject: Subject, folder: Path | None) -> None:
     if folder is not None:
         # The result, and what is kept on the way: the criterion's choice, weights of layers, two states of the joint
         # solve.
-        check_output(folder, subject.size * (4 if config.joint_steps else 3))
+        size = sum(tensor.nbytes for tensor in subject.original.values())
+        check_output(folder, size * (4 if config.joint_steps else 3))
     if config.mask.endswith(".safetensors"):
         load_masks(Path(config.mask), subject.weights, one_pattern(config))
 
@@ -235,7 +233,7 @@ def choose(
         "thinned_out_from": str(final.relaxed()) if final else None,
         **choice.facts,
     }
-    return Chosen(evidence.pattern, choice, begin, final, flops, {"allocation": allocation, "criterion": criterion})
+    return Chosen(evidence.pattern, choice, begin, final, {"allocation": allocation, "criterion": criterion})
 
 
 def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[Subject, list[LayerReport]]:
@@ -255,13 +253,15 @@ def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[S
     return replace(subject, config=config), reports
 
 
-def describe(run: Run, subject: Subject, chosen: Chosen, reports: list[LayerReport]) -> dict[str, Any]:
+def describe(
+    run: Run, subject: Subject, chosen: Chosen, flops: dict[str, int], reports: list[LayerReport]
+) -> dict[str, Any]:
     """What the report says of the result itself."""
     masks, chain = chosen.choice.masks, subject.chain
     layers = describe_layers(subject.checkpoint, chain, subject.layers, masks, chosen.pattern, subject.config, reports)
     return (
         layers
-        | describe_size(subject.network, masks, chosen.flops)
+        | describe_size(subject.network, masks, flops)
         | chosen.facts
         | {
             "device": str(run.device),

@@ -200,8 +200,8 @@ def attention_picture(
         with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
             picture = Path(place) / "attention.png"
             found = compare_maps(run, models, source, picture, images)
-            found |= {"data": describe_data(data, split), "seed": 0}
-            return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}", found
+            text = base64.b64encode(picture.read_bytes()).decode()
+        return f"data:image/png;base64,{text}", found | {"data": describe_data(data, split), "seed": 0}
     except AdapterError as error:
         run.say(f"No attention maps: {error.message}")
         return None, None

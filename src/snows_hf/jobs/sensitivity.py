@@ -13,7 +13,7 @@ from ..data.names import Name, short_name
 from ..masks.allocation import IMAGES, Sensitivity
 from ..masks.choices import measure_sensitivities
 from ..masks.evidence import Evidence
-from ..patterns import NM, Unstructured, parse_candidates
+from ..patterns import Unstructured, parse_candidates
 from ..reports.describe import describe_data, finite
 from ..runtime.files import write_whole
 from ..runtime.run import Progress, Run
@@ -56,7 +56,12 @@ def sensitivity(
     started = time.perf_counter()
     settings = {"samples": IMAGES, **settings}
     check_sensitivity(patterns, preset, settings)
-    candidates = candidates_by_layer(patterns)
+    # A layer is measured by itself: a share of zeros is its own.
+    candidates = [
+        replace(candidate, scope="layer") if isinstance(candidate, Unstructured) else candidate
+        for candidate in parse_candidates(patterns)
+        if candidate is not None
+    ]
     run = Run.begin(device, dtype=find_dtype(dtype), on_stage=on_stage, on_progress=on_progress)
     data = data or DEFAULT_DATA
 
@@ -82,16 +87,6 @@ def sensitivity(
             "seconds": time.perf_counter() - started,
         }
     )
-
-
-def candidates_by_layer(patterns: str) -> list[NM | Unstructured]:
-    """The patterns to measure, each of a layer by itself.
-
-    Raises:
-        PatternError: one that is none.
-    """
-    asked = [candidate for candidate in parse_candidates(patterns) if candidate is not None]
-    return [replace(c, scope="layer") if isinstance(c, Unstructured) else c for c in asked]
 
 
 def described(rows: list[Sensitivity]) -> dict[str, Any]:

@@ -26,9 +26,7 @@ class Subject:
 
     Attributes:
         checkpoint: as it was loaded; its network is changed in place.
-        chain: the network cut into operations.
         config: all settings, those of the model's family included.
-        layers: to be pruned.
         original: every tensor of the network as the checkpoint has it, by name.
     """
 
@@ -46,11 +44,6 @@ class Subject:
     def weights(self) -> dict[str, Tensor]:
         """The dense weights of the layers, by name."""
         return {name: self.original[name] for group in self.layers for name in group.parameters}
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.original.values())
 
 
 @torch.no_grad()

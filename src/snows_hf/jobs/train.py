@@ -7,7 +7,7 @@ is not the one to be trained.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def read_examples(run: Run, source: ImageSource, checkpoint: Checkpoint, config:
 
 
 @torch.no_grad()
-def warm_up(network: nn.Module, batches: Iterator[Tensor] | tuple[Tensor, ...], device: torch.device) -> bool:
+def warm_up(network: nn.Module, batches: Iterable[Tensor], device: torch.device) -> bool:
     """Sets the running statistics of all batch norms to the average over batches, weights unchanged; returns whether
     there is a batch norm."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
