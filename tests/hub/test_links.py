@@ -35,7 +35,9 @@ def test_a_licence_elsewhere_is_left_out_and_named(folder: Path, secret: Path, t
     (folder / "LICENSE").symlink_to(secret)
     (folder / "LICENSE.own").write_text("Do good.")
     (folder / "LICENSE.too").symlink_to("LICENSE.own")
-    result = pruned(folder, tmp_path / "out")
+    stages: list[str] = []
+    result = pruned(folder, tmp_path / "out", on_stage=stages.append)
+    assert stages[-1] == "Left out, since they are links to files elsewhere: LICENSE"
     assert SECRET not in texts_of(result.folder)
     assert (result.folder / "LICENSE.own").read_text() == (result.folder / "LICENSE.too").read_text() == "Do good."
     assert result.report["left_out"] == ["LICENSE"]

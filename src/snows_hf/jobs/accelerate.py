@@ -9,23 +9,14 @@ from torch.sparse import to_sparse_semi_structured
 from ..patterns import NM
 
 
-TWO_OF_FOUR = NM(2, 4)
-DTYPES = (torch.float16, torch.bfloat16)
 MULTIPLE = 16
 """What both dimensions of a weight must divide by (cuSPARSELt, half precision)."""
-
-CAPABILITY = (8, 0)
-"""Ampere, the first with sparse tensor cores."""
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What became of a model's Linear layers.
-
-    Attributes:
-        sparse: names of those that run on sparse tensor cores.
-        dense: the others, each with the reason.
-    """
+    """What became of a model's Linear layers: names of those that run on sparse tensor cores, and the others, each
+    with the reason."""
 
     sparse: tuple[str, ...]
     dense: dict[str, str]
@@ -46,14 +37,13 @@ def accelerate(model: nn.Module) -> Acceleration:
     dense: dict[str, str] = {}
     for name, layer in linear_layers(model).items():
         reason = device_obstacle(layer.weight.device) or obstacle(layer.weight)
-        if reason is None:
-            try:
+        try:
+            if reason is None:
                 layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
-            except RuntimeError as error:  # a build of torch without the kernels, or with narrower ones
-                reason = f"torch refuses it: {str(error).splitlines()[0]}"
-        if reason is None:
-            sparse.append(name)
-        else:
+                sparse.append(name)
+        except RuntimeError as error:  # a build of torch without the kernels, or with narrower ones
+            reason = f"torch refuses it: {str(error).splitlines()[0]}"
+        if reason is not None:
             dense[name] = reason
     return Acceleration(tuple(sparse), dense)
 
@@ -67,11 +57,11 @@ def obstacle(weight: Tensor) -> str | None:
     """Why a weight (out, in) cannot be a semi-structured tensor on any device, or None."""
     if isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
         return "it is one already"
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"its type is {str(weight.dtype).removeprefix('torch.')}, and the kernels take float16 or bfloat16"
     if any(size % MULTIPLE for size in weight.shape):
         return f"its shape {tuple(weight.shape)} does not divide by {MULTIPLE}"
-    if not TWO_OF_FOUR.holds(weight):
+    if not NM(2, 4).holds(weight):
         return "its weights are not 2:4"
     if not weight.is_contiguous():
         return "its weights are not contiguous"
@@ -82,7 +72,7 @@ def device_obstacle(device: torch.device) -> str | None:
     """Why a device has no 2:4 kernels, or None."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"2:4 kernels need an NVIDIA GPU, and this is {'a CPU' if device.type == 'cpu' else device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
-        return f"2:4 kernels need compute capability 8.0 (Ampere), and this GPU has {capability[0]}.{capability[1]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"2:4 kernels need compute capability 8.0 (Ampere), and this GPU has {major}.{minor}"
     return None

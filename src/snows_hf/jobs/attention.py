@@ -57,13 +57,12 @@ def attention(
 
     Args:
         models: Hub ids or folders; the others are compared with the first.
-        data: images: Hub data set, image folder or folder of parquet.
+        data: images, of this ``split``.
         output: PNG file to write, which must not exist.
-        split: of ``data``.
         images: number of images to draw.
         samples: images over which the similarity is averaged; those that are drawn are the first of them.
         seed: decides which images.
-        device, on_stage, on_progress: as for :func:`snows_hf.prune`.
+        others: as for :func:`snows_hf.prune`.
 
     Returns:
         ``models``, a list with ``last`` and ``rollout``, each the mean ``correlation`` (Pearson's) and ``cosine`` of
@@ -74,8 +73,7 @@ def attention(
         SnowsError: bad settings, a model without such attention, models whose maps differ in size, or an output that
             cannot be written.
     """
-    names = listed(models)
-    output = Path(output)
+    names, output = listed(models), Path(output)
     check_attention(images, samples, seed, output)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     loaded = ((name, load_told(run, name)) for name in names)
@@ -156,9 +154,7 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
 
     ``rollout`` is Abnar and Zuidema's (2020): the product over the layers of ½(A + I), A being the mean over heads.
 
-    Args:
-        chain: of the model.
-        images: preprocessed, (n, 3, height, width).
+    Images are preprocessed, (n, 3, height, width).
 
     Raises:
         AdapterError: a model without attention, with attention within windows, or that its chain does not reproduce.
@@ -168,12 +164,12 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
     with frozen(chain.model), recorded_attention() as record:
         chain.logits(images)
     layers = [weights.mean(-3) for weights in record]  # (n, tokens, tokens)
-    rows, columns = patch_grid(chain.model, images, layers[0].shape[-1])
-    identity = torch.eye(layers[0].shape[-1]).to(layers[0])
-    rolled = identity
+    tokens = layers[0].shape[-1]
+    rows, columns = patch_grid(chain.model, images, tokens)
+    rolled = identity = torch.eye(tokens).to(layers[0])
     for weights in layers:
         rolled = (weights + identity) / 2 @ rolled
-    extra = layers[0].shape[-1] - rows * columns
+    extra = tokens - rows * columns
     class_first = any(name.endswith(CLASS_TOKENS) for name, _ in chain.model.named_parameters())
 
     def to_map(weights: Tensor) -> Tensor:
@@ -240,14 +236,14 @@ def draw(
             gap = 1 + k * (1 + len(names))
             axes[row, gap].set_axis_off()
             own = [each[k][row] for each in maps]
+            largest = max(float(values.max()) for values in own)
             for i, (name, values) in enumerate(zip(names, own, strict=True)):
                 axis = axes[row, gap + 1 + i]
-                axis.imshow(values.numpy(), vmin=0, vmax=max(float(v.max()) for v in own), cmap="viridis")
+                axis.imshow(values.numpy(), vmin=0, vmax=largest, cmap="viridis")
                 if row == 0:
                     axis.set_title(f"{title}\n{name}", fontsize=8)
                 if i:
                     axis.set_xlabel(f"r = {float(correlations[i][k][row]):.3f}", fontsize=8)
     for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
     write_whole(output, lambda path: figure.savefig(path, dpi=150, format="png"))

@@ -54,18 +54,18 @@ def bench(
     checkpoint = load_told(run, source, revision)
     model = checkpoint.model.to(run.device, getattr(torch, dtype)).requires_grad_(False)
     reasons = {name: obstacle(layer.weight) for name, layer in linear_layers(model).items()}
+    able = [name for name, reason in reasons.items() if reason is None]
+    missing = None if able else "no Linear layer of this model can run sparse"
     result: dict[str, Any] = {
         "source": checkpoint.source,
         "device": describe_hardware(run.device),
         "dtype": dtype,
         "supported": False,
-        "reason": device_obstacle(run.device),
-        "sparse_layers": [name for name, reason in reasons.items() if reason is None],
+        "reason": device_obstacle(run.device) or missing,
+        "sparse_layers": able,
         "dense_layers": {name: reason for name, reason in reasons.items() if reason is not None},
         **NOTHING,
     }
-    if result["reason"] is None and not result["sparse_layers"]:
-        result["reason"] = "no Linear layer of this model can run sparse"
     if result["reason"] is not None:
         return result
     sparse = deepcopy(model)
@@ -74,7 +74,7 @@ def bench(
     if not done.sparse:
         return result | {"reason": "torch refuses every layer: see dense_layers"}
     _, *size = checkpoint.preprocess([PIL.Image.new("RGB", (64, 64))]).shape
-    return result | {"supported": True} | compare(run, model, sparse, done.sparse, tuple(size), batch_sizes)
+    return result | {"supported": True} | compare(run, model, sparse, done.sparse, size, batch_sizes)
 
 
 @torch.inference_mode()
@@ -83,16 +83,14 @@ def compare(
     dense: nn.Module,
     sparse: nn.Module,
     layers: Sequence[str],
-    size: tuple[int, ...],
+    size: Sequence[int],
     batch_sizes: Sequence[int],
 ) -> dict[str, Any]:
     """Times a network and the same one with other kernels on images of a ``size`` (3, height, width): as a whole at
     each batch size, and the Linear ``layers`` that differ at the largest that fits."""
-    weight = next(dense.parameters())
 
     def random_images(count: int) -> Tensor:
-        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
-        return images.to(weight.device, weight.dtype)
+        return torch.randn(count, *size, generator=torch.Generator().manual_seed(0)).to(next(dense.parameters()))
 
     found: dict[str, Any] = NOTHING | {"batches": []}
     for count in run.track(batch_sizes, "Timing batches", len(batch_sizes), "of {}".format):

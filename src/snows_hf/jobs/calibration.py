@@ -21,14 +21,8 @@ from ..settings import PruneConfig
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images that a model is pruned with.
-
-    Attributes:
-        source: where they come from.
-        images: preprocessed, in the type that the solver computes in.
-        labels: the data's own (n,), if the mask criterion needs them.
-        digest: of the images as they were read.
-    """
+    """Images that a model is pruned with: preprocessed, in the type that the solver computes in; the data's own
+    labels (n,), if the mask criterion needs them; and a digest of the images as they were read."""
 
     source: ImageSource
     images: Images

@@ -23,9 +23,8 @@ def evaluate(
 
     Args:
         model: Hub id or folder.
-        data: labelled images: Hub data set, image folder or folder of parquet.
-        split: of ``data``.
-        device, revision, on_stage, on_progress: as for :func:`snows_hf.prune`.
+        data: labelled images, of this ``split``.
+        others: as for :func:`snows_hf.prune`.
 
     Raises:
         SnowsError: no such model or data, no labels, or labels that do not match the model's classes.
@@ -34,5 +33,4 @@ def evaluate(
     checkpoint = load_told(run, model, revision)
     source = open_images(data, split)
     run.say(f"Measuring it on {data} ({split})")
-    network = checkpoint.model.to(run.device)
-    return accuracy_of(network, source, checkpoint.preprocess, checkpoint.class_names, run=run)
+    return accuracy_of(checkpoint.model.to(run.device), source, checkpoint.preprocess, checkpoint.class_names, run=run)

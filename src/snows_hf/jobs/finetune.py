@@ -17,13 +17,12 @@ from ..adapters.base import logits_of
 from ..data.images import ImageSource, Preprocess, drawn_labelled, open_images, pictures
 from ..data.names import Name, short_name
 from ..errors import ConfigError, NumericsError
-from ..hub.card import write_card
 from ..hub.load import Checkpoint, buffers_follow_weights, load
-from ..hub.save import claims_of, find_report, retrainings, save_checkpoint
+from ..hub.save import claims_of, find_report, retrainings
 from ..method.augment import augmented
 from ..reports.describe import describe_data
 from ..runtime.device import describe_hardware
-from ..runtime.files import check_output, whole_folder
+from ..runtime.files import check_output
 from ..runtime.journal import digest_of
 from ..runtime.run import Progress, Run
 from ..runtime.version import __version__, versions
@@ -31,9 +30,9 @@ from ..settings import FinetuneConfig
 from .calibration import class_labels
 from .inspect import SPARSE
 from .measure import measure
-from .prune import PruneResult
+from .prune import PruneResult, save
 from .request import check_request
-from .subject import load_told
+from .subject import load_told, weights_of
 from .training import fixed, seed_of, sgd, train_epoch
 
 
@@ -61,15 +60,12 @@ def finetune(
 
     Args:
         model: Hub id or folder, of what ``prune``, ``train`` or this function wrote, or of any other checkpoint.
-        data: labelled images: Hub data set, image folder or folder of parquet.
-        output: folder to save to, absent or empty.
-        data_split: of ``data``.
+        data: labelled images.
         eval_data: labelled images on which accuracy is measured before and after; None measures nothing.
-        eval_split: of ``eval_data``.
         teacher: Hub id or folder of a model with the same classes and preprocessing, the dense one say, whose logits
             the student learns from too.
-        device, revision, restart, on_stage, on_progress: as for :func:`snows_hf.prune`.
         **settings: by the names of FinetuneConfig.
+        others: as for :func:`snows_hf.prune`.
 
     Raises:
         SnowsError: bad settings, model, data or output; a loss that is not finite.
@@ -81,8 +77,7 @@ def finetune(
     checkpoint = load_told(run, model, revision)
     network = checkpoint.model
     known = find_report(checkpoint.folder) or begin_report(checkpoint)
-    chain = build_chain(network)
-    zeros = zeros_to_hold(checkpoint, chain, known)
+    zeros = zeros_to_hold(checkpoint, build_chain(network), known)
     held = sum(int(zero.sum()) for zero in zeros.values())
     run.say(f"Holding {held} zeros" if held else "The model is dense: no weight is held at zero")
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
@@ -121,14 +116,17 @@ def finetune(
             "before": before,
             "after": after,
             "zeros": held,
-            "mask_unchanged": all(torch.equal(chain.weight(name) == 0, zero) for name, zero in zeros.items()),
+            "mask_unchanged": all(torch.equal(network.get_parameter(name) == 0, zero) for name, zero in zeros.items()),
             "settings": config.to_dict(),
             "device": str(run.device),
             "hardware": describe_hardware(run.device),
             "versions": versions(torch),
         }
-        run.say(f"Saving to {output}")
-        return PruneResult(network, output, save(run, checkpoint, output, known, retraining))
+        earlier = retrainings(known)
+        claims = claims_of(checkpoint.config) if held else {}  # a claim without a zero is none
+        epochs = sum(made["epochs"] for made in (*earlier, retraining))
+        report = known | {"earlier_finetunes": earlier, "finetune": retraining}
+        return save(run, checkpoint, output, report, claims | {"version": __version__, "finetuned_epochs": epochs})
 
 
 def begin_report(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -148,7 +146,7 @@ def zeros_to_hold(checkpoint: Checkpoint, chain: Chain, report: dict[str, Any]) 
 
     Of a model that does not say that it was pruned, only layers that ``inspect`` counts as sparse have any.
     """
-    zeros = {name: chain.weight(name).detach() == 0 for _, group in chain.groups() for name in group.parameters}
+    zeros = {name: weight == 0 for name, weight in weights_of(chain).items()}
     says_so = report.get("pattern") is not None or claims_of(checkpoint.config).get("pattern") is not None
     return {name: zero for name, zero in zeros.items() if says_so or float(zero.double().mean()) >= SPARSE}
 
@@ -165,25 +163,6 @@ def cast_back(network: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         if not tensor.isfinite().all():
             raise NumericsError(f"Weight {name} has become NaN or infinite.", "Lower --lr, and give --restart.")
     buffers_follow_weights(network)
-
-
-def save(
-    run: Run, checkpoint: Checkpoint, output: Path, known: dict[str, Any], retraining: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes the retrained model with its card and report; gives the report.
-
-    Raises:
-        SaveError: the disk is full or refuses.
-    """
-    earlier = retrainings(known)
-    report = known | {"name": output.resolve().name, "earlier_finetunes": earlier, "finetune": retraining}
-    epochs = sum(made["epochs"] for made in (*earlier, retraining))
-    claims = claims_of(checkpoint.config) if retraining["zeros"] else {}  # a claim without a zero is none
-    summary = claims | {"version": __version__, "finetuned_epochs": epochs}
-    with whole_folder(output, run.journal.folder) as folder:
-        save_checkpoint(checkpoint, folder, summary, report)
-        write_card(checkpoint, folder, report)
-    return {"output": str(output), **report}
 
 
 @torch.no_grad()
@@ -226,14 +205,11 @@ def train(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     config: FinetuneConfig,
 ) -> dict[str, Any]:
-    """SGD with momentum until the epochs, or the minutes, are over; the model is left in evaluation mode.
+    """SGD with momentum until the epochs, or the minutes, are over; the journal keeps the state after each epoch, and
+    from one that is there the training goes on.
 
-    Args:
-        run: its journal keeps the state after each epoch, and from one that is there the training goes on.
-        network: in float32, on the run's device; changed in place.
-        zeros: by parameter name, true where a weight is held at zero.
-        batches: ``steps`` batches of an epoch (from 0): images (b, 3, h, w) and classes (b,).
-        loss_of: the mean loss of a batch.
+    The network, in float32 on the run's device, is changed in place, and left in evaluation mode. An epoch (from 0)
+    has as many ``steps`` as ``batches``, of images (b, 3, h, w) and classes (b,).
 
     Returns:
         ``epochs`` run, ``planned``, ``seconds`` of training, ``losses`` by epoch (means over the training images).
@@ -258,7 +234,6 @@ def train(
             if config.minutes and done["seconds"] + latest > 60 * config.minutes and epoch:
                 break
             started = time.perf_counter()
-            lr = rate(epoch * steps)
             # Order, augmentation and dropout depend on the seed and the epoch alone.
             with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
                 torch.manual_seed(seed_of(config.seed, epoch))
@@ -270,10 +245,9 @@ def train(
             if config.minutes and done["epochs"] == 1:  # the decay is spread over as many as there is time for
                 done["planned"] = min(config.epochs, max(1, int(60 * config.minutes / done["seconds"])))
             run.journal.put("epoch", state_of(network, optimizer), **done)
-            run.say(
-                f"Epoch {done['epochs']}/{done['planned']}: learning rate {lr:.3g}, loss {loss:.4f}, "
-                f"{done['seconds']:.0f} s"
-            )
+            lr = optimizer.param_groups[0]["lr"]
+            of = f"Epoch {done['epochs']}/{done['planned']}"
+            run.say(f"{of}: learning rate {lr:.3g}, loss {loss:.4f}, {done['seconds']:.0f} s")
     network.eval()
     return done
 
@@ -299,8 +273,8 @@ def batches_of(
         batches = batches[:-1]
     for step, batch in enumerate(batches, epoch * len(batches)):
         pixels = preprocess(pictures(source, batch.tolist())).to(device)
-        seed = seed_of(config.seed, step)
-        yield augmented(pixels, seed, crop=config.crop, flip=config.flip), labels[batch].to(device)
+        pixels = augmented(pixels, seed_of(config.seed, step), crop=config.crop, flip=config.flip)
+        yield pixels, labels[batch].to(device)
 
 
 def loss_of(
@@ -313,8 +287,7 @@ def loss_of(
         return loss
     with torch.no_grad():
         taught = logits_of(teacher, pixels)
-    soft = distillation(logits, taught, config.temperature)
-    return (1 - config.distillation) * loss + config.distillation * soft
+    return (1 - config.distillation) * loss + config.distillation * distillation(logits, taught, config.temperature)
 
 
 def distillation(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -1,7 +1,6 @@
 """What a checkpoint is: its prunable layers, their sparsity and pattern, and its operations."""
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,7 +14,9 @@ from ..errors import PatternError
 from ..hub.load import load
 from ..hub.save import REPORT_FILE, claims_of
 from ..patterns import NM, Unstructured, parse_candidates
-from ..reports.describe import share_of_zeros, summary
+from ..patterns.plan import Candidate
+from ..reports.describe import share_of_zeros, summary, zeros_of
+from .subject import weights_of
 
 
 COMMON_PATTERNS = (NM(1, 8), NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
@@ -27,39 +28,34 @@ SPARSE = 0.1
 def inspect(source: Name, operations: bool = False, revision: str | None = None) -> dict[str, Any]:
     """Measures a checkpoint's sparsity on its tensors, and holds what config.json claims against them.
 
-    Args:
-        source: Hub id or folder.
-        operations: also list the operations, each a k of Eq. 3.
-        revision: on the Hub.
-
     Returns:
         ``pattern`` (claimed in config.json, else the tightest common N:M that all sparse layers follow, else None),
         ``pattern_ok`` (all layers that were pruned follow it, there are some, and they have as many weights and zeros
         as config.json claims), ``sparsity`` over all prunable weights, ``architecture``, ``library``, ``layers`` with
-        name, shape, sparsity, pattern and pattern_ok (both None where dense), and ``operations`` if asked for. Which
-        layers were pruned snows_config.json says, as far as it agrees with config.json: see :func:`bound_by`. Where it
-        has a pattern for each layer (an allocation by sensitivity), each is held against its own.
+        name, shape, sparsity, pattern and pattern_ok (both None where dense), and ``operations`` (each a k of Eq. 3)
+        if asked for. Which layers were pruned snows_config.json says, as far as it agrees with config.json: see
+        :func:`bound_by`. Where it has a pattern for each layer (an allocation by sensitivity), each is held against
+        its own.
 
     Raises:
         SnowsError: no such model, or one that cannot be read.
     """
     checkpoint = load(source, revision, trial=False)
     chain = build_chain(checkpoint.model)
-    groups = chain.groups()
-    weights = {name: chain.weight(name).detach() for _, group in groups for name in group.parameters}
+    groups, weights = [group for _, group in chain.groups()], weights_of(chain)
     claimed = claims_of(checkpoint.config)
-    claimed = claimed if claimed.get("pattern") is not None else {}
     title = claimed.get("pattern")
+    claimed = claimed if title is not None else {}
     said = read_claims(checkpoint.folder, groups) if claimed else Claims()
     pruned = bound_by(claimed, said, weights)
     if not claimed:
         pattern = next((p for p in COMMON_PATTERNS if all(p.holds(weights[name]) for name in pruned)), None)
         title = str(pattern) if pruned and pattern is not None else None
-    holds = held(str(title), said.patterns, {name: weights[name] for name in pruned})
+    holds = held(title, said.patterns, {name: weights[name] for name in pruned})
     of_layers = {*pruned, *said.patterns}
-    counted = [name for _, group in groups if of_layers & {*group.parameters} for name in group.parameters]
+    counted = [weights[name] for group in groups if of_layers & {*group.parameters} for name in group.parameters]
     # Where single layers break it, those are named; too few zeros in all are nobody's fault in particular.
-    if all(holds.values()) and not is_as_claimed(claimed, pruned, [weights[name] for name in counted], weights):
+    if all(holds.values()) and not is_as_claimed(claimed, [weights[name] for name in pruned], counted):
         holds = dict.fromkeys(holds, False)
 
     def described(group: Group) -> dict[str, Any]:
@@ -79,7 +75,7 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
         "pattern_ok": bool(holds) and all(holds.values()),
         "sparsity": share_of_zeros(weights.values()),
         "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
-        "layers": [described(group) for _, group in groups],
+        "layers": [described(group) for group in groups],
     }
     if operations:
         result["operations"] = [
@@ -87,10 +83,6 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
             for i, operation in enumerate(chain.operations)
         ]
     return result
-
-
-def zeros_of(weights: Iterable[Tensor]) -> int:
-    return sum(int((weight == 0).sum()) for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -104,13 +96,13 @@ class Claims:
     """
 
     pruned: tuple[str, ...] = ()
-    patterns: dict[str, NM | Unstructured | None] = field(default_factory=dict)
+    patterns: dict[str, Candidate] = field(default_factory=dict)
     excused: frozenset[str] = frozenset()
 
 
-def read_claims(folder: Path, groups: list[tuple[int, Group]]) -> Claims:
+def read_claims(folder: Path, groups: list[Group]) -> Claims:
     """:class:`Claims` of these groups; empty where there is no such file, or it says nothing of the kind."""
-    known = {name: group for _, group in groups for name in group.parameters}
+    known = {name: group for group in groups for name in group.parameters}
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
         pruned = report.get("pruned_parameters") or [  # not there in what `train` writes
@@ -128,7 +120,7 @@ def read_claims(folder: Path, groups: list[tuple[int, Group]]) -> Claims:
         )  # fmt: skip
         return Claims(
             tuple(dict.fromkeys(name for name in pruned if name in known)),
-            {name: _parsed(text) for name, text in patterns.items() if name in known},
+            {name: only(candidates_of(text)) for name, text in patterns.items() if name in known},
             excused,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # another's file
@@ -144,67 +136,59 @@ def bound_by(claimed: dict[str, Any], said: Claims, weights: dict[str, Tensor]) 
     :data:`SPARSE` is zero.
     """
     count = claimed.get("weights", 0)
-    candidates = [one for one in _candidates(claimed.get("pattern")) if one is not None]
+    candidates = [one for one in candidates_of(claimed.get("pattern")) if one is not None]
     fitting = [name for name, weight in weights.items() if any(one.fits(weight.shape) for one in candidates)]
-    named = dict.fromkeys([*said.pruned, *(name for name in fitting if name not in said.excused)])
-    if said.pruned and _reaches(count, named, weights):
-        return list(named)
+    named = list(dict.fromkeys([*said.pruned, *(name for name in fitting if name not in said.excused)]))
+    if said.pruned and reaches(count, [weights[name] for name in named]):
+        return named
     share = {name: share_of_zeros([weight]) for name, weight in weights.items()}
     if "weights" not in claimed:
         return [name for name in weights if share[name] >= SPARSE]
     bound: list[str] = []
     for name in sorted(weights, key=lambda name: share[name], reverse=True):
-        if not _reaches(count, bound, weights):
+        if not reaches(count, [weights[name] for name in bound]):
             bound.append(name)
     return bound
 
 
-def held(title: str, own: dict[str, NM | Unstructured | None], pruned: dict[str, Tensor]) -> dict[str, bool]:
+def held(title: object, own: dict[str, Candidate], pruned: dict[str, Tensor]) -> dict[str, bool]:
     """Whether each of the weights that were pruned has the zeros of the pattern, or of its own where each has one.
 
     Its own counts if it is one of the set that the title names, or a share of zeros where the title is one.
     """
-    candidates = _candidates(title)
-    pattern = candidates[0] if len(candidates) == 1 else None
+    candidates = candidates_of(title)
+    pattern = only(candidates)
     if any(own.values()):
-        own = {name: own.get(name) for name in pruned}
-        shares = Unstructured if isinstance(pattern, Unstructured) else ()
-        return {
-            name: one is not None and (one in candidates or isinstance(one, shares)) and obeys(pruned[name], one)
-            for name, one in own.items()
-        }
+
+        def obeys(weight: Tensor, one: Candidate) -> bool:
+            if isinstance(one, NM):
+                return one in candidates and one.holds(weight)
+            allowed = one in candidates or isinstance(pattern, Unstructured)
+            return one is not None and allowed and zeros_of([weight]) >= round(one.sparsity * weight.numel())
+
+        return {name: obeys(weight, own.get(name)) for name, weight in pruned.items()}
     if isinstance(pattern, Unstructured):  # it binds all pruned weights together, to within the rounding of one
         total = sum(weight.numel() for weight in pruned.values())
         return dict.fromkeys(pruned, zeros_of(pruned.values()) >= pattern.sparsity * total - 1)
     return {name: pattern is not None and pattern.holds(weight) for name, weight in pruned.items()}
 
 
-def is_as_claimed(
-    claimed: dict[str, Any], pruned: Sequence[str], counted: list[Tensor], weights: dict[str, Tensor]
-) -> bool:
+def is_as_claimed(claimed: dict[str, Any], pruned: list[Tensor], counted: list[Tensor]) -> bool:
     """Whether there are as many weights, and as many zeros in their layers (to six digits), as config.json claims."""
     sparsity, total = claimed.get("sparsity", 0.0), sum(weight.numel() for weight in counted)
     enough = isinstance(sparsity, int | float) and zeros_of(counted) >= (sparsity - 1e-6) * total
-    return enough and _reaches(claimed.get("weights", 0), pruned, weights)
+    return enough and reaches(claimed.get("weights", 0), pruned)
 
 
-def _reaches(count: object, names: Iterable[str], weights: dict[str, Tensor]) -> bool:
-    return isinstance(count, int) and sum(weights[name].numel() for name in names) >= count
+def reaches(count: object, weights: list[Tensor]) -> bool:
+    return isinstance(count, int) and sum(weight.numel() for weight in weights) >= count
 
 
-def obeys(weight: Tensor, pattern: NM | Unstructured) -> bool:
-    """Whether one layer has the zeros of its own pattern."""
-    if isinstance(pattern, NM):
-        return pattern.holds(weight)
-    return zeros_of([weight]) >= round(pattern.sparsity * weight.numel())
-
-
-def _parsed(text: object) -> NM | Unstructured | None:
-    candidates = _candidates(text)
+def only(candidates: list[Candidate]) -> Candidate:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _candidates(text: object) -> list[NM | Unstructured | None]:
+def candidates_of(text: object) -> list[Candidate]:
     """Patterns that a text names, of other people's making; none where it is no pattern."""
     try:
         return parse_candidates(str(text))

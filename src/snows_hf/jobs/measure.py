@@ -15,10 +15,8 @@ from ..runtime.run import Run
 def measure(
     run: Run, what: str, classifier: nn.Module, checkpoint: Checkpoint, data: ImageSource | None
 ) -> dict[str, Any] | None:
-    """Accuracy on all of some labelled images, once for all runs that go on from each other; None without images.
-
-    ``what`` is what the model is called, and ``checkpoint`` has its preprocessing and classes.
-    """
+    """Accuracy on all of some labelled images, once for all runs that go on from each other; None without images. The
+    checkpoint has the preprocessing and the classes of the model, which is called ``what``."""
     if data is None:
         return None
 

@@ -10,15 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.base import logits_of
-from ..data.images import (
-    ImageSource,
-    check_labels,
-    drawn,
-    label_map,
-    labelled_batches,
-    open_images,
-    to_classes,
-)
+from ..data.images import CHUNK, ImageSource, check_labels, drawn, label_map, labelled_batches, open_images, to_classes
 from ..data.names import Name
 from ..errors import AdapterError, DataError, NumericsError
 from ..reports.describe import describe_data
@@ -33,9 +25,6 @@ STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(2, -13, -1))
 
 PATIENCE = 4
 """Weaker candidates without a gain on the held-out images after which no more are tried: these take longest."""
-
-HELD_OUT = 0.2
-"""Share of the training images on which λ is chosen."""
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -62,13 +51,11 @@ def probe(
 
     Args:
         models: Hub ids or folders; differences are to the first.
-        data: labelled images: Hub data set, image folder or folder of parquet. Its classes need not be the models'.
-        train_split: of ``data``.
-        eval_data: labelled images to measure on; None takes ``data``.
-        test_split: of ``eval_data``.
+        data: labelled images, whose classes need not be the models'.
+        eval_data: labelled images to measure on, of the ``test_split``; None takes ``data``.
         samples: training images to draw; None takes all.
-        seed: of the draw and of the split.
-        device, on_stage, on_progress: as for :func:`snows_hf.prune`.
+        seed: of the draw, and of the split that chooses λ.
+        others: as for :func:`snows_hf.prune`.
 
     Returns:
         ``models``, a list with ``top1`` in per cent, ``interval`` (Wilson, 95 %), ``difference`` to the first and its
@@ -83,8 +70,8 @@ def probe(
     measured = data if eval_data is None else eval_data
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     train, test = open_images(data, train_split), open_images(measured, test_split)
-    for source in (train, test):
-        check_labels(source, "a probe")
+    check_labels(train, "a probe")
+    check_labels(test, "a probe")
 
     results: list[dict[str, Any]] = []
     hits: list[Tensor] = []
@@ -92,12 +79,8 @@ def probe(
         checkpoint = load_told(run, name)
         checkpoint.model.to(run.device)
         run.say(f"Extracting its features of {data} ({train_split})")
-        chunks = (
-            labelled_batches(train, checkpoint.preprocess, 256)
-            if samples is None
-            else labelled_batches(drawn(train, samples, seed), checkpoint.preprocess)
-        )
-        x, y = extract_features(run, checkpoint.model, chunks, train)
+        few, size = (train, 256) if samples is None else (drawn(train, samples, seed), CHUNK)
+        x, y = extract_features(run, checkpoint.model, labelled_batches(few, checkpoint.preprocess, size), train)
         run.say(f"Extracting its features of {measured} ({test_split})")
         batches = labelled_batches(test, checkpoint.preprocess, 256)
         x_test, y_test = extract_features(run, checkpoint.model, batches, test)
@@ -190,14 +173,11 @@ def find_classifiers(model: nn.Module, pixels: Tensor) -> list[nn.Linear]:
     """
     outputs: dict[nn.Linear, Tensor] = {}
 
-    def note(module: nn.Module, _: Any, output: Tensor) -> None:
-        assert isinstance(module, nn.Linear)
-        outputs[module] = output
-
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                hooks.enter_context(module.register_forward_hook(note))
+                note = module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
+                hooks.enter_context(note)
         logits = logits_of(model, pixels)
     fitting = {module: output for module, output in outputs.items() if output.shape == logits.shape}
     for module, output in reversed(fitting.items()):
@@ -214,10 +194,8 @@ def find_classifiers(model: nn.Module, pixels: Tensor) -> list[nn.Linear]:
 def fit_and_score(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: int) -> tuple[Tensor, dict[str, Any]]:
     """Chooses λ on a fifth of the training features, fits on all of them, and classifies the test features.
 
-    Args:
-        x: training features (n, d), of classes ``y`` (n,), any whole numbers.
-        x_test: test features (m, d), of classes ``y_test`` (m,); one that ``y`` lacks is never hit.
-        seed: of the split; the same for every backbone.
+    They are (n, d), of classes ``y`` (n,), any whole numbers, and (m, d), of classes ``y_test`` (m,); a class that
+    ``y`` lacks is never hit.
 
     Returns:
         Which test images are hit, bool (m,) on the CPU, and facts for the report.
@@ -229,7 +207,7 @@ def fit_and_score(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: in
     if len(known) < 2:
         raise DataError("The probe's training images are all of one class.", "Give more --samples, or other data.")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    held, fitted = order.tensor_split([max(1, round(HELD_OUT * len(x)))])
+    held, fitted = order.tensor_split([max(1, round(0.2 * len(x)))])
     strength = choose_strength(x[fitted], classes[fitted], x[held], classes[held], len(known))
     shift, scale = standardisation(x)
     x, x_test = (x - shift) / scale, (x_test - shift) / scale
@@ -267,13 +245,8 @@ def fit_logistic(
 
     (scikit-learn's ``C`` is 1 / (n · strength). benchmarks/probe_solver.py compares the two.)
 
-    Args:
-        x: features (n, d), of classes ``y`` (n,) below ``classes``.
-        strength: λ, above 0.
-        start: weights to begin from; zeros by default.
-
-    Returns:
-        Weight (d, classes) and bias (classes,).
+    Features are ``x`` (n, d), of classes ``y`` (n,) below ``classes``; strength is λ, above 0; weight (d, classes) and
+    bias (classes,) begin as zeros unless there is a ``start``.
     """
     weight, bias = start or (x.new_zeros(x.shape[1], classes), x.new_zeros(classes))
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()

@@ -34,11 +34,10 @@ from ..runtime.files import check_output, whole_folder
 from ..runtime.journal import digest_of
 from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
-from ..settings import PruneConfig, preset as preset_for
 from .calibration import calibrate, first_pass
 from .measure import measure
 from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype
-from .subject import Subject, load_subject, restore_untouched
+from .subject import Subject, copy_of, load_subject, restore_untouched
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,9 @@ class Chosen:
     """What is decided before any weight moves.
 
     Attributes:
-        pattern: of all layers.
-        choice: masks of that pattern, and the weights of a criterion with an update of its own.
+        choice: masks of the pattern, and the weights of a criterion with an update of its own.
         begin: masks that the solver begins with; those of ``choice``, unless they are to thin out.
         final: the pattern that masks thin out to; None where they stay as they are.
-        flops: operations of every module on one image, by name.
         facts: for the report.
     """
 
@@ -67,7 +64,6 @@ class Chosen:
     choice: Choice
     begin: Choice
     final: Pattern | None
-    flops: dict[str, int]
     facts: dict[str, Any]
 
 
@@ -125,24 +121,21 @@ def prune(
         SnowsError: bad settings, model, data or output; see snows_hf.errors.
     """
     started = time.perf_counter()
-
-    def configure(family: str) -> PruneConfig:
-        return preset_for(preset, family, pattern).updated(**settings)
-
     data, folder = data or DEFAULT_DATA, Path(output) if output is not None else None
     candidates = layer_patterns(check_pruning(pattern, preset, settings))
     check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     told = {"on_stage": on_stage, "on_progress": on_progress}
     run = Run.begin(device, reproducible=True, dtype=find_dtype(dtype), memory=memory, **told)
 
-    subject = load_subject(run, model, revision, configure, candidates)
+    subject = load_subject(run, model, revision, candidates, preset, pattern, settings)
     check_disk_and_masks(subject, folder)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     run = run.with_room()
     calibration = calibrate(run, open_images(data, data_split), subject.config, subject.checkpoint)
     images = calibration.images
-    read = calibration.digest, calibration.labels
-    description = describe_run(subject.checkpoint, subject.original, subject.config, *read)
+    description = describe_run(
+        subject.checkpoint, subject.original, subject.config, calibration.digest, calibration.labels
+    )
     flops, labels = first_pass(subject.chain, calibration, subject.checkpoint)
     subject, permuted, ordered = permute(run, subject, images[:2], candidates)
     description |= ordered | {"dtype": dtype, "device": run.device.type, "update": update, "processes": processes()}
@@ -166,7 +159,7 @@ def prune(
             subject, reports = solve(run, subject, chosen, images)
             report["pruned"] = accuracy("pruned")
         subject.network.to("cpu")
-        report |= describe(run, subject, chosen, reports) | {
+        report |= describe(run, subject, chosen, flops, reports) | {
             "update": update,
             "permuted": permuted,
             "samples": len(images),
@@ -175,12 +168,15 @@ def prune(
             "resumed": resumed,
             "seconds": time.perf_counter() - started,
         }
-        return finish(run, subject, folder, finite(report), format)
+        claims = claim(report["pattern"], report["sparsity"], map(subject.network.get_parameter, chosen.choice.masks))
+        result = save(run, subject.checkpoint, folder, finite(report), claims, packed=format == "packed")
+        if left_out := result.report.get("left_out"):
+            run.say(f"Left out, since they are links to files elsewhere: {', '.join(left_out)}")
+        return result
 
 
 def check_disk_and_masks(subject: Subject, folder: Path | None) -> None:
     """
-
     Raises:
         MaskError: a mask file that is not for this model.
         SaveError: the disk has no room.
@@ -189,7 +185,8 @@ def check_disk_and_masks(subject: Subject, folder: Path | None) -> None:
     if folder is not None:
         # The result, and what is kept on the way: the criterion's choice, weights of layers, two states of the joint
         # solve.
-        check_output(folder, subject.size * (4 if config.joint_steps else 3))
+        size = sum(tensor.nbytes for tensor in subject.original.values())
+        check_output(folder, size * (4 if config.joint_steps else 3))
     if config.mask.endswith(".safetensors"):
         load_masks(Path(config.mask), subject.weights, one_pattern(config))
 
@@ -204,7 +201,7 @@ def permute(
         return subject, {}, {}
     run.say(f"Ordering channels for {order}")
     gains = order_channels(subject.chain, order, images, subject.weights, run.device)
-    subject = subject.as_it_is()
+    subject = replace(subject, original=copy_of(subject.network))
     permuted = {name: {"kept_before": before, "kept_after": after} for name, (before, after) in gains.items()}
     return subject, permuted, {"order of channels": digest_of(subject.weights)}
 
@@ -236,8 +233,7 @@ def choose(
         "thinned_out_from": str(final.relaxed()) if final else None,
         **choice.facts,
     }
-    facts = {"allocation": allocation, "criterion": criterion}
-    return Chosen(evidence.pattern, choice, begin, final, flops, facts)
+    return Chosen(evidence.pattern, choice, begin, final, {"allocation": allocation, "criterion": criterion})
 
 
 def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[Subject, list[LayerReport]]:
@@ -257,43 +253,54 @@ def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[S
     return replace(subject, config=config), reports
 
 
-def describe(run: Run, subject: Subject, chosen: Chosen, reports: list[LayerReport]) -> dict[str, Any]:
+def describe(
+    run: Run, subject: Subject, chosen: Chosen, flops: dict[str, int], reports: list[LayerReport]
+) -> dict[str, Any]:
     """What the report says of the result itself."""
     masks, chain = chosen.choice.masks, subject.chain
     layers = describe_layers(subject.checkpoint, chain, subject.layers, masks, chosen.pattern, subject.config, reports)
-    device = {
-        "device": str(run.device),
-        "offloaded": chain.offloaded is not None,
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "hardware": describe_hardware(run.device),
-        "processes": processes(),
-    }
-    return layers | describe_size(subject.network, masks, chosen.flops) | chosen.facts | device
+    return (
+        layers
+        | describe_size(subject.network, masks, flops)
+        | chosen.facts
+        | {
+            "device": str(run.device),
+            "offloaded": chain.offloaded is not None,
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "hardware": describe_hardware(run.device),
+            "processes": processes(),
+        }
+    )
 
 
-def finish(run: Run, subject: Subject, folder: Path | None, report: dict[str, Any], format: str) -> PruneResult:
-    """Saves the result where there is a folder for it."""
-    if folder is None:
-        return PruneResult(subject.network, None, {"output": None, **report})
-    run.say(f"Saving to {folder}")
-    report["name"] = folder.resolve().name
-    from_main(lambda: save(subject.checkpoint, folder, run.journal.folder, report, packed=format == "packed"))
-    return PruneResult(subject.network, folder, {"output": str(folder), **report})
-
-
-def save(checkpoint: Checkpoint, output: Path, work: Path | None, report: dict[str, Any], packed: bool) -> None:
-    """Writes the result, with its report and card.
+def save(
+    run: Run,
+    checkpoint: Checkpoint,
+    output: Path | None,
+    report: dict[str, Any],
+    claims: dict[str, Any],
+    packed: bool = False,
+) -> PruneResult:
+    """What a job has made, written with its report and card where there is a folder for it; ``claims`` is what
+    config.json says under ``snows``.
 
     Raises:
         SaveError: the disk is full or refuses.
     """
-    bound = map(checkpoint.model.get_parameter, report["pruned_parameters"])
-    summary = claim(report["pattern"], report["sparsity"], bound)
-    with whole_folder(output, work) as folder:
-        target = folder / "ordinary" if packed else folder
-        target.mkdir(exist_ok=True)
-        save_checkpoint(checkpoint, target, summary, report)
-        write_card(checkpoint, target, report)
-        if target is not folder:
-            pack_into(target, folder)
-            shutil.rmtree(target)
+    if output is None:
+        return PruneResult(checkpoint.model, None, {"output": None, **report})
+    run.say(f"Saving to {output}")
+    report = report | {"name": output.resolve().name}
+
+    def write() -> None:
+        with whole_folder(output, run.journal.folder) as folder:
+            target = folder / "ordinary" if packed else folder
+            target.mkdir(exist_ok=True)
+            save_checkpoint(checkpoint, target, claims, report)
+            write_card(checkpoint, target, report)
+            if packed:
+                pack_into(target, folder)
+                shutil.rmtree(target)
+
+    from_main(write)
+    return PruneResult(checkpoint.model, output, {"output": str(output), **report})

@@ -31,9 +31,6 @@ from .request import check_report
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
 
-STRIP = 64
-"""Most cells of a layer's strip of sparsity; layers with more rows than that show means of neighbours."""
-
 
 def report(
     model: Name,
@@ -52,13 +49,11 @@ def report(
     Args:
         model: folder (or Hub id) of what ``prune`` wrote.
         output: folder for the two files, which replace earlier ones; None takes that of the model.
-        dense: Hub id or folder of the dense model, for its attention maps and those of the mask alone.
-        data: images for attention maps: Hub data set, image folder or folder of parquet; None draws none.
-        split: of ``data``.
+        dense: Hub id or folder of the dense model, of this ``revision``, for its attention maps and those of the mask
+            alone.
+        data: images for attention maps, of this ``split``; None draws none.
         images: number of images to draw.
-        revision: of ``dense`` on the Hub.
-        device: ``auto``, ``cpu`` or ``cuda``, for the attention maps.
-        on_stage: called with a line of text when a new stage begins.
+        others: as for :func:`snows_hf.prune`.
 
     Returns:
         The contents of report.json: the report of the prune, with ``size`` (bytes, dense and packed),
@@ -92,17 +87,14 @@ def report(
 
 
 def compare(
-    models: Sequence[Name],
-    *,
-    output: str | Path | None = None,
-    on_stage: Callable[[str], None] = lambda stage: None,
+    models: Sequence[Name], *, output: str | Path | None = None, on_stage: Callable[[str], None] = lambda stage: None
 ) -> dict[str, Any]:
     """Sets several results of ``prune`` side by side.
 
     Args:
         models: folders (or Hub ids) of what ``prune`` wrote.
         output: HTML file to write, which must not exist; None writes none.
-        on_stage: called with a line of text when a new stage begins.
+        on_stage: as for :func:`snows_hf.prune`.
 
     Returns:
         ``models``: for each ``model``, ``name`` (``model`` where two would have the same), ``source``, ``pattern``,
@@ -127,11 +119,11 @@ def compare(
     names = [row["name"] for row in rows]
     for row in rows:
         row["name"] = row["model"] if names.count(row["name"]) > 1 else row["name"]
-    result: dict[str, Any] = {"models": rows, "output": str(output) if output is not None else None}
-    if output is not None:
-        page = render("compare.html", rows=rows)
-        write_whole(Path(output), lambda path: path.write_text(page, encoding="utf-8"))
-    return result
+    if output is None:
+        return {"models": rows, "output": None}
+    page = render("compare.html", rows=rows)
+    write_whole(Path(output), lambda path: path.write_text(page, encoding="utf-8"))
+    return {"models": rows, "output": str(output)}
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -146,16 +138,12 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         for made in retrainings(found):  # the weights that are in the folder, on the same images, or nothing
             final = made["after"] if made["eval_data"] == found["eval_data"] else None
         tensors = checkpoint.model.state_dict().values()
+        parts = [part for tensor in tensors for part in (pack_tensor(tensor) or {"": tensor}).values()]
         here = local_folder(checkpoint.source) is not None
         return found | {
             "name": (found.get("name") if here else None) or short_name(checkpoint.source),
             "flops": found["flops"] | {"reduction": found["flops"]["dense"] / found["flops"]["pruned"]},
-            "size": {
-                "dense": sum(tensor.nbytes for tensor in tensors),
-                "packed": sum(
-                    part.nbytes for tensor in tensors for part in (pack_tensor(tensor) or {"": tensor}).values()
-                ),
-            },
+            "size": {"dense": sum(each.nbytes for each in tensors), "packed": sum(each.nbytes for each in parts)},
             "rows": {
                 str(layer["name"]): row_zeros([checkpoint.model.get_parameter(name) for name in layer["parameters"]])
                 for layer in found["layers"]
@@ -182,7 +170,7 @@ def understood(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def row_zeros(weights: Sequence[Tensor], cells: int = STRIP) -> list[float]:
+def row_zeros(weights: Sequence[Tensor], cells: int = 64) -> list[float]:
     """Shares of zeros along the output rows of a group's weights, each (rows, …): one a row, or means of neighbours
     where there are more rows than ``cells``."""
     shares = torch.cat([(weight.detach() == 0).flatten(1).double().mean(1) for weight in weights])
@@ -214,8 +202,8 @@ def attention_picture(
         with tempfile.TemporaryDirectory(prefix="snows-hf-") as place:
             picture = Path(place) / "attention.png"
             found = compare_maps(run, models, source, picture, images)
-            found |= {"data": describe_data(data, split), "seed": 0}
-            return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}", found
+            text = base64.b64encode(picture.read_bytes()).decode()
+        return f"data:image/png;base64,{text}", found | {"data": describe_data(data, split), "seed": 0}
     except AdapterError as error:
         run.say(f"No attention maps: {error.message}")
         return None, None

@@ -13,11 +13,10 @@ from ..data.names import Name, short_name
 from ..masks.allocation import IMAGES, Sensitivity
 from ..masks.choices import measure_sensitivities
 from ..masks.evidence import Evidence
-from ..patterns import NM, Unstructured, parse_candidates
+from ..patterns import Unstructured, parse_candidates
 from ..reports.describe import describe_data, finite
 from ..runtime.files import write_whole
 from ..runtime.run import Progress, Run
-from ..settings import PruneConfig, preset as preset_for
 from .calibration import calibrate, first_pass
 from .request import DEFAULT_DATA, DEFAULT_PATTERNS, check_plot, check_sensitivity, find_dtype
 from .subject import load_subject
@@ -42,11 +41,9 @@ def sensitivity(
     Args:
         model: Hub id or folder, of transformers or timm.
         patterns: with commas: ``"1:4,2:4,4:8"``, ``"0.5,0.8"``.
-        data: calibration images, as for :func:`snows_hf.prune`; :data:`~snows_hf.masks.allocation.IMAGES` of them are
-            used unless ``samples`` says fewer.
-        data_split: split of ``data``.
-        device, dtype, revision, preset, on_stage, on_progress: as for :func:`snows_hf.prune`.
-        **settings: changes to the preset, by the names of PruneConfig and SolverConfig: ``mask``, ``repair_steps`` …
+        data: calibration images; :data:`~snows_hf.masks.allocation.IMAGES` of them are used unless ``samples`` says
+            fewer.
+        others: as for :func:`snows_hf.prune`.
 
     Returns:
         ``layers`` in forward order, each with ``name``, ``parameters``, ``weights``, ``flops`` and ``candidates``: for
@@ -58,18 +55,19 @@ def sensitivity(
     """
     started = time.perf_counter()
     settings = {"samples": IMAGES, **settings}
-
-    def configure(family: str) -> PruneConfig:
-        return preset_for(preset, family, patterns).updated(**settings)
-
     check_sensitivity(patterns, preset, settings)
-    candidates = candidates_by_layer(patterns)
+    # A layer is measured by itself: a share of zeros is its own.
+    candidates = [
+        replace(candidate, scope="layer") if isinstance(candidate, Unstructured) else candidate
+        for candidate in parse_candidates(patterns)
+        if candidate is not None
+    ]
     run = Run.begin(device, dtype=find_dtype(dtype), on_stage=on_stage, on_progress=on_progress)
-    name = data or DEFAULT_DATA
+    data = data or DEFAULT_DATA
 
-    subject = load_subject(run, model, revision, configure, candidates)
-    source, config = open_images(name, data_split), subject.config
-    calibration = calibrate(run, source, config, subject.checkpoint)
+    subject = load_subject(run, model, revision, candidates, preset, patterns, settings)
+    config = subject.config
+    calibration = calibrate(run, open_images(data, data_split), config, subject.checkpoint)
     flops, labels = first_pass(subject.chain, calibration, subject.checkpoint)
     subject.network.to(run.dtype)
     chain = place(run, subject.chain, calibration.images[:2], config.offload)
@@ -84,21 +82,11 @@ def sensitivity(
             "patterns": [str(candidate) for candidate in candidates],
             "layers": [described(list(rows)) for _, rows in groupby(table, key=lambda row: row.layer)],
             "samples": len(calibration.images),
-            "data": describe_data(name, data_split),
+            "data": describe_data(data, data_split),
             "settings": config.to_dict(),
             "seconds": time.perf_counter() - started,
         }
     )
-
-
-def candidates_by_layer(patterns: str) -> list[NM | Unstructured]:
-    """The patterns to measure, each of a layer by itself.
-
-    Raises:
-        PatternError: one that is none.
-    """
-    asked = [candidate for candidate in parse_candidates(patterns) if candidate is not None]
-    return [replace(c, scope="layer") if isinstance(c, Unstructured) else c for c in asked]
 
 
 def described(rows: list[Sensitivity]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The model that is pruned, or measured layer by layer: loaded, cut into operations, and what of it is asked for."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike, fspath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ..masks.choose import split_by_fit
 from ..patterns import Masks
 from ..patterns.plan import Candidate
 from ..runtime.run import Run
-from ..settings import PruneConfig
+from ..settings import PruneConfig, preset as preset_for
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ class Subject:
 
     Attributes:
         checkpoint: as it was loaded; its network is changed in place.
-        chain: the network cut into operations.
         config: all settings, those of the model's family included.
-        layers: to be pruned.
         original: every tensor of the network as the checkpoint has it, by name.
     """
 
@@ -45,15 +44,6 @@ class Subject:
     def weights(self) -> dict[str, Tensor]:
         """The dense weights of the layers, by name."""
         return {name: self.original[name] for group in self.layers for name in group.parameters}
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.original.values())
-
-    def as_it_is(self) -> "Subject":
-        """The same subject, what its network holds now being the original."""
-        return replace(self, original=copy_of(self.network))
 
 
 @torch.no_grad()
@@ -76,6 +66,11 @@ def restore_untouched(network: nn.Module, original: Mapping[str, Tensor], masks:
         tensor.data = tensor.data.to(source.dtype)
     buffers_follow_weights(network)
     return beyond
+
+
+def weights_of(chain: Chain) -> dict[str, Tensor]:
+    """All prunable weights, by name."""
+    return {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
 
 
 def copy_of(network: nn.Module) -> dict[str, Tensor]:
@@ -105,21 +100,20 @@ def load_subject(
     run: Run,
     model: Name,
     revision: str | None,
-    configure: Callable[[str], PruneConfig],
     candidates: Sequence[Candidate],
+    preset: str,
+    pattern: str,
+    settings: dict[str, Any],
 ) -> Subject:
-    """Loads a model, and finds the layers that are asked for.
-
-    Args:
-        configure: family of architectures → all settings.
-        candidates: patterns that must each fit some layer; None stands for dense.
+    """Loads a model, and finds the layers that are asked for, of which each of the candidates must fit some; the
+    settings are changes to what the preset has for the model's family.
 
     Raises:
         SnowsError: no such model, no adapter for it, no such layer, or a pattern that fits none.
     """
     checkpoint = load_told(run, model, revision)
     chain = build_chain(checkpoint.model)
-    config = configure(chain.family)
+    config = preset_for(preset, chain.family, pattern).updated(**settings)
     layers = select_layers(chain, config.layers)
     subject = Subject(checkpoint, chain, config, layers, copy_of(checkpoint.model))
     for candidate in candidates:

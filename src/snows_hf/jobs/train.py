@@ -7,7 +7,7 @@ is not the one to be trained.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ from ..adapters.base import Chain, logits_of
 from ..data.images import CHUNK, ImageSource, check_labels, drawn, labelled_batches, open_images
 from ..data.names import Name, short_name
 from ..errors import ConfigError
-from ..hub.card import write_card
 from ..hub.create import create
 from ..hub.load import Checkpoint
-from ..hub.save import claim, save_checkpoint
+from ..hub.save import claim
 from ..masks.choices import fit_criterion
 from ..masks.choose import choose, split_by_fit
 from ..masks.collapse import find_collapse
@@ -39,14 +38,14 @@ from ..patterns.plan import at_initialisation
 from ..reports.describe import describe_data, share_of_zeros
 from ..runtime.device import describe_hardware
 from ..runtime.distributed import processes
-from ..runtime.files import whole_folder
 from ..runtime.run import Progress, Run
 from ..runtime.version import __version__, versions
 from ..settings import PruneConfig, TrainConfig
 from .calibration import class_labels
 from .measure import measure
-from .prune import PruneResult
+from .prune import PruneResult, save
 from .request import check_request, check_training
+from .subject import weights_of
 from .training import fixed, seed_of, sgd, train_epoch
 
 
@@ -70,14 +69,11 @@ def train(
     Args:
         source: a name that timm knows (``resnet20_cifar``), or the folder or Hub id of a checkpoint, of which only the
             configuration is used.
-        data: labelled images: Hub data set, image folder or folder of parquet. All of them are held in memory.
-        pattern: ``"0.9"`` or ``"2:4"``, as for :func:`snows_hf.prune`; None trains the dense network.
-        output: folder to save to, absent or empty; None saves nothing.
-        data_split: split of ``data``.
+        data: labelled images, all of which are held in memory.
+        pattern: ``"0.9"`` or ``"2:4"``; None trains the dense network.
         eval_data: labelled images on which accuracy is measured at the end; None measures nothing.
-        eval_split: split of ``eval_data``.
-        device, revision, on_stage, on_progress: as for :func:`snows_hf.prune`.
         **settings: by the names of :class:`~snows_hf.settings.TrainConfig`.
+        others: as for :func:`snows_hf.prune`.
 
     Raises:
         SnowsError: bad settings, source, data or output; a loss that is not finite; see snows_hf.errors.
@@ -105,9 +101,9 @@ def train(
             run.say("The network has no batch norm: there is nothing to warm up")
     masks, facts = choose_masks(run, chain, chosen_pattern, config, images, labels)
     run.say(f"Training on {len(labels)} images")
-    training = time.perf_counter()
+    begun = time.perf_counter()
     losses = fit(run, network, images, labels, masks, config)
-    training_seconds = time.perf_counter() - training
+    training_seconds = time.perf_counter() - begun
     accuracy = measure(run, "trained", network, checkpoint, evaluation)
     network.to("cpu")
 
@@ -123,16 +119,11 @@ def train(
         "seconds": time.perf_counter() - started,
         "hardware": describe_hardware(run.device),
     }
-    if output is None:
-        return PruneResult(network, None, {"output": None, **report})
-    run.say(f"Saving to {output}")
-    report = save(checkpoint, Path(output), masks, report)
-    return PruneResult(network, Path(output), {"output": str(output), **report})
-
-
-def weights_of(chain: Chain) -> dict[str, Tensor]:
-    """All prunable weights, by name."""
-    return {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
+    claims = claim(str(chosen_pattern), report["sparsity"], masks.values()) if masks else {"version": __version__}
+    folder = Path(output) if output is not None else None
+    if folder is not None:  # a licence of the configuration's is not one of these weights
+        checkpoint = replace(checkpoint, folder=folder)
+    return save(run, checkpoint, folder, report, claims)
 
 
 def choose_masks(
@@ -172,23 +163,6 @@ def describe(checkpoint: Checkpoint, masks: Masks, facts: dict[str, Any], config
     }
 
 
-def save(checkpoint: Checkpoint, output: Path, masks: Masks, report: dict[str, Any]) -> dict[str, Any]:
-    """Writes the network with its card and report; gives the report, which has a name now.
-
-    Raises:
-        SaveError: the disk is full or refuses.
-    """
-    report = report | {"name": output.resolve().name}
-    summary: dict[str, Any] = {"version": __version__}
-    if masks:
-        summary = claim(report["pattern"], report["sparsity"], masks.values())
-    with whole_folder(output) as folder:
-        saved = replace(checkpoint, folder=folder)  # a licence of the configuration's is not one of these weights
-        save_checkpoint(saved, folder, summary, report)
-        write_card(saved, folder, report)
-    return report
-
-
 def read_examples(run: Run, source: ImageSource, checkpoint: Checkpoint, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Preprocessed images (n, 3, h, w) on the CPU, in random order, and the model's class of each (n,).
 
@@ -211,12 +185,9 @@ def read_examples(run: Run, source: ImageSource, checkpoint: Checkpoint, config:
 
 
 @torch.no_grad()
-def warm_up(network: nn.Module, batches: Iterator[Tensor] | tuple[Tensor, ...], device: torch.device) -> bool:
-    """Sets the running statistics of all batch norms to the average over batches, weights unchanged.
-
-    Returns:
-        Whether there is a batch norm.
-    """
+def warm_up(network: nn.Module, batches: Iterable[Tensor], device: torch.device) -> bool:
+    """Sets the running statistics of all batch norms to the average over batches, weights unchanged; returns whether
+    there is a batch norm."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return False
@@ -240,11 +211,8 @@ def fit(
     """SGD with momentum on cross-entropy, in place; weights that the masks leave out are zero and stay zero.
 
     Args:
-        run: whose device the network is on.
-        network: in float32; left in evaluation mode.
+        network: in float32, on the run's device; left in evaluation mode.
         images: preprocessed (n, 3, h, w), with classes ``labels`` (n,).
-        masks: by parameter name, true where a weight stays.
-        config: settings.
 
     Returns:
         The mean loss of each epoch.
@@ -268,10 +236,8 @@ def fit(
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             for step, (batch, classes) in enumerate(loader, epoch * steps):
                 batch = batch.to(run.device)
-                yield (
-                    augmented(batch, seed_of(config.seed, step)) if config.augment else batch,
-                    classes.to(run.device),
-                )
+                batch = augmented(batch, seed_of(config.seed, step)) if config.augment else batch
+                yield batch, classes.to(run.device)
 
         def loss_of(batch: Tensor, classes: Tensor) -> Tensor:
             return F.cross_entropy(logits_of(model, batch), classes)

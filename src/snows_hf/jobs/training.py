@@ -29,12 +29,8 @@ def fixed(network: nn.Module, gone: Mapping[str, Tensor]) -> Iterator[None]:
 
 def sgd(network: nn.Module, config: TrainConfig | FinetuneConfig) -> torch.optim.SGD:
     """SGD with momentum on all parameters."""
-    return torch.optim.SGD(
-        network.requires_grad_(True).parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+    parameters = network.requires_grad_(True).parameters()
+    return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
 
 
 def train_epoch(

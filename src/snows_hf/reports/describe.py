@@ -90,8 +90,12 @@ def summary(chain: Chain, group: Group) -> dict[str, Any]:
 
 def share_of_zeros(weights: Iterable[Tensor]) -> float:
     """Of all weights together."""
-    zeros, total = (sum(numbers) for numbers in zip(*((int((w == 0).sum()), w.numel()) for w in weights), strict=True))
-    return zeros / total
+    each = list(weights)
+    return zeros_of(each) / sum(weight.numel() for weight in each)
+
+
+def zeros_of(weights: Iterable[Tensor]) -> int:
+    return sum(int((weight == 0).sum()) for weight in weights)
 
 
 def describe_size(network: nn.Module, masks: Masks, flops: dict[str, int]) -> dict[str, Any]:

@@ -11,11 +11,8 @@ import jinja2
 from ..hub.save import retrainings
 
 
-MATRIX = 20
-"""Most classes that are drawn as a matrix of confusions; of more, only the largest changes are listed."""
-
 LISTED = 20
-"""Most changes that a list of classes, or of confusions, shows."""
+"""Most classes that are drawn as a matrix, and most changes that a list of classes or of confusions shows."""
 
 
 def class_changes(
@@ -60,31 +57,21 @@ def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
     ratios = [math.log(layer["loss_pruned"] / layer["loss_start"]) for layer in solved]
     retrained = retrainings(found)
     measured = retrained[-1] if retrained else found
-    final = measured["after" if retrained else "pruned"]
-    dense, masked = ((found[key] or {}).get("top1") for key in ("dense", "masked"))
-    top1 = final["top1"] if final else None
-    return {
-        "name": found["name"],
-        "source": found["source"],
-        "pattern": found["pattern"],
+    accuracies = found["dense"], found["masked"], measured["after" if retrained else "pruned"]
+    dense, masked, pruned = (accuracy and accuracy["top1"] for accuracy in accuracies)
+    comparable = None not in (dense, pruned) and measured["eval_data"] == found["eval_data"]
+    as_reported = "name", "source", "pattern", "update", "samples", "sparsity", "size", "flops", "seconds"
+    return {key: found[key] for key in as_reported} | {
         "mask": found["settings"]["mask"],
-        "update": found["update"],
         "retrained": bool(retrained),
-        "samples": found["samples"],
         "k": found["settings"]["k"],
-        "sparsity": found["sparsity"],
         "dense": dense,
         "masked": masked,
-        "pruned": top1,
-        "drop": dense - top1
-        if dense is not None and top1 is not None and measured["eval_data"] == found["eval_data"]
-        else None,
+        "pruned": pruned,
+        "drop": dense - pruned if comparable else None,
         "eval_data": measured["eval_data"],
         "loss_left": math.exp(sum(ratios) / len(ratios)) if ratios else None,
         "products": sum(layer.get("cg_iterations", 0) for layer in all_layers(found)),
-        "size": found["size"],
-        "flops": found["flops"],
-        "seconds": found["seconds"],
     }
 
 
@@ -100,8 +87,8 @@ def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
     if found["update"]:
         steps.append(("SNOWS", "pruned", "pruned"))
     solved = [layer for layer in all_layers(found) if "loss_start" in layer]
-    losses = [layer[key] for layer in solved for key in ("loss_start", "loss_pruned")]
-    axis = LogAxis([loss for loss in losses if loss])
+    bars = ("loss_start", "masked"), ("loss_pruned", "pruned")
+    axis = LogAxis([layer[key] for layer in solved for key, _ in bars if layer[key]])
     return {
         "accuracy": [(what, kind, found[key]) for what, key, kind in steps if found[key]],
         "summary": summary_of(found),
@@ -109,20 +96,15 @@ def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
         "solved": [
             layer
             | {
-                "bars": [(kind, axis.place(layer[key])) for key, kind in (("loss_start", "masked"),
-                                                                          ("loss_pruned", "pruned"))],
+                "bars": [(kind, axis.place(layer[key])) for key, kind in bars],
                 "line": polyline(layer["loss_start"], layer.get("losses") or []),
             }
             for layer in solved
         ],
-        "strips": [
-            layer | {"cells": strip(rows)}
-            for layer in found["layers"]
-            for rows in [found["rows"][layer["name"]]]
-        ],
+        "strips": [layer | {"cells": strip(found["rows"][layer["name"]])} for layer in found["layers"]],
         "classes": shown_classes(found["class_changes"]),
         "retrainings": retrainings(found),
-    }  # fmt: skip
+    }
 
 
 def strip(shares: Sequence[float]) -> list[tuple[float, float, float]]:
@@ -176,7 +158,7 @@ def shown_classes(changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
         rows = [*rows[: LISTED // 2], *rows[-LISTED // 2 :]]
     widest = max(abs(row["share"]) for row in rows) or 1.0
     matrix = None
-    if len(classes) <= MATRIX:
+    if len(classes) <= LISTED:
         right = [{"true": i, "predicted": i} | row for i, row in enumerate(classes)]
         cells = {(c["true"], c["predicted"]): c["pruned"] - c["dense"] for c in (*right, *confusions)}
         strongest = max(1, *map(abs, cells.values()))
