@@ -6,7 +6,7 @@ accelerate's hooks do the like for a module that is called; an operation may rea
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -43,6 +43,21 @@ class Runner(nn.Module):
         return run(state)
 
 
+@dataclass(frozen=True)
+class Offloaded:
+    """An operation's ``run`` with the tensors of these names, in ``runner``, on a device; so is what it gives."""
+
+    run: Callable[[State], State]
+    runner: Runner
+    names: tuple[str, ...]
+    device: torch.device
+
+    def __call__(self, state: State) -> State:
+        # As they are now: within an outer functional call, that one's.
+        own = {name: attrgetter(name)(self.runner).to(self.device) for name in self.names}
+        return torch.func.functional_call(self.runner, own, (self.run, send_to_device(state, self.device)))
+
+
 class Logits(nn.Module):
     """A chain as the classifier that it is."""
 
@@ -70,13 +85,7 @@ def offloaded(chain: Chain, images: Tensor, device: torch.device) -> Chain:
         with Reads() as reads:
             state = operation.run(state)
         read = dict.fromkeys(name for tensor in reads.tensors for name in names.get(id(tensor), ()))
-
-        def run(state: State) -> State:
-            # As they are now: within an outer functional call, that one's.
-            own = {name: attrgetter(name)(runner).to(device) for name in read}
-            return torch.func.functional_call(runner, own, (operation.run, send_to_device(state, device)))
-
-        operations.append(replace(operation, run=run))
+        operations.append(replace(operation, run=Offloaded(operation.run, runner, tuple(read), device)))
         return state
 
     chain.model.eval()
