@@ -10,7 +10,7 @@ demo: $(VENV)/.package
 	$(BIN)/snows-hf demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

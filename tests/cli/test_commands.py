@@ -267,7 +267,7 @@ def test_mask_file(run) -> None:
 def test_same_seed_same_bytes(run) -> None:
     def weights(seed: int, name: str) -> bytes:
         options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 32, "--k", 1, "--seed", seed, "--output", name)
-        assert run("prune", RESNET, *options, "--quiet").code == 0
+        assert run("prune", RESNET, *options, "--set", "joint_steps=3", "--quiet").code == 0
         return Path(name, "model.safetensors").read_bytes()
 
     first = weights(1, "a")
@@ -344,7 +344,7 @@ def test_version_and_help(run) -> None:
 
 def test_prune_within_a_budget_of_memory(run) -> None:
     budget = psutil.Process().memory_info().rss / 1e9 + 1
-    assert run("prune", RESNET, "--pattern", "2:4", *QUICK, "--memory", budget).code == 0
+    assert run("prune", RESNET, "--pattern", "2:4", *QUICK, "--memory", budget, "--set", "joint_steps=3").code == 0
     assert run("inspect", "resnet_digits-2to4").code == 0
 
     result = run("prune", RESNET, "--pattern", "2:4", *QUICK, "--memory", "0.1", "--output", "refused")

@@ -26,14 +26,17 @@ def test_version(elsewhere: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{__version__}\n", "")
 
 
-def test_demo_needs_nothing_but_the_package(elsewhere: Path) -> None:
-    result = snows_hf("demo", "--model", "resnet", "--output", "result", "--json", cwd=elsewhere)
+def test_demo_needs_nothing_but_the_package(elsewhere: Path, run) -> None:
+    result = snows_hf("demo", cwd=elsewhere)
     assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["masked"]["top1"] < report["pruned"]["top1"] <= report["dense"]["top1"] + 1
     assert "Traceback" not in result.stderr
-    assert [path.name for path in elsewhere.iterdir()] == ["result"]
-    assert (elsewhere / "result/model.safetensors").is_file()
+    assert "snows-hf inspect snows-demo" in result.stdout  # what to try next
+    assert [path.name for path in elsewhere.iterdir()] == ["snows-demo"]
+    report = json.loads((elsewhere / "snows-demo/snows_config.json").read_text())
+    assert report["masked"]["top1"] < report["pruned"]["top1"] <= report["dense"]["top1"] + 1
+    again = run("demo")
+    assert again.code == 1
+    assert "snows-demo exists and is not empty" in again.err
 
 
 def test_error(elsewhere: Path) -> None:
@@ -44,13 +47,3 @@ def test_error(elsewhere: Path) -> None:
     assert lines[1].startswith("Error: Model nobody/nothing is no folder here")
     assert len(lines) == 3
     assert list(elsewhere.iterdir()) == []
-
-
-def test_demo_shows_what_to_try_next(run, elsewhere: Path) -> None:
-    result = run("demo")
-    assert result.code == 0
-    assert "snows-hf inspect snows-demo" in result.out
-    assert [path.name for path in elsewhere.iterdir()] == ["snows-demo"]
-    again = run("demo")
-    assert again.code == 1
-    assert "snows-demo exists and is not empty" in again.err

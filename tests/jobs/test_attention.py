@@ -141,7 +141,7 @@ def test_bad_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ask("no/a.png")
     with pytest.raises(ConfigError, match=r"\.png"):
         ask("a.pdf")
-    with pytest.raises(ConfigError, match="at least one"):
+    with pytest.raises(ConfigError, match="images = 0: expected at least 1"):
         ask(images=0)
     with pytest.raises(AdapterError, match="no attention"):
         ask(model=RESNET)
