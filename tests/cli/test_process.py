@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import NO_HUB
+from embedded import NO_HUB
 
 from snows_hf import __version__
 
