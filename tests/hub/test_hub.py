@@ -1,7 +1,7 @@
 """Pull and push through the command line, with the real clients, against the Hub of server.py. Nothing is mocked.
 
-Each command is a process that spends seconds on importing torch, or on the clients' waits between retries. So what
-goes wrong is told in scenarios, each with a Hub and a home of its own, that run some at a time.
+Each command is a process that spends seconds on importing torch. What goes wrong is told in scenarios, each with a Hub
+and a home of its own.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,9 +148,7 @@ def hub(model: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def published(
-    scenarios: object, hub: Hub, tiny_timm: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
+def published(hub: Hub, tiny_timm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Reports of two prunes from the Hub to the Hub, by the repository that was made."""
     hub.add("models", "me/tiny", tiny_timm)
     machine = Machine(hub, tmp_path_factory.mktemp("publisher"))
@@ -214,26 +211,6 @@ SCENARIOS: list[Scenario] = []
 def scenario(function: Scenario) -> Scenario:
     SCENARIOS.append(function)
     return function
-
-
-def play(chosen: Scenario, model: Path, place: Path) -> None:
-    with fill(Hub(), model).running() as hub:
-        chosen(hub, Machine(hub, place), model)
-
-
-@pytest.fixture(scope="module")
-def scenarios(
-    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[None]]]:
-    """The scenarios that this run of pytest chose, under way."""
-    wanted = {item.name for item in request.session.items}
-    threads = ThreadPoolExecutor(3)
-    yield {
-        s.__name__: threads.submit(play, s, model, tmp_path_factory.mktemp(s.__name__))
-        for s in SCENARIOS
-        if f"test_scenario[{s.__name__}]" in wanted
-    }
-    threads.shutdown(cancel_futures=True)
 
 
 @scenario
@@ -558,9 +535,10 @@ def offline_with_cache(hub: Hub, machine: Machine, model: Path) -> None:
     done.fails_with("offline mode is on", "HF_HUB_OFFLINE")
 
 
-@pytest.mark.parametrize("name", [s.__name__ for s in SCENARIOS])
-def test_scenario(scenarios: dict[str, Future[None]], name: str) -> None:
-    scenarios[name].result()
+@pytest.mark.parametrize("chosen", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_scenario(chosen: Scenario, model: Path, tmp_path: Path) -> None:
+    with fill(Hub(), model).running() as hub:
+        chosen(hub, Machine(hub, tmp_path), model)
 
 
 def test_push_of_no_checkpoint(tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # What is saved from here on is an ordinary checkpoint.
-        model._weight_conversions = [c for c in model._weight_conversions if c is not self.unpacking]
+        if hasattr(model, "_weight_conversions"):  # transformers from 5.24 on has taken it off by now
+            model._weight_conversions = [c for c in model._weight_conversions if c is not self.unpacking]
         model.config.__dict__.pop("transformers_weights", None)
         return model
 
