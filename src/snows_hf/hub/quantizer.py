@@ -64,13 +64,13 @@ class PackedQuantizer(HfQuantizer):
                     f"transformers merges or splits {name} while it reads it, which packed weights do not support.",
                     "Use `snows-hf unpack` first.",
                 )
-        self.unpacking = WeightConverter(list(SUFFIXES), "", [Unpack()], force_cpu=True)
-        return [*weight_conversions, self.unpacking]
+        self.others = weight_conversions
+        return [*weight_conversions, WeightConverter(list(SUFFIXES), "", [Unpack()], force_cpu=True)]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # What is saved from here on is an ordinary checkpoint.
-        if hasattr(model, "_weight_conversions"):  # transformers from 5.24 on has taken it off by now
-            model._weight_conversions = [c for c in model._weight_conversions if c is not self.unpacking]
+        # (transformers 5.24 has taken all conversions off by now, which saving needs, where names have changed.)
+        model._weight_conversions = [conversion for conversion in self.others if conversion.was_used()]
         model.config.__dict__.pop("transformers_weights", None)
         return model
 
