@@ -208,7 +208,7 @@ class PruneConfig(Settings):
     """Steps compute in bfloat16 where that does (torch.autocast); the loss that judges them does not."""
     offload: bool | None = None
     """Weights rest in main memory, and come to the device for one operation after the other. None: where they
-    would take too much of the device (fitting.py)."""
+    would take too much of the device (adapters/offload.py)."""
     seed: Seed = 0
     """Decides which images are drawn, and their order."""
     solver: SolverConfig = field(default_factory=SolverConfig)
