@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from snows_hf.adapters import Chain, build_chain, frozen
-from snows_hf.adapters.base import logits_of
+from snows_hf.adapters.outputs import logits_of
 from snows_hf.masks.choose import choose_masks
 from snows_hf.method.cascade import prune_chain
 from snows_hf.patterns import NM

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from snows_hf.adapters import Chain, State, base, build_chain, frozen
-from snows_hf.adapters.base import logits_of
 from snows_hf.adapters.check import check_chain
 from snows_hf.adapters.flops import count_flops
 from snows_hf.adapters.offload import offloaded
+from snows_hf.adapters.outputs import logits_of
 from snows_hf.masks.collapse import find_collapse
 from snows_hf.method.objective import Segment
 

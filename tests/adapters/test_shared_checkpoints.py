@@ -10,7 +10,7 @@ from torch import nn
 
 import snows_hf
 from snows_hf.adapters import build_chain
-from snows_hf.adapters.base import logits_of
+from snows_hf.adapters.outputs import logits_of
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DeiTForImageClassificationWithTeacher
 
 from snows_hf import probe
-from snows_hf.adapters.base import logits_of
+from snows_hf.adapters.outputs import logits_of
 from snows_hf.data.images import ImageSource, describe_rows
 from snows_hf.errors import AdapterError, ConfigError, DataError
 from snows_hf.jobs.probe import (

@@ -221,9 +221,3 @@ def check_kind(module: nn.Module, name: str, *expected: type[nn.Module], model: 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
     """Live name of every submodule."""
     return {module: name for name, module in model.named_modules()}
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (n, classes), whichever way the library wraps them."""
-    output = model(images)
-    return output if isinstance(output, Tensor) else output.logits

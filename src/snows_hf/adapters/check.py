@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, MaskError, one_line
 from ..runtime.memory import out_of_memory
-from .base import Chain, Group, logits_of
+from .base import Chain, Group
 from .frozen import frozen
+from .outputs import logits_of
 
 
 TOLERANCE = 1e-3

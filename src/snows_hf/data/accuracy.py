@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import logits_of
+from ..adapters.outputs import logits_of
 from ..runtime.memory import Tensors, in_parts
 from ..runtime.run import Run
 from .images import ImageSource, Preprocess, label_map, labelled_batches, to_classes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from ..adapters.base import logits_of
+from ..adapters.outputs import logits_of
 from ..data.names import Name
 from ..runtime.device import describe_hardware
 from ..runtime.memory import out_of_memory

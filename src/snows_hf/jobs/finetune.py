@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Chain, build_chain
-from ..adapters.base import logits_of
+from ..adapters.outputs import logits_of
 from ..data.images import ImageSource, Preprocess, drawn_labelled, open_images, pictures
 from ..data.names import Name, short_name
 from ..errors import ConfigError, NumericsError

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import logits_of
+from ..adapters.outputs import logits_of
 from ..data.images import CHUNK, ImageSource, check_labels, drawn, label_map, labelled_batches, open_images, to_classes
 from ..data.names import Name
 from ..errors import AdapterError, DataError, NumericsError

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..adapters import build_chain
-from ..adapters.base import Chain, logits_of
+from ..adapters.base import Chain
+from ..adapters.outputs import logits_of
 from ..data.images import CHUNK, ImageSource, check_labels, drawn, labelled_batches, open_images
 from ..data.names import Name, short_name
 from ..errors import ConfigError
