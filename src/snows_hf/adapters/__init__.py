@@ -1,6 +1,6 @@
-"""Adapters: where an architecture's layers and K-step operations are, one file a family."""
+"""Adapters: where a model's layers and K-step operations are, read off its own graph."""
 
-from .base import Chain, Group, Operation, State, build_chain, register, supported
+from .base import Chain, Group, Operation, State, build_chain, register
 from .frozen import frozen
 from .outputs import logits_of, outputs_of
 
@@ -15,5 +15,4 @@ __all__ = [
     "logits_of",
     "outputs_of",
     "register",
-    "supported",
 ]

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,25 +23,32 @@ def recorded_attention() -> Iterator[list[Tensor]]:
         _RECORD.reset(token)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(scale·q kᵀ + bias) v for (n, …, heads, tokens, d), heads merged to (n, …, tokens, heads·d).
-
-    Written out because fused attention has neither a double backward nor a forward-mode rule.
-    """
-    scores = (q * scale) @ k.transpose(-2, -1)
-    weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+def note_attention(weights: Tensor) -> Tensor:
+    """The probabilities, noted where that is asked for."""
     if (record := _RECORD.get()) is not None:
         record.append(weights)
-    return (weights @ v).transpose(-3, -2).flatten(-2)
+    return weights
 
 
-def split_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (n, …, heads, tokens, d) of a transformers attention, from tokens (n, …, tokens, width)."""
-    q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
-    return tuple(each.unflatten(-1, (-1, attn.head_dim)).transpose(-3, -2) for each in (q, k, v))
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale·q kᵀ + mask) v for (…, heads, tokens, d), as torch's ``scaled_dot_product_attention``.
 
-
-def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (n, …, heads, tokens, d) of timm's joint ones, (n, …, tokens, 3·heads·d)."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).movedim(-3, 0).transpose(-3, -2)
-    return q, k, v
+    Written out because the fused form has neither a double backward nor a forward-mode rule.
+    """
+    if enable_gqa:
+        k, v = (each.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for each in (k, v))
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if is_causal:
+        mask = torch.ones_like(scores, dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return note_attention(scores.softmax(-1)) @ v

@@ -5,10 +5,6 @@ An architecture is one file beside this one: a function that cuts a model into o
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any, TypeVar
 
 import torch
@@ -49,12 +45,14 @@ class Group:
 class Operation:
     """One output that counts as a k in Eq. 3, and how it is computed from the state before it.
 
-    ``group`` holds the weights that act here and can be pruned; None where there are none.
+    ``group`` holds the weights that act here and can be pruned; None where there are none. ``layers`` names all Linear
+    and Conv2d layers that act here, stems and heads, too.
     """
 
     name: str
     run: Callable[[State], State]
     group: Group | None = None
+    layers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, name: str, apply: Function, kind: str | None = None) -> "Operation":
@@ -70,22 +68,35 @@ def run_operation(operation: Operation, state: Any) -> Any:
 
 
 class Chain(nn.Module):
-    """A model cut into operations: running all of them gives the model's logits.
+    """A model cut into operations: running all of them gives the model's outputs.
 
     Segments f^{l:l+k} of Eq. 3 are slices of ``operations``; nothing before or after a slice is run.
 
     Attributes:
         offloaded: where operations run, if not where the model's weights are (offload.py).
+        results: names of the model's outputs, in the order of the last operation's state.
+        dense: Linear and Conv2d layers that are in no group, each with the reason.
+        image: a blank one (1, 3, height, width) of the size that the chain is for, where that matters.
     """
 
     def __init__(
-        self, model: nn.Module, operations: list[Operation], family: str, offloaded: torch.device | None = None
+        self,
+        model: nn.Module,
+        operations: list[Operation],
+        family: str,
+        offloaded: torch.device | None = None,
+        results: tuple[str, ...] = ("logits",),
+        dense: Mapping[str, str] | None = None,
+        image: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.operations = operations
         self.family = family
         self.offloaded = offloaded
+        self.results = results
+        self.dense = dict(dense or {})
+        self.image = image
 
     @property
     def device(self) -> torch.device:
@@ -114,9 +125,16 @@ class Chain(nn.Module):
             yield place, operation, flow
             flow = (advance or run_operation)(operation, flow)
 
+    def results_of(self, images: Tensor) -> dict[str, Tensor]:
+        """The model's outputs by name for preprocessed images (n, 3, height, width), through the chain."""
+        state: State = (images,)
+        for operation in self.operations:
+            state = operation.run(state)
+        return dict(zip(self.results, state, strict=True))
+
     def logits(self, images: Tensor) -> Tensor:
-        """The model's logits (n, classes) for preprocessed images (n, 3, height, width), through the chain."""
-        return self((images,))[-1]
+        """A classifier's logits (n, classes) for preprocessed images (n, 3, height, width), through the chain."""
+        return self.results_of(images)["logits"]
 
     def outputs(self, state: State, start: int, stop: int, weights: dict[str, Tensor]) -> list[Tensor]:
         """Like calling the chain, with the named parameters replaced: differentiable in ``weights``."""
@@ -142,7 +160,8 @@ _BUILDERS: dict[type[nn.Module], tuple[Builder, str]] = {}
 
 
 def register(*classes: type[nn.Module], family: str) -> Callable[[Builder], Builder]:
-    """Decorator: ``builder(model)`` cuts models of these classes (exact or derived) into operations.
+    """Decorator: ``builder(model)`` cuts models of these classes (exact or derived) into operations, where their graph
+    does not say how, or there is none.
 
     ``family`` picks their settings in :data:`snows_hf.settings.PRESETS`.
     """
@@ -154,36 +173,55 @@ def register(*classes: type[nn.Module], family: str) -> Callable[[Builder], Buil
     return add
 
 
-@cache
-def _register_all() -> None:
-    """Imports every file beside this one: only now, since they need the libraries whole."""
-    for module in iter_modules([str(Path(__file__).parent)]):
-        import_module(f"{__package__}.{module.name}")
-
-
-def supported() -> list[str]:
-    """Names of the model classes that have an adapter."""
-    _register_all()
-    return sorted({f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in _BUILDERS})
-
-
-def build_chain(model: nn.Module) -> Chain:
+def build_chain(
+    model: nn.Module, image: Tensor | None = None, substitutes: Mapping[str, Callable[..., Tensor]] | None = None
+) -> Chain:
     """Cuts a model into its chain of operations.
 
+    Args:
+        image: one of the images (1, 3, height, width) that the chain is for. None: of the size that the model's
+            configuration says.
+        substitutes: functions to compute instead of ATen's, by their names.
+
     Raises:
-        AdapterError: no adapter knows the model's class, or its parts are not what the adapter expects.
+        AdapterError: the model cannot be traced, or a weight of it is not its own.
     """
-    _register_all()
-    for cls in type(model).__mro__:
-        if cls in _BUILDERS:
-            builder, family = _BUILDERS[cls]
-            chain = Chain(model, list(builder(model)), family)
-            _check_groups(chain)
-            return chain
-    raise AdapterError(
-        f"No adapter for the architecture {type(model).__module__.split('.')[0]}.{type(model).__name__}.",
-        f"Supported: {', '.join(supported())}. A new one is one file in snows_hf/adapters/ (CONTRIBUTING.md).",
+    registered = next((_BUILDERS[cls] for cls in type(model).__mro__ if cls in _BUILDERS), None)
+    if registered is not None:
+        builder, family = registered
+        chain = Chain(model, list(builder(model)), family)
+    else:
+        from .traced import traced_chain
+
+        chain = traced_chain(model, example(model) if image is None else image, substitutes or {})
+    _check_groups(chain)
+    return chain
+
+
+def chain_for(chain: Chain, images: Tensor) -> Chain:
+    """The chain for images (n, 3, height, width): the same, or a new one where they are of another size."""
+    if chain.image is None or chain.image.shape[1:] == images.shape[1:]:
+        return chain
+    return build_chain(chain.model, images[:1])
+
+
+def example(model: nn.Module) -> Tensor:
+    """A blank image (1, 3, height, width) of the size that a model's configuration says; of 224 pixels where it says
+    nothing."""
+    config: Any = getattr(model, "config", None)
+    patches: Any = getattr(model, "patch_embed", None)
+    timm: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    candidates: tuple[Any, ...] = (
+        getattr(patches, "img_size", None),
+        (timm.get("input_size") or (0, None))[1:],
+        getattr(config, "image_size", None),
+        getattr(getattr(config, "vision_config", None), "image_size", None),
+        224,
     )
+    size = next(size for size in candidates if size and size != (None,))
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
+    parameter = next(model.parameters())
+    return torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
 
 
 def _check_groups(chain: Chain) -> None:
@@ -203,21 +241,3 @@ def _check_groups(chain: Chain) -> None:
                     "Merge or remove parametrisations such as LoRA or weight norm, and untie shared layers, first.",
                 )
             seen.add(name)
-
-
-def check_kind(module: nn.Module, name: str, *expected: type[nn.Module], model: str) -> None:
-    """Makes sure that a part of one of timm's models is of a class that its adapter knows.
-
-    Raises:
-        AdapterError: it is not, or of a class derived from it.
-    """
-    if type(module) not in expected:
-        raise AdapterError(
-            f"{name} is a {type(module).__name__}; expected timm's {' or '.join(c.__name__ for c in expected)}.",
-            f"This variant of timm's {model} has no adapter yet.",
-        )
-
-
-def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Live name of every submodule."""
-    return {module: name for name, module in model.named_modules()}

@@ -1,4 +1,4 @@
-"""The state in which a model is differentiated: everything still but the weights that are solved for.
+"""What an operation is differentiated through: everything still but the weights that are solved for.
 
 Autograd's second-order rules for convolutions and batch norms also compute what nobody asked for (of a convolution the
 gradients of its input and weight, of a norm its batch statistics'), at more than the cost of the product itself. Here
@@ -8,12 +8,10 @@ affine map.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -65,68 +63,39 @@ class Convolution(Function):
         )
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    weight: Tensor = conv.weight
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any) -> Tensor:
+    """A convolution of images x (n, c, h, w); ``conv`` has its stride, padding, dilation and groups."""
     # Autocast's own casts would end at this function's border.
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     z: Tensor = Convolution.apply(x, weight, 0, conv, {1: _blank(x), 2: _blank(weight)})
-    return z if conv.bias is None else z + conv.bias[:, None, None]
+    return z if bias is None else z + bias[:, None, None]
 
 
-def _normalise(norm: Any) -> Any:
-    """A batch norm's evaluation-mode forward as x → x·scale + shift, its constants computed once."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    scale, shift = scale[:, None, None], shift[:, None, None]
-
-    def affine(x: Tensor) -> Tensor:
-        return torch.addcmul(shift.to(x.device), x, scale.to(x.device))  # elsewhere where the model is offloaded
-
-    if isinstance(norm, BatchNormAct2d):
-        return lambda x: norm.act(norm.drop(affine(x)))
-    return affine
-
-
-def _simpler_forward(module: nn.Module) -> Any:
-    """What may stand for the module's ``forward`` while the model is frozen; None where nothing does."""
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return partial(_convolve, module)
-    if type(module) in (nn.BatchNorm2d, BatchNormAct2d) and isinstance(module.running_mean, Tensor):
-        # In half precision the constants would be rounded once more.
-        return _normalise(module) if module.running_mean.dtype in (torch.float32, torch.float64) else None
-    return None
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """A batch norm's evaluation mode on x (n, c, …), as x·scale + shift."""
+    wide = torch.promote_types(var.dtype, torch.float32)
+    scale = (var.to(wide) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    if bias is not None:
+        shift = shift + bias
+    shape = (-1, *[1] * (x.dim() - 2))
+    return torch.addcmul(shift.view(shape), x.to(wide), scale.view(shape)).to(x.dtype)
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """For the time of the block: evaluation mode, no parameter gradients, no in-place activations, no fused attention.
-
-    In-place ReLUs would overwrite outputs that the objective still compares, and fused attention (timm's attention
-    pooling has it in the head) has no second derivative. Buffers of batch norms, and weights and biases other than
-    those replaced by a functional call, are constants. Everything is put back afterwards.
-    """
-    switches: list[tuple[Any, str]] = [
-        (module, switch)
-        for module in model.modules()
-        for switch in ("training", "inplace", "fused_attn")
-        if getattr(module, switch, False) is True
-    ]
+    """For the time of the block: evaluation mode, and no parameter has gradients, so that weights and biases are
+    constants but for those replaced by a functional call. Everything is put back afterwards."""
+    switches: list[tuple[Any, str]] = [(module, "training") for module in model.modules() if module.training]
     switches += [(parameter, "requires_grad") for parameter in model.parameters() if parameter.requires_grad]
     for owner, switch in switches:
         setattr(owner, switch, False)
-    simpler = {module: forward for module in model.modules() if (forward := _simpler_forward(module)) is not None}
-    for module, forward in simpler.items():
-        module.forward = forward
     try:
         yield
     finally:
-        for module in simpler:
-            del module.forward
         for owner, switch in switches:
             setattr(owner, switch, True)

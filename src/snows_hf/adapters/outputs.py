@@ -32,13 +32,13 @@ def outputs_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     and ``pooler_output``, a backbone's ``feature_maps.0`` …; timm's are ``logits``, or ``features`` without a head.
 
     Raises:
-        AdapterError: the model takes something else than images, or no output has the images first.
+        AdapterError: the model takes something else than images, or gives nothing that could be compared.
     """
     found = dict(_flat(_call(model)(images)))
     heads = {name: value for name, value in found.items() if name.partition(".")[0] in PREDICTIONS}
-    outputs = {n: v for n, v in (heads or found).items() if v.is_floating_point() and len(v) == len(images)}
+    outputs = {name: value for name, value in (heads or found).items() if value.is_floating_point()}
     if not outputs:
-        raise AdapterError(f"{type(model).__name__} has no output for each image; its outputs: {', '.join(found)}.")
+        raise AdapterError(f"{type(model).__name__} has no output of floating-point numbers, but {', '.join(found)}.")
     return outputs
 
 
@@ -92,7 +92,7 @@ def _unmasked(model: Any, images: Tensor) -> Any:
     noise = torch.arange((images.shape[2] // patch) * (images.shape[3] // patch), device=images.device)
     ratio, config.mask_ratio = config.mask_ratio, 0.0
     try:
-        return model(pixel_values=images, noise=noise.to(images).expand(len(images), -1))
+        return model(pixel_values=images, noise=noise.to(images).expand(images.shape[0], -1))
     finally:
         config.mask_ratio = ratio
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import Chain, build_chain, frozen
 from ..adapters.attention import recorded_attention
+from ..adapters.base import chain_for
 from ..adapters.check import check_chain
 from ..data.images import ImageSource, Preprocess, calibration_images, open_images
 from ..data.names import Name, distinct_names
@@ -31,6 +32,9 @@ CLASS_TOKENS = ("cls_token", "class_embedding")
 
 KINDS = {"last": "last layer", "rollout": "rollout"}
 MEASURES = ("correlation", "cosine")
+
+
+MAPS = "Attention maps are for Vision Transformers with attention over all tokens."
 
 
 class AttentionMaps(NamedTuple):
@@ -139,11 +143,11 @@ def check_attends(chain: Chain) -> None:
     """
     what = type(chain.model).__name__
     if all(group.kind != "qkv" for _, group in chain.groups()):
-        raise AdapterError(f"{what} has no attention to draw.", "Attention maps are for Vision Transformers.")
+        raise AdapterError(f"{what} has no attention to draw.", MAPS)
     if any(hasattr(module, "shift_size") for module in chain.model.modules()):  # Swin's, in both libraries
         raise AdapterError(
             f"{what} attends within windows, so that no token sees the whole image.",
-            "Attention maps are for Vision Transformers with attention over all tokens.",
+            MAPS,
         )
 
 
@@ -160,11 +164,14 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
         AdapterError: a model without attention, with attention within windows, or that its chain does not reproduce.
     """
     check_attends(chain)
+    chain = chain_for(chain, images)
     check_chain(chain, images[:2])
     with frozen(chain.model), recorded_attention() as record:
         chain.logits(images)
-    layers = [weights.mean(-3) for weights in record]  # (n, tokens, tokens)
-    tokens = layers[0].shape[-1]
+    layers = [weights.mean(-3) for weights in record if weights.shape[-1] == weights.shape[-2]]  # (n, tokens, tokens)
+    tokens = layers[0].shape[-1] if layers else 0
+    if {weights.shape for weights in layers} != {(len(images), tokens, tokens)}:
+        raise AdapterError(f"The layers of {type(chain.model).__name__} do not all attend over the same tokens.", MAPS)
     rows, columns = patch_grid(chain.model, images, tokens)
     rolled = identity = torch.eye(tokens).to(layers[0])
     for weights in layers:

@@ -133,6 +133,7 @@ def prune(
     run = run.with_room()
     calibration = calibrate(run, open_images(data, data_split), subject.config, subject.checkpoint)
     images = calibration.images
+    subject = subject.for_images(images[:1])
     description = describe_run(
         subject.checkpoint, subject.original, subject.config, calibration.digest, calibration.labels
     )

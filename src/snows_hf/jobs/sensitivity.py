@@ -68,6 +68,7 @@ def sensitivity(
     subject = load_subject(run, model, revision, candidates, preset, patterns, settings)
     config = subject.config
     calibration = calibrate(run, open_images(data, data_split), config, subject.checkpoint)
+    subject = subject.for_images(calibration.images[:1])
     flops, labels = first_pass(subject.chain, calibration, subject.checkpoint)
     subject.network.to(run.dtype)
     chain = place(run, subject.chain, calibration.images[:2], config.offload)

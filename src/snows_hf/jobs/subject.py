@@ -1,7 +1,7 @@
 """The model that is pruned, or measured layer by layer: loaded, cut into operations, and what of it is asked for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Chain, Group, build_chain
+from ..adapters.base import chain_for
 from ..adapters.check import select_layers
 from ..data.names import Name
 from ..errors import ConfigError
@@ -39,6 +40,10 @@ class Subject:
     @property
     def network(self) -> nn.Module:
         return self.checkpoint.model
+
+    def for_images(self, images: Tensor) -> "Subject":
+        """The same for images (n, 3, height, width) of the size that they really have."""
+        return replace(self, chain=chain_for(self.chain, images))
 
     @property
     def weights(self) -> dict[str, Tensor]:

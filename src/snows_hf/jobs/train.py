@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..adapters import build_chain
-from ..adapters.base import Chain
+from ..adapters.base import Chain, chain_for
 from ..adapters.outputs import logits_of
 from ..data.images import CHUNK, ImageSource, check_labels, drawn, labelled_batches, open_images
 from ..data.names import Name, short_name
@@ -100,7 +100,7 @@ def train(
         run.say(f"Warming up batch norms on {config.warm_up_bn} batches")
         if not warm_up(network, images[: config.warm_up_bn * config.batch_size].split(config.batch_size), run.device):
             run.say("The network has no batch norm: there is nothing to warm up")
-    masks, facts = choose_masks(run, chain, chosen_pattern, config, images, labels)
+    masks, facts = choose_masks(run, chain_for(chain, images[:1]), chosen_pattern, config, images, labels)
     run.say(f"Training on {len(labels)} images")
     begun = time.perf_counter()
     losses = fit(run, network, images, labels, masks, config)

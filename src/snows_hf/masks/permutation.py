@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Chain, State, build_chain
+from ..adapters import Chain, State, build_chain, outputs_of
 from ..patterns import NM
 
 
@@ -59,7 +59,7 @@ def free_channels(chain: Chain, images: Tensor, names: Collection[str]) -> list[
     out of the operations from the first layer to the second stays the same, for two or more ``images`` (n, 3, h, w).
     """
     found, free = candidates(chain, images, names), []
-    twin = build_chain(copy.deepcopy(chain.model).cpu().double().eval())
+    twin = build_chain(copy.deepcopy(chain.model).cpu().double().eval(), images[:1].cpu().double())
     states: dict[int, State] = {}  # before each operation, as far as they are still needed
     generator = torch.Generator().manual_seed(0)
     for place, operation, state in twin.walk((images.cpu().double(),)):
@@ -82,22 +82,21 @@ def free_channels(chain: Chain, images: Tensor, names: Collection[str]) -> list[
 def candidates(chain: Chain, images: Tensor, names: Collection[str]) -> list[Channels]:
     """Pairs of layers of which the second, one of these weights, is called next after the first, and whose widths
     fit."""
-    model, calls, place = chain.model, list[tuple[str, int]](), 0
+    model, calls = chain.model, list[str]()
     handles = [
-        module.register_forward_hook(lambda *_, name=name: calls.append((name, place)))
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
     ]
-    state: State = (images.to(next(chain.parameters())),)
-    for place, _, _ in chain.walk(state):  # noqa: B007  the hooks read it
-        pass
+    outputs_of(model, images.to(next(chain.parameters())))
     for handle in handles:
         handle.remove()
     tensors, modules, found = model.state_dict(), dict(model.named_modules()), []
-    times = Counter(name for name, _ in calls)
+    places = {name: place for place, operation in enumerate(chain.operations) for name in operation.layers}
+    times = Counter(calls)
     maker, start, between = "", 0, list[str]()
-    for name, place in calls:
-        module = modules[name]
+    for name in calls:
+        module, place = modules[name], places.get(name, 0)
         if by_channel(module):
             between.append(name)
             continue

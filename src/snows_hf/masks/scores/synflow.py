@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...adapters import Chain, build_chain, frozen
 from ...patterns import NM, Pattern, PerLayer
@@ -41,19 +41,27 @@ def synflow(evidence: Evidence) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def positive(chain: Chain) -> Chain:
-    """Of a copy of the model, in float64: every weight its absolute; shifts zero; and ReLU6, which is closed above 6
-    too, a ReLU."""
+    """Of a copy of the model, in float64: every weight its absolute; shifts zero; and functions that have bounds,
+    beyond which no gradient comes through, without them."""
     model = copy.deepcopy(chain.model).double()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Hardtanh):  # what ReLU6 is a case of
-                setattr(module, name, nn.ReLU())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("bias", "running_mean")):
             tensor.zero_()
         elif tensor.is_floating_point():
             tensor.abs_()
-    return build_chain(model)
+    return build_chain(model, None if chain.image is None else chain.image.double(), UNBOUNDED)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+UNBOUNDED = {
+    "hardtanh": lambda x, *bounds: x.relu(),  # what ReLU6 is a case of
+    "relu6": torch.relu,
+    "sigmoid": unchanged,
+    "hardsigmoid": unchanged,
+}
 
 
 def schedule(pattern: Pattern) -> list[Any]:
