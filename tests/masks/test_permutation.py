@@ -103,7 +103,7 @@ def test_layers_that_are_not_pruned_keep_their_order():
 FAMILIES = {
     "timm-mobilenet": 4,  # through the depthwise convolution
     "timm-vit-scale-norms": 2,  # through the norm inside the MLP
-    "timm-resnet-squeeze-excitation": 5,
+    "timm-resnet-squeeze-excitation": 10,
     "transformers-dinov2": 2,
     "transformers-siglip": 2,
     "timm-swin": 4,

@@ -119,6 +119,8 @@ def kind_of(graph: Graph, layer: Layer) -> str:
         if module.groups == module.in_channels > 1:
             return "depthwise"
         return "pointwise" if module.kernel_size == (1, 1) else "conv"
+    if graph.since_layers([layer.reads]) & {product for product, _ in graph.attentions}:
+        return "proj"
     after = next((n for n in graph.follow(layer.node) if graph.is_activation(n) or n in graph.layers), None)
     if after is not None and after not in graph.layers:
         return "mlp0"

@@ -142,8 +142,12 @@ class Graph:
 
     def layers_before(self, node: Node) -> list[Layer]:
         """The layers that a value comes from, with no other layer between, in the model's order."""
-        found = _reached([node], self.sources, stop=self.layers.__contains__)
+        found = self.since_layers([node])
         return [self.layers[n] for n in sorted(found, key=self.place.__getitem__) if n in self.layers]
+
+    def since_layers(self, nodes: Iterable[Node]) -> set[Node]:
+        """What values are made of, back to the last layers, which are there too."""
+        return _reached(nodes, self.sources, stop=self.layers.__contains__)
 
     @cached_property
     def residuals(self) -> set[Node]:
