@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters.base import Chain, Operation, State
 from ..adapters.frozen import frozen
@@ -204,7 +204,7 @@ class Evidence:
             with recorded(chain, [name for name in own if name in names]) as seen:
                 state = operation.run(state)
             for name, (module, x, _) in seen.items():
-                g = gram(module, x) if type(module) in (nn.Linear, nn.Conv2d) else None
+                g = gram(module, x)
                 if g is None:
                     raise MaskError(
                         f"Mask criterion {self.config.mask!r}: {name} belongs to a {type(module).__name__}, and only "
