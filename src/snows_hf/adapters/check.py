@@ -1,8 +1,9 @@
-"""What a user asks for of a model, and what an adapter makes of it, held against the model itself."""
+"""What a user asks for of a model, and the chain that it was cut into, held against the model itself."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,47 +12,55 @@ from ..errors import AdapterError, MaskError, one_line
 from ..runtime.memory import out_of_memory
 from .base import Chain, Group
 from .frozen import frozen
-from .outputs import logits_of
+from .outputs import outputs_of
 
+
+T = TypeVar("T")
 
 TOLERANCE = 1e-3
-"""Of the logits' spread between images. Rounding in float32 makes up to 1e-5 of it in trained networks (DINOv2)."""
+"""Of an output's spread between images. Rounding in float32 makes up to 1e-5 of it in trained networks (DINOv2)."""
 
 ROUNDING = 30
-"""Units in the last place of the largest logit, where the spread is next to nothing. Seen: up to 6 there."""
+"""Units in the last place of the largest number, where the spread is next to nothing. Seen: up to 6 there."""
 
 
 @torch.no_grad()
-def check_chain(chain: Chain, images: Tensor) -> Tensor:
-    """Makes sure that the adapter computes what the model does, before anything is built on it.
+def check_chain(chain: Chain, images: Tensor) -> dict[str, Tensor]:
+    """Makes sure that the chain computes what the model does, before anything is built on it.
 
     The untouched model is compared with the frozen chain, in float32 or wider, on real images and one of noise, which
     tells outputs apart where the real ones are alike.
 
     Returns:
-        The model's logits (n, classes) for the preprocessed images (n, 3, height, width).
+        The model's outputs by name for the preprocessed images (n, 3, height, width).
 
     Raises:
-        AdapterError: the logits differ by more than rounding, or images of this size fail in the adapter, or already
-            in the model.
+        AdapterError: an output differs by more than rounding, or images of this size fail in the chain, or already in
+            the model.
     """
     name = type(chain.model).__name__
     noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(0)).to(images)
     with widened(chain.model):
         images = torch.cat([images, noise]).to(next(chain.model.parameters()))
-        expected = _tried(name, lambda: logits_of(chain.model, images)).double()
+        expected = _tried(name, lambda: outputs_of(chain.model, images))
         with frozen(chain.model):
-            got = _tried(f"The adapter for {name}", lambda: chain.logits(images.to(chain.device))).to(expected)
+            got = _tried(f"The chain of {name}", lambda: chain.results_of(images.to(chain.device)))
+    for output, values in expected.items():
+        _check_output(name, output, got[output].to(values.device), values)
+    return {output: values[:-1] for output, values in expected.items()}
+
+
+def _check_output(name: str, output: str, got: Tensor, expected: Tensor) -> None:
+    eps, got, expected = torch.finfo(expected.dtype).eps, got.double(), expected.double()
     difference, spread = (got - expected).abs().max(), expected.var(0).mean().sqrt()
-    tolerance = TOLERANCE * spread + ROUNDING * torch.finfo(images.dtype).eps * expected.abs().max()
+    tolerance = TOLERANCE * spread + ROUNDING * eps * expected.abs().max()
     if not difference <= tolerance:  # nor where one is NaN
         raise AdapterError(
-            f"The adapter for {name} does not reproduce this model: logits differ by {float(difference):.2g}, "
+            f"The chain of {name} does not reproduce this model: {output} differ by {float(difference):.2g}, "
             f"{float(difference / spread):.2g} of their spread between images; expected at most "
             f"{float(tolerance):.2g}.",
-            "This variant of the architecture has an option that the adapter does not know.",
+            "The model does something that its trace does not show: please report it with the model's name.",
         )
-    return expected[:-1]
 
 
 @contextmanager
@@ -72,7 +81,7 @@ def widened(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _tried(what: str, run: Callable[[], Tensor]) -> Tensor:
+def _tried(what: str, run: Callable[[], T]) -> T:
     try:
         return run()
     except Exception as error:  # a library's, of any type

@@ -140,7 +140,7 @@ def _not_pruned(graph: Graph) -> dict[str, str]:
             dense[layer.name] = HEAD
     for name, module in graph.model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and name not in times:
-            dense[name] = "nothing that depends on the images is multiplied by its weight itself"
+            dense[name] = "the images are not multiplied by its weight as it is"
     return dense
 
 

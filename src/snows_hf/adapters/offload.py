@@ -58,15 +58,15 @@ class Offloaded:
         return torch.func.functional_call(self.runner, own, (self.run, send_to_device(state, self.device)))
 
 
-class Logits(nn.Module):
-    """A chain as the classifier that it is."""
+class Whole(nn.Module):
+    """A chain as the model that it is, with its outputs by name."""
 
     def __init__(self, chain: Chain) -> None:
         super().__init__()
         self.chain = chain
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.chain.logits(images)
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.chain.results_of(images)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def offloaded(chain: Chain, images: Tensor, device: torch.device) -> Chain:
     chain.model.eval()
     deque(chain.walk(state, note), maxlen=0)  # for what is noted
     chain.model.train(training)
-    return Chain(chain.model, operations, chain.family, device)
+    return Chain(chain.model, operations, chain.family, device, chain.results, chain.dense, chain.image)
 
 
 ROOM_FOR_WEIGHTS = 7

@@ -47,6 +47,9 @@ def inspect(
         f"{result['architecture']} ({result['library']}): {pattern}, {100 * result['sparsity']:.1f} % of the prunable "
         f"weights are zero."
     )
+    for reason in dict.fromkeys(result["never_pruned"].values()):
+        names = [name for name, own in result["never_pruned"].items() if own == reason]
+        call.sink.text(f"Never pruned, since {reason}: {shortened(names)}.")
     call.sink.json(result)
     if result["pattern"] is not None and not result["pattern_ok"]:
         broken = [layer["name"] for layer in result["layers"] if layer["pattern_ok"] is False]

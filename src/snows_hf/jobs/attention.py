@@ -168,7 +168,7 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
     check_chain(chain, images[:2])
     with frozen(chain.model), recorded_attention() as record:
         chain.logits(images)
-    layers = [weights.mean(-3) for weights in record if weights.shape[-1] == weights.shape[-2]]  # (n, tokens, tokens)
+    layers = [weights.mean(-3) for weights in record]  # (n, tokens, tokens)
     tokens = layers[0].shape[-1] if layers else 0
     if {weights.shape for weights in layers} != {(len(images), tokens, tokens)}:
         raise AdapterError(f"The layers of {type(chain.model).__name__} do not all attend over the same tokens.", MAPS)

@@ -10,6 +10,7 @@ from ..adapters import Chain
 from ..adapters.check import check_chain
 from ..adapters.flops import count_flops
 from ..data.images import ImageSource, drawn, image_batches, label_map, labelled_batches, to_classes
+from ..errors import AdapterError
 from ..hub.load import Checkpoint
 from ..masks.criteria import needs_labels
 from ..runtime.distributed import local_processes
@@ -66,17 +67,21 @@ def class_labels(labels: Tensor, source: ImageSource, checkpoint: Checkpoint, cl
 
 
 def first_pass(chain: Chain, calibration: Calibration, checkpoint: Checkpoint) -> tuple[dict[str, int], Tensor | None]:
-    """Makes sure that the adapter computes what the model does, as it was loaded, before anything is measured.
+    """Makes sure that the chain computes what the model does, as it was loaded, before anything is measured.
 
     Returns:
         Operations of every module on one image, by name, and the model's class of each of the data's labels (n,).
 
     Raises:
-        AdapterError: it does not.
+        AdapterError: it does not, or it has no classes for the labels.
         DataError: the classes cannot be matched.
     """
     images, labels = calibration.images, calibration.labels
-    logits = check_chain(chain, images[:2])
+    outputs = check_chain(chain, images[:2])
     flops = count_flops(chain, images[:1])
-    classes = None if labels is None else class_labels(labels, calibration.source, checkpoint, logits.shape[1])
-    return flops, classes
+    if labels is None:
+        return flops, None
+    if "logits" not in outputs or outputs["logits"].dim() != 2:
+        what = f"{type(chain.model).__name__} has no classes, which a mask criterion with labels needs."
+        raise AdapterError(what, "Use a criterion without labels, such as magnitude, sparsegpt or swap.")
+    return flops, class_labels(labels, calibration.source, checkpoint, outputs["logits"].shape[1])

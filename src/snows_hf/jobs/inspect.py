@@ -32,8 +32,8 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
         ``pattern`` (claimed in config.json, else the tightest common N:M that all sparse layers follow, else None),
         ``pattern_ok`` (all layers that were pruned follow it, there are some, and they have as many weights and zeros
         as config.json claims), ``sparsity`` over all prunable weights, ``architecture``, ``library``, ``layers`` with
-        name, shape, sparsity, pattern and pattern_ok (both None where dense), and ``operations`` (each a k of Eq. 3)
-        if asked for. Which layers were pruned snows_config.json says, as far as it agrees with config.json: see
+        name, shape, sparsity, pattern and pattern_ok (both None where dense), ``never_pruned``, the Linear and Conv2d
+        layers that no pruning reaches, with the reason, and ``operations`` (each a k of Eq. 3) if asked for. Which layers were pruned snows_config.json says, as far as it agrees with config.json: see
         :func:`bound_by`. Where it has a pattern for each layer (an allocation by sensitivity), each is held against
         its own.
 
@@ -76,6 +76,7 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
         "sparsity": share_of_zeros(weights.values()),
         "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
         "layers": [described(group) for group in groups],
+        "never_pruned": chain.dense,
     }
     if operations:
         result["operations"] = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.offload import Logits, place
+from ..adapters.offload import Whole, place
 from ..data.images import open_images
 from ..data.names import Name
 from ..hub.card import write_card
@@ -147,7 +147,7 @@ def prune(
         resumed = len(run.journal.names()) > 1  # the description of the run is always there
         chain = place(run, subject.chain, images[:2], subject.config.offload)
         subject = replace(subject, chain=chain)
-        classifier = subject.network if chain.offloaded is None else Logits(chain)
+        classifier = subject.network if chain.offloaded is None else Whole(chain)
         accuracy = partial(measure, run, classifier=classifier, checkpoint=subject.checkpoint, data=evaluation)
         report: dict[str, Any] = {"dense": accuracy("dense"), "masked": None, "pruned": None}
         chosen = choose(run, subject, candidates, images, labels, flops, update)

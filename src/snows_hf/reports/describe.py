@@ -69,6 +69,7 @@ def describe_layers(
             for group in layers
             if group not in touched
         ],
+        "never_pruned": chain.dense,
         "pruned_parameters": list(masks),
         "namespace": "live parameter names of the loaded model",
         "versions": versions(torch, transformers, timm, datasets, accelerate, safetensors)
