@@ -66,11 +66,12 @@ class Value:
     each: int
 
     def rest(self, value: Tensor) -> Tensor:
-        value = value.movedim(self.dim, 0)
+        value = value.movedim(self.dim, 0) if self.dim else value
         return value.unflatten(0, (-1, self.each)) if self.each > 1 else value
 
     def back(self, value: Tensor) -> Tensor:
-        return (value.flatten(0, 1) if self.each > 1 else value).movedim(0, self.dim)
+        value = value.flatten(0, 1) if self.each > 1 else value
+        return value.movedim(0, self.dim) if self.dim else value
 
 
 class Engine:
