@@ -26,12 +26,27 @@ Call = Callable[[Values, Tensor], Any]
 """Computes a node's value from those before it; the tensor is the state's first, which tells the device and how many
 images there are."""
 
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> Any:
+    if training or mean is None or var is None:  # weight standardisation is one of the weights' own statistics
+        return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
+    return normalise(x, weight, bias, mean, var, eps)
+
+
 SUBSTITUTES: dict[str, Callable[..., Any]] = {
     FUSED_ATTENTION: fused_attention,
     "hardsigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # ATen's has no second derivative
-    "batch_norm": lambda x, weight, bias, mean, var, _, momentum, eps, *rest: normalise(
-        x, weight, bias, mean, var, eps
-    ),
+    "batch_norm": _batch_norm,
     "view": lambda x, shape: x.reshape(shape),  # a value that has rested in a state may lie otherwise in memory
     "dropout": lambda x, *_: x,
     "feature_dropout": lambda x, *_: x,

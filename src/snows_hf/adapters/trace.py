@@ -113,7 +113,7 @@ class Graph:
             tensors = isinstance(value_of(node), Tensor | tuple | list)
             if tensors and any(source in self.moving for source in node.all_input_nodes):
                 self.moving.add(node)
-        self.moving &= _reached(found, lambda node: node.all_input_nodes, stop=lambda node: False)
+        self.moving &= reached(found, lambda node: node.all_input_nodes, stop=lambda node: False)
         modules = dict(model.named_modules())
         self.layers: dict[Node, Layer] = {}
         for node in self.nodes:
@@ -142,8 +142,19 @@ class Graph:
 
     def layers_before(self, node: Node) -> list[Layer]:
         """The layers that a value comes from, with no other layer between, in the model's order."""
-        found = _reached([node], self.sources, stop=self.layers.__contains__)
+        found = reached([node], self.sources, stop=self.layers.__contains__)
         return [self.layers[n] for n in sorted(found, key=self.place.__getitem__) if n in self.layers]
+
+    @cached_property
+    def products(self) -> set[Node]:
+        """What a Linear or a convolution computes of what moves, whatever its weight is."""
+        return {node for node in self.moving if kind(node) in ("linear", "conv2d")}
+
+    @cached_property
+    def factors(self) -> set[str]:
+        """Names of the model's tensors that the weights of these products are, or are computed from."""
+        weights = [node.args[1] for node in self.products if isinstance(node.args[1], Node)]
+        return {self.name_of(node) for node in reached(weights, lambda n: n.all_input_nodes, lambda n: False)}
 
     @cached_property
     def residuals(self) -> set[Node]:
@@ -165,7 +176,7 @@ class Graph:
         if kind(node) != "mul" or len(both) != 2 or both[0] is both[1]:
             return False
         x, factor = sorted(both, key=self.place.__getitem__)
-        between = _reached([factor], self.sources, stop=lambda n: n is x or n in self.layers)
+        between = reached([factor], self.sources, stop=lambda n: n is x or n in self.layers)
         ends = {n for n in between if n in self.layers or n is self.images}
         return x in between and ends <= {x} and any(kind(n) in ("sigmoid", "tanh", "erf") for n in between)
 
@@ -193,7 +204,7 @@ class Graph:
             own = node in self.layers or node in self.residuals or kind(node) in NORMS | {"softmax"}
             return own or self.is_activation(node)
 
-        after = _reached(self.users(layer.node), self.users, stop=ends)
+        after = reached(self.users(layer.node), self.users, stop=ends)
         return any(map(ends, after))
 
     def is_gate(self, node: Node) -> bool:
@@ -201,7 +212,7 @@ class Graph:
         return kind(node) == "mul" and len(self.sources(node)) == 2
 
 
-def _reached(start: Iterable[Node], step: Callable[[Node], list[Node]], stop: Callable[[Node], bool]) -> set[Node]:
+def reached(start: Iterable[Node], step: Callable[[Node], list[Node]], stop: Callable[[Node], bool]) -> set[Node]:
     """All nodes that steps lead to, with those that stop them."""
     todo, seen = list(start), set[Node]()
     while todo:
