@@ -127,7 +127,7 @@ def test_a_weight_that_changes_meanwhile_is_used():
 
 
 def test_a_layer_that_fails_has_its_own_forward_again():
-    """A convolution is called as the module that it is, with the simpler form in its place for the time of the call."""
+    """A convolution is called as the module that it is, with the simpler form in its place meanwhile."""
     model, x = network("padded"), images()
     chain = build_chain(model, x[:1])
 

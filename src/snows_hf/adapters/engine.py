@@ -157,12 +157,12 @@ class Engine:
 
             return linear
         geometry = Geometry.of(node)
-        if type(module) is nn.Conv2d and own_bias and (geometry is None or module.padding_mode != "zeros"):
-            source: Any = x.args[0] if kind(x) == "pad" else x  # the module pads by itself
-            return lambda values, like: module(values[source])
+        pads = geometry is None or node in self.graph.padded
 
         def convolution(values: Values, like: Tensor) -> Any:
             offset = values[bias] if isinstance(bias, Node) else None
+            if pads:  # by itself
+                return called_as(module, lambda x: module._conv_forward(x, module.weight, offset), values[x])
             return called_as(module, lambda x: convolve(x, module.weight, offset, geometry), values[x])
 
         return convolution

@@ -1,6 +1,6 @@
 """A model's own graph, as ``torch.export`` gives it, and what can be asked of it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -92,6 +92,7 @@ class Graph:
         nodes: all that compute something, in the order of the model.
         results: the nodes of the model's outputs, by their names.
         layers: the calls of Linear and Conv2d on what moves.
+        padded: convolutions to whose input the modules themselves add what is not in the graph.
     """
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
@@ -106,6 +107,8 @@ class Graph:
         (output,) = (node for node in self.module.graph.nodes if node.op == "output")
         found: list[Node] = []
         map_arg(output.args, found.append)
+        modules = dict(model.named_modules())
+        self.padded = {*self._leave_padding_to(modules)}
         self.results = dict(zip(names, found, strict=True))
         self.count = value_of(self.images).shape[0]
         self.moving = {self.images}
@@ -114,7 +117,6 @@ class Graph:
             if tensors and any(source in self.moving for source in node.all_input_nodes):
                 self.moving.add(node)
         self.moving &= reached(found, lambda node: node.all_input_nodes, stop=lambda node: False)
-        modules = dict(model.named_modules())
         self.layers: dict[Node, Layer] = {}
         for node in self.nodes:
             if node in self.moving and kind(node) in ("linear", "conv2d") and isinstance(node.args[1], Node):
@@ -127,6 +129,19 @@ class Graph:
         """The live name of the model's tensor that a node reads; empty where it reads none."""
         target = str(node.target)
         return target.removeprefix("model.") if node.op == "get_attr" and target.startswith("model.") else ""
+
+    def _leave_padding_to(self, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
+        """Convolutions that pad by another value than zero read what has no padding yet, as their modules do."""
+        for node in self.nodes:
+            if kind(node) != "conv2d" or not all(isinstance(arg, Node) for arg in node.args[:2]):
+                continue
+            padded, weight = node.all_input_nodes[:2]
+            module: Any = modules.get(self.name_of(weight).rpartition(".")[0])
+            if isinstance(module, nn.Conv2d) and kind(padded) == "pad":
+                x, padding, mode = (*padded.args, None)[:3]
+                if mode == module.padding_mode and padding == [*module._reversed_padding_repeated_twice]:
+                    node.replace_input_with(padded, x)
+                    yield node
 
     def users(self, node: Node) -> list[Node]:
         return [user for user in node.users if user in self.moving]
