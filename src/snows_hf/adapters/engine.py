@@ -94,7 +94,6 @@ class Engine:
     def __init__(self, graph: Graph, substitutes: Mapping[str, Callable[..., Any]]) -> None:
         self.graph, self.model = graph, graph.model
         self.substitutes = {**SUBSTITUTES, **substitutes}
-        self.modules = dict(graph.model.named_modules())
         self.dtype = self.width()
         products = {product for product, _ in graph.attentions}
         self.probabilities = {
@@ -134,8 +133,8 @@ class Engine:
         """The model's own tensor as it is now, or a constant that the export has found."""
         name = self.graph.name_of(node)
         path, _, own = name.rpartition(".")
-        if name and hasattr(self.modules.get(path), own):
-            owner = self.modules[path]
+        if name and hasattr(self.graph.modules.get(path), own):
+            owner = self.graph.modules[path]
             return lambda values, like: getattr(owner, own)
         path, _, own = str(node.target).rpartition(".")
         constant: Tensor = getattr(self.graph.module.get_submodule(path), own)

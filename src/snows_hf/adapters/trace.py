@@ -1,6 +1,6 @@
 """A model's own graph, as ``torch.export`` gives it, and what can be asked of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -92,6 +92,7 @@ class Graph:
         nodes: all that compute something, in the order of the model.
         results: the nodes of the model's outputs, by their names.
         layers: the calls of Linear and Conv2d on what moves.
+        modules: those of the model, by all of their names.
         padded: convolutions to whose input the modules themselves add what is not in the graph.
     """
 
@@ -107,8 +108,9 @@ class Graph:
         (output,) = (node for node in self.module.graph.nodes if node.op == "output")
         found: list[Node] = []
         map_arg(output.args, found.append)
-        modules = dict(model.named_modules())
-        self.padded = {*self._leave_padding_to(modules)}
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.first_names = {module: name for name, module in model.named_modules()}
+        self.padded = {*self._leave_padding()}
         self.results = dict(zip(names, found, strict=True))
         self.count = value_of(self.images).shape[0]
         self.moving = {self.images}
@@ -121,22 +123,27 @@ class Graph:
         for node in self.nodes:
             if node in self.moving and kind(node) in ("linear", "conv2d") and isinstance(node.args[1], Node):
                 name, _, own = self.name_of(node.args[1]).rpartition(".")
-                module = modules.get(name)
+                module = self.modules.get(name)
                 if own == "weight" and isinstance(module, nn.Linear | nn.Conv2d) and own in module._parameters:
                     self.layers[node] = Layer(node, name, module)
 
     def name_of(self, node: Node) -> str:
-        """The live name of the model's tensor that a node reads; empty where it reads none."""
+        """The live name of the model's tensor that a node reads, the first of its module's; empty where it reads
+        none."""
         target = str(node.target)
-        return target.removeprefix("model.") if node.op == "get_attr" and target.startswith("model.") else ""
+        if node.op != "get_attr" or not target.startswith("model."):
+            return ""
+        path, _, own = target.removeprefix("model.").rpartition(".")
+        first = self.first_names.get(self.modules.get(path), path)
+        return f"{first}.{own}" if first else own
 
-    def _leave_padding_to(self, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
+    def _leave_padding(self) -> Iterator[Node]:
         """Convolutions that pad by another value than zero read what has no padding yet, as their modules do."""
         for node in self.nodes:
             if kind(node) != "conv2d" or not all(isinstance(arg, Node) for arg in node.args[:2]):
                 continue
             padded, weight = node.all_input_nodes[:2]
-            module: Any = modules.get(self.name_of(weight).rpartition(".")[0])
+            module: Any = self.modules.get(self.name_of(weight).rpartition(".")[0])
             if isinstance(module, nn.Conv2d) and kind(padded) == "pad":
                 x, padding, mode = (*padded.args, None)[:3]
                 if mode == module.padding_mode and padding == [*module._reversed_padding_repeated_twice]:
