@@ -285,7 +285,8 @@ def exported(part: ImagePart, image: Tensor) -> GraphModule:
         for each, mode in training.items():
             each.training = mode
     (images,) = (node for node in module.graph.nodes if node.op == "placeholder")
-    if isinstance(value_of(images).shape[0], int):
+    count = value_of(images).shape[0]
+    if isinstance(count, int) or count.node.expr.is_number:
         raise AdapterError(f"{name} cannot be traced: what it computes depends on the number of images.")
     return module
 
