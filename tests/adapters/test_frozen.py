@@ -1,14 +1,16 @@
-"""The simpler forwards of a frozen model against PyTorch's own, to second order, in float64."""
+"""Convolutions and norms as a chain differentiates them against PyTorch's own, to second and third order, in
+float64."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import grad
 
-from snows_hf.adapters import frozen
+from snows_hf.adapters import Chain, build_chain, frozen
 
 
 LAYERS = {
@@ -35,10 +37,18 @@ def network(name: str) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Softplus(), layer, nn.Softplus()).double().eval()
 
 
-def derivatives(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def images(layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.randn(2, 3, 8, 7, dtype=torch.float64).contiguous(memory_format=layout)
+
+
+def through(chain: Chain, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    return chain.outputs((x,), 0, len(chain.operations), weights)[-1]
+
+
+def derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, ...]:
     """Output, gradient of a loss, and the Hessian of the loss times a vector, all in x."""
     x = x.clone().requires_grad_()
-    y = model(x)
+    y = f(x)
     (g,) = grad(y.pow(3).sum(), x, create_graph=True)
     (Hx,) = grad(g, x, torch.ones_like(x))
     return y.detach(), g.detach(), Hx
@@ -47,23 +57,22 @@ def derivatives(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", LAYERS)
 def test_outputs_and_derivatives_are_those_of_the_model(name, layout):
-    model = network(name)
-    x = torch.randn(2, 3, 8, 7, dtype=torch.float64).contiguous(memory_format=layout)
-    expected = derivatives(model, x)
+    model, x = network(name), images(layout)
+    expected, chain = derivatives(model, x), build_chain(model, x[:1])
     with frozen(model):
-        got = derivatives(model, x)
+        got = derivatives(chain.logits, x)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_a_weight_put_in_place_is_differentiated():
-    model = network("padded")
-    x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
+    model, x = network("padded"), images()
+    chain = build_chain(model, x[:1])
     weight = model[2].weight.detach().clone().requires_grad_()
     replaced = {"2.weight": weight}
     (expected,) = grad(torch.func.functional_call(model, replaced, (x,)).pow(2).sum(), weight)
     with frozen(model):
-        (got,) = grad(torch.func.functional_call(model, replaced, (x,)).pow(2).sum(), weight)
+        (got,) = grad(through(chain, x, replaced).pow(2).sum(), weight)
     torch.testing.assert_close(got, expected)
 
 
@@ -71,33 +80,33 @@ def test_a_weight_put_in_place_is_differentiated():
 @pytest.mark.parametrize("name", [name for name in LAYERS if "norm" not in name])
 def test_weights_in_two_layers_have_their_derivatives_to_third_order(name, layout):
     """In both weights and the image at once, of a loss that all of them enter nonlinearly."""
-    model = network(name)
-    x = torch.randn(2, 3, 8, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    model, x = network(name), images(layout).requires_grad_()
+    chain = build_chain(model, x[:1].detach())
     variables = [x, *(model[i].weight.detach().clone().requires_grad_() for i in (0, 2))]
 
-    def orders() -> list[torch.Tensor]:
-        replaced = {"0.weight": variables[1], "2.weight": variables[2]}
-        derivatives, scalar = [], torch.func.functional_call(model, replaced, (variables[0],)).pow(3).sum()
+    def orders(output: Tensor) -> list[Tensor]:
+        derivatives, scalar = [], output.pow(3).sum()
         for _ in range(3):
             found = grad(scalar, variables, create_graph=True)
             derivatives += [d.detach() for d in found]
             scalar = sum((d * torch.linspace(-1, 1, d.numel()).double().reshape(d.shape)).sum() for d in found)
         return derivatives
 
-    expected = orders()
+    replaced = {"0.weight": variables[1], "2.weight": variables[2]}
+    expected = orders(torch.func.functional_call(model, replaced, (x,)))
     with frozen(model):
-        got = orders()
+        got = orders(through(chain, x, replaced))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
 
 
 def test_only_the_gradients_that_are_asked_for_are_computed():
     """Of Jᵀu along u: a convolution for each tangent of an input, and one for that of the weight."""
-    model = network("padded")
-    x = torch.randn(2, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    model, x = network("padded"), images().requires_grad_()
+    chain = build_chain(model, x[:1].detach())
     weight = 2 * model[2].weight.detach().clone().requires_grad_()  # no leaf, as no weight that is scattered is
     with frozen(model):
-        y = torch.func.functional_call(model, {"2.weight": weight}, (x,))
+        y = through(chain, x, {"2.weight": weight})
         u = torch.ones_like(y, requires_grad=True)
         gradients = grad(y, (weight, x), u, create_graph=True)
         with torch.profiler.profile() as profile:
@@ -107,23 +116,26 @@ def test_only_the_gradients_that_are_asked_for_are_computed():
 
 
 def test_a_weight_that_changes_meanwhile_is_used():
-    model = network("padded")
-    x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
-    with frozen(model):
-        model(x)
-        model[2].weight.data.zero_()
-        changed = model(x)
-    assert torch.equal(changed, model(x))
+    model, x = network("padded"), images()
+    chain = build_chain(model, x[:1])
+    with torch.no_grad(), frozen(model):
+        before = chain.logits(x)
+        model[2].weight.zero_()
+        after = chain.logits(x)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, model(x))
 
 
-def test_everything_is_put_back():
-    model = nn.Sequential(network("norm"), nn.ReLU(inplace=True)).train()
-    forwards = {module: module.forward for module in model.modules()}
-    with pytest.raises(RuntimeError, match="half way"), frozen(model):
-        assert not model.training and not model[1].inplace
-        assert not any(parameter.requires_grad for parameter in model.parameters())
+def test_a_layer_that_fails_has_its_own_forward_again():
+    """A convolution is called as the module that it is, with the simpler form in its place meanwhile."""
+    model, x = network("padded"), images()
+    chain = build_chain(model, x[:1])
+
+    def fail(*_: object) -> None:
         raise RuntimeError("half way")
-    assert model.training and model[1].inplace
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    for module, forward in forwards.items():
-        assert module.forward == forward and "forward" not in vars(module)
+
+    handle = model[2].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="half way"):
+        chain.logits(x)
+    handle.remove()
+    assert not any("forward" in vars(module) for module in model.modules())

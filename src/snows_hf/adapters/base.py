@@ -186,6 +186,7 @@ def build_chain(
     Raises:
         AdapterError: the model cannot be traced, or a weight of it is not its own.
     """
+    _check_layers(model)
     registered = next((_BUILDERS[cls] for cls in type(model).__mro__ if cls in _BUILDERS), None)
     if registered is not None:
         builder, family = registered
@@ -224,11 +225,25 @@ def example(model: nn.Module) -> Tensor:
     return torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
 
 
+REMEDY = "Merge or remove parametrisations such as LoRA or weight norm, and untie shared layers, first."
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Makes sure that the weights of all Linear and Conv2d layers are tensors of the model.
+
+    Raises:
+        AdapterError: one is computed anew from others whenever it is read.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and "weight" not in module._parameters:
+            raise AdapterError(f"Layer {name} of {type(model).__name__}: its weight is parametrised.", REMEDY)
+
+
 def _check_groups(chain: Chain) -> None:
     """Makes sure that every group names plain weights of the model, and none twice.
 
     Raises:
-        AdapterError: a parametrised (LoRA, weight norm), replaced or shared layer.
+        AdapterError: a replaced or shared layer.
     """
     plain = {name for name, parameter in chain.model.named_parameters() if parameter.ndim in (2, 4)}
     seen: set[str] = set()
@@ -236,8 +251,5 @@ def _check_groups(chain: Chain) -> None:
         for name in group.parameters:
             if name not in plain or name in seen:
                 fault = "in two layers" if name in seen else "not a plain weight (output, input, …) of the model"
-                raise AdapterError(
-                    f"Layer {group.name} of {type(chain.model).__name__}: {name} is {fault}.",
-                    "Merge or remove parametrisations such as LoRA or weight norm, and untie shared layers, first.",
-                )
+                raise AdapterError(f"Layer {group.name} of {type(chain.model).__name__}: {name} is {fault}.", REMEDY)
             seen.add(name)

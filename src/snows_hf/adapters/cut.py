@@ -15,11 +15,14 @@ from torch.fx import Node
 from ..errors import AdapterError
 from .base import Group, Operation
 from .engine import Engine, Part, Value
-from .trace import FUSED_ATTENTION, NORMS, PRODUCTS, Graph, Layer, kind, value_of
+from .trace import FUSED_ATTENTION, NORMS, PRODUCTS, Graph, Layer, kind, reached, value_of
 
 
 ATTENTION = PRODUCTS | {"softmax", FUSED_ATTENTION}
 STEM, HEAD = "it reads the images", "it makes the model's output"
+SHARED = "its weight is used more than once, or is another layer's, too"
+STANDARDISED = "not its weight, but what is computed from it (weight standardisation, say), is multiplied"
+UNREAD = "nothing that depends on the images is multiplied by its weight"
 
 
 @dataclass
@@ -119,28 +122,35 @@ def kind_of(graph: Graph, layer: Layer) -> str:
         if module.groups == module.in_channels > 1:
             return "depthwise"
         return "pointwise" if module.kernel_size == (1, 1) else "conv"
-    if graph.since_layers([layer.reads]) & {product for product, _ in graph.attentions}:
+    if any(output_of_attention(graph, product) is layer.reads for product, _ in graph.attentions):
         return "proj"
-    after = next((n for n in graph.follow(layer.node) if graph.is_activation(n) or n in graph.layers), None)
-    if after is not None and after not in graph.layers:
+
+    def ends(node: Node) -> bool:
+        return node in graph.layers or node in graph.residuals or graph.is_activation(node)
+
+    if any(map(graph.is_activation, reached(graph.users(layer.node), graph.users, stop=ends))):
         return "mlp0"
     return "mlp3" if residual_after(graph, layer) else "linear"
 
 
 def _not_pruned(graph: Graph) -> dict[str, str]:
     """Names of the Linear and Conv2d layers that no group may hold, each with the reason."""
+    modules = {n: m for n, m in graph.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     times = Counter(layer.name for layer in graph.layers.values())
+    owners = Counter(id(module.weight) for module in modules.values())
     dense = {}
     for node, layer in graph.layers.items():
-        if times[layer.name] > 1:
-            dense[layer.name] = "its weight is used more than once"
-        elif not any(graph.layers_before(source) for source in graph.sources(node)):
+        if times[layer.name] > 1 or owners[id(layer.module.weight)] > 1:
+            dense[layer.name] = SHARED
+        elif not reached(graph.sources(node), graph.sources, graph.products.__contains__) & graph.products:
             dense[layer.name] = STEM
         elif not graph.is_within(layer):
             dense[layer.name] = HEAD
-    for name, module in graph.model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and name not in times:
-            dense[name] = "the images are not multiplied by its weight as it is"
+    for name, module in modules.items():
+        if name not in times and owners[id(module.weight)] > 1:
+            dense[name] = SHARED
+        elif name not in times:
+            dense[name] = STANDARDISED if f"{name}.weight" in graph.factors else UNREAD
     return dense
 
 

@@ -26,12 +26,27 @@ Call = Callable[[Values, Tensor], Any]
 """Computes a node's value from those before it; the tensor is the state's first, which tells the device and how many
 images there are."""
 
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> Any:
+    if training or mean is None or var is None:  # weight standardisation is one of the weights' own statistics
+        return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
+    return normalise(x, weight, bias, mean, var, eps)
+
+
 SUBSTITUTES: dict[str, Callable[..., Any]] = {
     FUSED_ATTENTION: fused_attention,
     "hardsigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # ATen's has no second derivative
-    "batch_norm": lambda x, weight, bias, mean, var, _, momentum, eps, *rest: normalise(
-        x, weight, bias, mean, var, eps
-    ),
+    "batch_norm": _batch_norm,
     "view": lambda x, shape: x.reshape(shape),  # a value that has rested in a state may lie otherwise in memory
     "dropout": lambda x, *_: x,
     "feature_dropout": lambda x, *_: x,
@@ -80,7 +95,6 @@ class Engine:
     def __init__(self, graph: Graph, substitutes: Mapping[str, Callable[..., Any]]) -> None:
         self.graph, self.model = graph, graph.model
         self.substitutes = {**SUBSTITUTES, **substitutes}
-        self.modules = dict(graph.model.named_modules())
         self.dtype = self.width()
         products = {product for product, _ in graph.attentions}
         self.probabilities = {
@@ -120,8 +134,8 @@ class Engine:
         """The model's own tensor as it is now, or a constant that the export has found."""
         name = self.graph.name_of(node)
         path, _, own = name.rpartition(".")
-        if name and hasattr(self.modules.get(path), own):
-            owner = self.modules[path]
+        if name and hasattr(self.graph.modules.get(path), own):
+            owner = self.graph.modules[path]
             return lambda values, like: getattr(owner, own)
         path, _, own = str(node.target).rpartition(".")
         constant: Tensor = getattr(self.graph.module.get_submodule(path), own)
@@ -143,12 +157,12 @@ class Engine:
 
             return linear
         geometry = Geometry.of(node)
-        if type(module) is nn.Conv2d and own_bias and (geometry is None or module.padding_mode != "zeros"):
-            source: Any = x.args[0] if kind(x) == "pad" else x  # the module pads by itself
-            return lambda values, like: module(values[source])
+        pads = geometry is None or node in self.graph.padded
 
         def convolution(values: Values, like: Tensor) -> Any:
             offset = values[bias] if isinstance(bias, Node) else None
+            if pads:  # by itself
+                return called_as(module, lambda x: module._conv_forward(x, module.weight, offset), values[x])
             return called_as(module, lambda x: convolve(x, module.weight, offset, geometry), values[x])
 
         return convolution

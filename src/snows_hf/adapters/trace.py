@@ -92,6 +92,8 @@ class Graph:
         nodes: all that compute something, in the order of the model.
         results: the nodes of the model's outputs, by their names.
         layers: the calls of Linear and Conv2d on what moves.
+        modules: those of the model, by all of their names.
+        padded: convolutions to whose input the modules themselves add what is not in the graph.
     """
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
@@ -106,6 +108,9 @@ class Graph:
         (output,) = (node for node in self.module.graph.nodes if node.op == "output")
         found: list[Node] = []
         map_arg(output.args, found.append)
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.first_names = {module: name for name, module in model.named_modules()}
+        self.padded = {*self._leave_padding()}
         self.results = dict(zip(names, found, strict=True))
         self.count = value_of(self.images).shape[0]
         self.moving = {self.images}
@@ -113,20 +118,37 @@ class Graph:
             tensors = isinstance(value_of(node), Tensor | tuple | list)
             if tensors and any(source in self.moving for source in node.all_input_nodes):
                 self.moving.add(node)
-        self.moving &= _reached(found, lambda node: node.all_input_nodes, stop=lambda node: False)
-        modules = dict(model.named_modules())
+        self.moving &= reached(found, lambda node: node.all_input_nodes, stop=lambda node: False)
         self.layers: dict[Node, Layer] = {}
         for node in self.nodes:
             if node in self.moving and kind(node) in ("linear", "conv2d") and isinstance(node.args[1], Node):
                 name, _, own = self.name_of(node.args[1]).rpartition(".")
-                module = modules.get(name)
+                module = self.modules.get(name)
                 if own == "weight" and isinstance(module, nn.Linear | nn.Conv2d) and own in module._parameters:
                     self.layers[node] = Layer(node, name, module)
 
     def name_of(self, node: Node) -> str:
-        """The live name of the model's tensor that a node reads; empty where it reads none."""
+        """The live name of the model's tensor that a node reads, the first of its module's; empty where it reads
+        none."""
         target = str(node.target)
-        return target.removeprefix("model.") if node.op == "get_attr" and target.startswith("model.") else ""
+        if node.op != "get_attr" or not target.startswith("model."):
+            return ""
+        path, _, own = target.removeprefix("model.").rpartition(".")
+        first = self.first_names.get(self.modules.get(path), path)
+        return f"{first}.{own}" if first else own
+
+    def _leave_padding(self) -> Iterator[Node]:
+        """Convolutions that pad by another value than zero read what has no padding yet, as their modules do."""
+        for node in self.nodes:
+            if kind(node) != "conv2d" or not all(isinstance(arg, Node) for arg in node.args[:2]):
+                continue
+            padded, weight = node.all_input_nodes[:2]
+            module: Any = self.modules.get(self.name_of(weight).rpartition(".")[0])
+            if isinstance(module, nn.Conv2d) and kind(padded) == "pad":
+                x, padding, mode = (*padded.args, None)[:3]
+                if mode == module.padding_mode and padding == [*module._reversed_padding_repeated_twice]:
+                    node.replace_input_with(padded, x)
+                    yield node
 
     def users(self, node: Node) -> list[Node]:
         return [user for user in node.users if user in self.moving]
@@ -142,12 +164,19 @@ class Graph:
 
     def layers_before(self, node: Node) -> list[Layer]:
         """The layers that a value comes from, with no other layer between, in the model's order."""
-        found = self.since_layers([node])
+        found = reached([node], self.sources, stop=self.layers.__contains__)
         return [self.layers[n] for n in sorted(found, key=self.place.__getitem__) if n in self.layers]
 
-    def since_layers(self, nodes: Iterable[Node]) -> set[Node]:
-        """What values are made of, back to the last layers, which are there too."""
-        return _reached(nodes, self.sources, stop=self.layers.__contains__)
+    @cached_property
+    def products(self) -> set[Node]:
+        """What a Linear or a convolution computes of what moves, whatever its weight is."""
+        return {node for node in self.moving if kind(node) in ("linear", "conv2d")}
+
+    @cached_property
+    def factors(self) -> set[str]:
+        """Names of the model's tensors that the weights of these products are, or are computed from."""
+        weights = [node.args[1] for node in self.products if isinstance(node.args[1], Node)]
+        return {self.name_of(node) for node in reached(weights, lambda n: n.all_input_nodes, lambda n: False)}
 
     @cached_property
     def residuals(self) -> set[Node]:
@@ -169,7 +198,7 @@ class Graph:
         if kind(node) != "mul" or len(both) != 2 or both[0] is both[1]:
             return False
         x, factor = sorted(both, key=self.place.__getitem__)
-        between = _reached([factor], self.sources, stop=lambda n: n is x or n in self.layers)
+        between = reached([factor], self.sources, stop=lambda n: n is x or n in self.layers)
         ends = {n for n in between if n in self.layers or n is self.images}
         return x in between and ends <= {x} and any(kind(n) in ("sigmoid", "tanh", "erf") for n in between)
 
@@ -197,7 +226,7 @@ class Graph:
             own = node in self.layers or node in self.residuals or kind(node) in NORMS | {"softmax"}
             return own or self.is_activation(node)
 
-        after = _reached(self.users(layer.node), self.users, stop=ends)
+        after = reached(self.users(layer.node), self.users, stop=ends)
         return any(map(ends, after))
 
     def is_gate(self, node: Node) -> bool:
@@ -205,7 +234,7 @@ class Graph:
         return kind(node) == "mul" and len(self.sources(node)) == 2
 
 
-def _reached(start: Iterable[Node], step: Callable[[Node], list[Node]], stop: Callable[[Node], bool]) -> set[Node]:
+def reached(start: Iterable[Node], step: Callable[[Node], list[Node]], stop: Callable[[Node], bool]) -> set[Node]:
     """All nodes that steps lead to, with those that stop them."""
     todo, seen = list(start), set[Node]()
     while todo:
@@ -256,7 +285,8 @@ def exported(part: ImagePart, image: Tensor) -> GraphModule:
         for each, mode in training.items():
             each.training = mode
     (images,) = (node for node in module.graph.nodes if node.op == "placeholder")
-    if isinstance(value_of(images).shape[0], int):
+    count = value_of(images).shape[0]
+    if isinstance(count, int) or count.node.expr.is_number:
         raise AdapterError(f"{name} cannot be traced: what it computes depends on the number of images.")
     return module
 
