@@ -82,6 +82,11 @@ class Checkpoint:
         """Which part of a model of images and text is meant; None of a model of images."""
         return "vision" if is_two_tower(self.model) else None
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it is a model of images and text with the files of a tokenizer in its folder."""
+        return self.tower is not None and any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+
     @cached_property
     def tokenizer(self) -> Any:
         """That of transformers for a model of images and text; None where the folder has none.
@@ -89,7 +94,7 @@ class Checkpoint:
         Raises:
             LoadError: it has one that transformers cannot load.
         """
-        if self.tower is None or not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
+        if not self.has_tokenizer:
             return None
         with library_errors(f"transformers cannot load the tokenizer of {self.source}"):
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
