@@ -27,7 +27,7 @@ class Fidelity:
     Attributes:
         images: their number.
         outputs: for each by name ``error``, the norm of the difference over that of the dense output, of all images
-            together (None where that is zero), and ``cosine``, that of the two flattened outputs, the mean over images.
+            together (None where that is zero), and ``cosine`` of the flattened outputs, the mean over images.
         agreement: share of images, in per cent, with the same highest logit; None of what is no classifier.
         divergence: mean of the Kullback-Leibler divergence from the pruned classifier's probabilities to the dense
             one's, in nats; None of what is no classifier.

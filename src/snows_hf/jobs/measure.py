@@ -16,8 +16,10 @@ from ..data.zero_shot import PROMPT, ZeroShot
 from ..errors import ConfigError, DataError
 from ..hub.load import Checkpoint
 from ..hub.tasks import CLASSIFICATION, FEATURES, ZERO_SHOT
+from ..masks.criteria import needs_labels
 from ..runtime.journal import Record
 from ..runtime.run import Run
+from ..settings import PruneConfig
 
 
 Measured = Callable[[Run], Accuracy]
@@ -82,6 +84,15 @@ def check_classifier(checkpoint: Checkpoint, what: str) -> None:
             f"{checkpoint.source} ({type(checkpoint.model).__name__}) is for {checkpoint.task}, and no classifier, "
             f"which {what} needs."
         )
+
+
+def check_mask_labels(config: PruneConfig, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        ConfigError: a mask criterion that needs labels, for a model without classes.
+    """
+    if needs_labels(config.mask):
+        check_classifier(checkpoint, f"the mask criterion {config.mask!r}")
 
 
 def measure(run: Run, what: str, measured: Measured | None, data: ImageSource | None) -> dict[str, Any] | None:

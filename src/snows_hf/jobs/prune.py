@@ -18,7 +18,6 @@ from ..hub.repack import pack_into
 from ..hub.save import claim, save_checkpoint
 from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
 from ..masks.choose import load_masks
-from ..masks.criteria import needs_labels
 from ..masks.evidence import Evidence
 from ..masks.permutation import order_channels
 from ..masks.scores.base import Choice
@@ -36,7 +35,7 @@ from ..runtime.journal import digest_of
 from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
 from .calibration import calibrate, first_pass
-from .measure import check_classifier, measure, measure_fidelity, measuring, outputs_on_device
+from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
 from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype
 from .subject import Subject, copy_of, load_subject, restore_untouched
 
@@ -130,8 +129,7 @@ def prune(
     run = Run.begin(device, reproducible=True, dtype=find_dtype(dtype), memory=memory, **told)
 
     subject = load_subject(run, model, revision, candidates, preset, pattern, settings)
-    if needs_labels(subject.config.mask):
-        check_classifier(subject.checkpoint, f"the mask criterion {subject.config.mask!r}")
+    check_mask_labels(subject.config, subject.checkpoint)
     check_disk_and_masks(subject, folder)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     run = run.with_room()
