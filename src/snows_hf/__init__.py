@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .hub.repack import pack as pack, unpack as unpack
     from .jobs.accelerate import Acceleration as Acceleration, accelerate as accelerate
     from .jobs.attention import attention as attention
-    from .jobs.evaluate import evaluate as evaluate
+    from .jobs.evaluate import evaluate as evaluate, fidelity as fidelity
     from .jobs.finetune import finetune as finetune
     from .jobs.inspect import inspect as inspect
     from .jobs.probe import probe as probe
@@ -48,13 +48,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "hub.push": ["Pushed", "push"],
         "hub.repack": ["pack", "unpack"],
         "jobs.accelerate": ["Acceleration", "accelerate"],
+        "jobs.evaluate": ["evaluate", "fidelity"],
         "jobs.prune": ["PruneResult", "prune"],
         "jobs.report": ["compare", "report"],
         "settings": ["FinetuneConfig", "PruneConfig", "SolverConfig", "TrainConfig"],
-        **{
-            f"jobs.{job}": [job]
-            for job in ("attention", "evaluate", "finetune", "inspect", "probe", "sensitivity", "train")
-        },
+        **{f"jobs.{job}": [job] for job in ("attention", "finetune", "inspect", "probe", "sensitivity", "train")},
     },
 )
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from embedded import DIGITS, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import Swinv2Config, Swinv2ForImageClassification, ViTModel
+from transformers import Swinv2Config, Swinv2ForImageClassification
 
 
 JOB = import_module("snows_hf.jobs.prune")  # the module: the package has a function of that name
@@ -184,8 +184,9 @@ def damaged(tmp: Path) -> Path:
 
 
 def headless(tmp: Path) -> Path:
-    ViTModel.from_pretrained(VIT).save_pretrained(tmp / "m")
-    return tmp / "m"
+    folder = copy_of(VIT, tmp / "m")
+    tensors = {name: tensor for name, tensor in tensors_of(folder).items() if not name.startswith("classifier")}
+    return write_tensors(folder, tensors)
 
 
 def other_classes(tmp: Path) -> Path:
@@ -217,9 +218,9 @@ def timm_folder(tmp: Path, architecture: str = "vit_tiny_patch16_224", **argumen
 
 LYING = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,160]}}'
 ENORMOUS = b'{"a":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,4611686018427387904]}}'
-CANNOT_LOAD = "transformers cannot load {tmp}/m as an image classifier"
+CANNOT_LOAD = "transformers cannot load {tmp}/m as ViTForImageClassification"
 CANNOT_PREPARE = "{tmp}/m has no usable preprocessor_config.json"
-CANNOT_CLASSIFY = "{tmp}/m cannot classify an image that is prepared as its configuration says"
+CANNOT_CLASSIFY = "{tmp}/m cannot take an image that is prepared as its configuration says"
 TIMM_CANNOT_READ = "timm cannot read {tmp}/m's preprocessing or names of classes"
 MODELS = [
     ("no folder", lambda tmp: tmp / "nothing", "Model folder {tmp}/nothing does not exist"),
@@ -229,9 +230,9 @@ MODELS = [
     ("config.json no JSON", with_config("{'a'"), "{tmp}/m/config.json is not valid JSON"),
     ("config.json a list", with_config("[]"), "{tmp}/m/config.json: expected a JSON object, got list"),
     ("neither library", edited(model_type=None), "neither 'architecture' (timm) nor 'model_type'"),
-    ("unknown model_type", edited(model_type="vitt"), "transformers cannot load {tmp}/m as an image classifier"),
-    ("no image model", edited(model_type="bert"), "transformers cannot load {tmp}/m as an image classifier"),
-    ("wrong type in config", edited(hidden_size="wide"), "transformers cannot load {tmp}/m as an image classifier"),
+    ("unknown model_type", edited(model_type="vitt"), "{tmp}/m names no model that transformers has"),
+    ("no image model", edited(model_type="bert"), "BertModel takes input_ids, attention_mask, token_type_ids, …: not"),
+    ("wrong type in config", edited(hidden_size="wide"), CANNOT_LOAD),
     ("wrong size in config", edited(intermediate_size=64), "vit.layers.0.mlp.fc1.bias, "),
     ("garbage", broken_weights(b"garbage" * 100), "{tmp}/m/model.safetensors is corrupt or truncated"),
     ("empty file", broken_weights(b""), "{tmp}/m/model.safetensors is corrupt or truncated"),
@@ -250,7 +251,6 @@ MODELS = [
     ("unsupported", swin_v2, "No adapter for the architecture transformers.Swinv2ForImageClassification"),
     ("timm unsupported", lambda tmp: timm_folder(tmp, "test_byobnet"), "No adapter for the architecture timm.ByobNet"),
     ("timm unknown", lambda tmp: edit_config(timm_folder(tmp), architecture="vitt"), "timm cannot load {tmp}/m"),
-    ("timm without head", lambda tmp: timm_folder(tmp, num_classes=0), "lacks weights of VisionTransformer"),
     ("timm head of other classes", lambda tmp: edit_config(timm_folder(tmp), num_classes=7), "head.weight"),
     ("timm other file", lambda tmp: (timm_folder(tmp) / "model.safetensors").rename(tmp / "m/a.safetensors").parent,
      "{tmp}/m has no model.safetensors"),

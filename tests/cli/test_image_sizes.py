@@ -91,7 +91,7 @@ def test_models_that_take_any_size(run, make, windows: bool) -> None:
     ids=["transformers-vit", "transformers-deit", "transformers-swin", "timm-vit", "timm-swin", "timm-beit"],
 )
 def test_models_that_take_one_size(run, make) -> None:
-    check_refused(run, make(), "cannot classify an image that is prepared as its configuration says")
+    check_refused(run, make(), "cannot take an image that is prepared as its configuration says")
 
 
 def test_a_model_that_takes_any_size_and_its_adapter_one(run) -> None:

@@ -20,7 +20,7 @@ NOT_OUTPUTS = ("hidden_states", "attentions", "loss", "mask", "ids_restore")
 """How names end of what transformers returns besides."""
 
 
-def is_two_tower(model: nn.Module) -> bool:
+def is_two_tower(model: nn.Module | type[nn.Module]) -> bool:
     """Whether a model embeds images and text in one space (CLIP, SigLIP); of these, the tower for images counts."""
     return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
 
@@ -54,26 +54,38 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     return outputs["logits"]
 
 
+def check_takes_images(model: type[nn.Module]) -> None:
+    """Makes sure that a class of transformers' models takes images alone, or has a tower that does.
+
+    Raises:
+        AdapterError: it takes something else (text), or something besides (text beside the image).
+    """
+    if is_two_tower(model) or hasattr(model, "get_image_embeddings"):
+        return
+    _, *takes = inspect.signature(model.forward).parameters.values()
+    named = [parameter for parameter in takes if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    needed = [parameter.name for parameter in named if parameter.default is parameter.empty]
+    images_first = "pixel_values" in (needed or [getattr(model, "main_input_name", "")])
+    if {*needed} - {"pixel_values"} or not images_first:
+        given = ", ".join(needed or [parameter.name for parameter in named[:3]] + ["…"] * (len(named) > 3))
+        raise AdapterError(
+            f"{model.__name__} takes {given}: not images alone.",
+            "Models of images, and the image towers of models of images and text, can be pruned.",
+        )
+
+
 def _call(model: Any) -> Callable[[Tensor], Any]:
     """The model as a function of images."""
     if is_two_tower(model):
         return lambda images: {"image_embeds": _pooled(model.get_image_features(pixel_values=images))}
     if hasattr(model, "get_image_embeddings"):  # SAM: its prompts and masks come after
         return lambda images: {"image_embeddings": model.get_image_embeddings(images)}
-    takes = inspect.signature(model.forward).parameters
     if not hasattr(model, "main_input_name"):  # timm's
         headless = getattr(model, "num_classes", 1) == 0
         return lambda images: _named(model(images), "features" if headless else "logits")
-    if "noise" in takes and hasattr(model.config, "mask_ratio"):
+    check_takes_images(type(model))
+    if "noise" in inspect.signature(model.forward).parameters and hasattr(model.config, "mask_ratio"):
         return lambda images: _unmasked(model, images)
-    needed = [n for n, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    others = [name for name in needed if name != "pixel_values"]
-    if "pixel_values" not in takes or others:
-        given = ", ".join(others or needed or takes)
-        raise AdapterError(
-            f"{type(model).__name__} takes {given}, and not images alone.",
-            "Models of images, and the image towers of models of images and text, can be pruned.",
-        )
     return lambda images: model(pixel_values=images)
 
 

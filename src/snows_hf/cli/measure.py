@@ -6,13 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data.names import distinct_names
+from ..data.names import distinct_names, model_folder, short_name
+from ..errors import ConfigError
 from ..jobs.request import (
     DEFAULT_DATA,
     DEFAULT_PATTERNS,
     check_attention,
     check_plot,
     check_probe,
+    check_prompts,
     check_sensitivity,
 )
 from ..settings import PruneConfig
@@ -23,35 +25,61 @@ from .options import (
     Drawn,
     EvalSplit,
     Images,
-    Labelled,
     Model,
     Models,
     Revision,
     Seed,
+    checked,
     images_option,
 )
-from .sink import Sink, shown
+from .sink import Sink, by, shown
 
 
 @with_options()
 def evaluate(
     call: Call,
     model: Model,
-    data: Labelled,
+    data: Images,
     split: DataSplit = "test",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For models of images and text, what is said of an image, {} being the name of a class. Repeatable: "
+            "embeddings are averaged.",
+            show_default="a photo of a {}.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, compare outputs with this dense model's, of any kind and without labels.",
+            callback=checked(model_folder),
+        ),
+    ] = None,
     confusions: Annotated[
         bool, typer.Option("--confusions", help="Count them in the object of --json, by true and predicted class.")
     ] = False,
     device: Device = "auto",
     revision: Revision = None,
 ) -> None:
-    """Measure a checkpoint's top-1 and top-5 accuracy, dense or pruned."""
-    from ..jobs.evaluate import evaluate as job
+    """Measure a checkpoint's top-1 and top-5 accuracy, dense or pruned: by its classifier, by the names of the classes
+    (models of images and text), or by nearest neighbours (features)."""
+    check_prompts(prompt or ())
+    if prompt and reference is not None:
+        raise ConfigError("--prompt is for accuracies, and --reference measures none.")
 
-    found = call.run(job).to_dict()
+    from ..jobs.evaluate import evaluate as job, fidelity
+
+    if reference is not None:
+        compared = call.run(fidelity).to_dict()
+        title = f"{model} against {reference}, on {compared['images']} images of {data} ({split})"
+        call.sink.fidelity({short_name(model): compared}, title)
+        call.sink.json(compared)
+        return
+    found = call.run(job, prompts=tuple(prompt or ())).to_dict()
     call.sink.text(
         f"{model}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} % on {found['images']} images of {data} "
-        f"({split})"
+        f"({split}){by(found)}"
     )
     if not confusions:
         found.pop("confusion")

@@ -62,7 +62,8 @@ def prune(
     eval_data: Annotated[
         str | None,
         images_option(
-            "Labelled images to measure accuracy on, of the split test or --eval-split.", rich_help_panel=IMAGES
+            "Images to measure on, accuracy where they have labels, of the split test or --eval-split.",
+            rich_help_panel=IMAGES,
         ),
     ] = None,
     eval_split: Annotated[str, hidden()] = "test",
@@ -157,10 +158,17 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         sink.text(f"Left dense: {layer['name']} {tuple(layer['shape'])}: {layer['reason']}.")
     if report["update"]:
         show_solves(sink, [*report["layers"], *report["later_sweeps"]])
+    alone = f"{report['settings']['mask']} alone" if report["criterion"]["own_update"] else "mask alone"
+    steps = {alone: "masked"} | ({"SNOWS": "pruned"} if report["update"] else {})
     if report["pruned"]:
-        alone = f"{report['settings']['mask']} alone" if report["criterion"]["own_update"] else "mask alone"
-        found = {"dense": report["dense"], alone: report["masked"]}
-        sink.accuracies(found | ({"SNOWS": report["pruned"]} if report["update"] else {}), report["pattern"])
+        found = {"dense": report["dense"]} | {name: report[key] for name, key in steps.items()}
+        sink.accuracies(found, report["pattern"])
+    if fidelity := report["fidelity"]:
+        images = fidelity["pruned"]["images"]
+        title = f"Outputs against the dense model's, on {images} images"
+        sink.fidelity({name: fidelity[key] for name, key in steps.items()}, title)
+    if report["tower"]:
+        sink.text(f"Of {report['architecture']} the {report['tower']} tower was pruned; the text tower is untouched.")
     if "patterns" in report["allocation"]:
         chosen = [{"name": name, "own": shown(own)} for name, own in report["allocation"]["patterns"].items()]
         title = f"Allocation by sensitivity, counting {report['allocation']['budget']}"

@@ -102,7 +102,23 @@ class Sink:
         """Accuracies side by side, of models by name."""
         rows = [{**accuracy, "name": name} for name, accuracy in found.items()]
         columns = {"": "{name}", "top-1 (%)": "{top1:.2f}", "top-5 (%)": "{top5:.2f}"}
-        self.table(columns, rows, f"{pattern} on {rows[-1]['images']} images")
+        self.table(columns, rows, f"{pattern} on {rows[-1]['images']} images{by(rows[-1])}")
+
+    def fidelity(self, found: Mapping[str, Mapping[str, Any]], title: str) -> None:
+        """How near outputs are to the dense model's, of models by name; then what only classifiers have."""
+        rows = [
+            {"name": f"{name}: {output}", "error": 100 * figures["error"], "cosine": figures["cosine"]}
+            for name, compared in found.items()
+            for output, figures in compared["outputs"].items()
+            if None not in figures.values()
+        ]
+        self.table({"": "{name}", "error (%)": "{error:.2f}", "cosine": "{cosine:.4f}"}, rows, title)
+        for name, compared in found.items():
+            if compared["agreement"] is not None:
+                self.text(
+                    f"{name}: {compared['agreement']:.2f} % of the images in the same class as by the dense model, "
+                    f"divergence {compared['divergence'] or 0:.3g}"
+                )
 
     def json(self, result: dict[str, Any]) -> None:
         """The whole result as one JSON object on stdout, in JSON mode."""
@@ -115,6 +131,12 @@ class Sink:
         self.err.print(f"{who}Error: {error.message}", markup=False, style="bold red")
         if error.remedy:
             self.err.print(error.remedy, markup=False)
+
+
+def by(accuracy: Mapping[str, Any]) -> str:
+    """How an accuracy was measured, where not by the model's own classifier."""
+    method = accuracy.get("method") or "classifier"
+    return "" if method == "classifier" else f", {method}"
 
 
 def cell(show: Column, row: Mapping[str, Any]) -> str:

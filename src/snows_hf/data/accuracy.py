@@ -19,13 +19,15 @@ class Accuracy:
     """Shares of images, in per cent, whose class is the highest, or among the five highest, logits.
 
     ``confusion`` counts them by true and predicted class: ``"3 5"`` those of class 3 that were taken for 5, by the
-    model's numbers; pairs that never occur are left out.
+    model's numbers; pairs that never occur are left out. ``method`` says who chose the classes: the ``classifier``, or
+    of models without one ``zero-shot`` their names, or the ``nearest neighbours`` (by the data's numbers, both).
     """
 
     top1: float
     top5: float
     images: int
     confusion: Mapping[str, int] = field(default_factory=dict)
+    method: str = "classifier"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,10 +35,10 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         model_name=report["name"],
         base_model=report["source"] if is_hub_id and maker != "train" else None,
         library_name=checkpoint.library,
-        pipeline_tag="image-classification",
+        pipeline_tag=checkpoint.task,
         tags=["snows-hf", *(["sparse", "pruned", *kinds] if pattern else [])],
         datasets=sorted({each["name"] for each in used if each and "/" in each["name"]}) or None,
-        eval_results=results_of(accuracy, measured["eval_data"]),
+        eval_results=results_of(checkpoint.task, accuracy, measured["eval_data"]),
         **licence,
     )
     templates = jinja2.Environment(loader=jinja2.PackageLoader("snows_hf", "hub"))
@@ -50,22 +50,28 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         licence=licence,
         layers=[layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_start" in layer],
         library=checkpoint.library,
+        auto="AutoModelForImageClassification" if checkpoint.is_classifier else type(checkpoint.model).__name__,
+        options="".join(f", {name}={value}" for name, value in checkpoint.options.items()),
+        processor="AutoProcessor" if checkpoint.has_tokenizer else "AutoImageProcessor",
+        is_classifier=checkpoint.is_classifier,
         here=PLACEHOLDER,
     )
     ModelCard(text).save(folder / "README.md")
 
 
-def results_of(accuracy: dict[str, Any] | None, data: dict[str, Any]) -> list[EvalResult] | None:
+def results_of(task: str, accuracy: dict[str, Any] | None, data: dict[str, Any]) -> list[EvalResult] | None:
     """What the Hub shows of an accuracy on ``data``; None where it was not measured."""
     if not accuracy:
         return None
     name, split, revision = data["name"], data["split"], data["revision"]
+    method = accuracy.get("method") or "classifier"
+    how = "" if method == "classifier" else f"{method} "
     place = {"dataset_type": name, "dataset_name": name, "dataset_split": split, "dataset_revision": revision}
     return [
-        EvalResult("image-classification", metric_type="accuracy", metric_name=metric, metric_value=value, **place)
+        EvalResult(task, metric_type="accuracy", metric_name=metric, metric_value=value, **place)
         for metric, value in (
-            ("top-1 accuracy (%)", round(accuracy["top1"], 4)),
-            ("top-5 accuracy (%)", round(accuracy["top5"], 4)),
+            (f"{how}top-1 accuracy (%)", round(accuracy["top1"], 4)),
+            (f"{how}top-5 accuracy (%)", round(accuracy["top5"], 4)),
         )
     ]
 

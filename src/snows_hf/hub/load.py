@@ -1,16 +1,18 @@
 """From a Hub id or a folder to a model with its preprocessing, of transformers or timm."""
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from os import fspath
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import PIL.ImageOps
 import timm
 import torch
 from huggingface_hub import model_info, snapshot_download
@@ -21,9 +23,10 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
+from ..adapters.outputs import is_two_tower, outputs_of
 from ..data.images import Preprocess
 from ..data.names import Name, local_folder, model_folder
 from ..errors import LoadError, NumericsError, SnowsError, one_line, shortened
@@ -32,11 +35,19 @@ from ..runtime.remote import hub_errors
 from ..runtime.run import Run
 from . import quantizer  # noqa: F401  registers packed files with transformers
 from .packed import PACKED_FILE, check_packed, opened, read_packed
+from .tasks import CLASSIFICATION, FEATURES, model_class, task_of
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+"""What tokenizers of transformers are made of, at the root of a checkpoint."""
 
 
 @dataclass
 class Checkpoint:
-    """A loaded classifier.
+    """A loaded model.
 
     Attributes:
         source: what the user asked for.
@@ -46,7 +57,9 @@ class Checkpoint:
         model: the network, in evaluation mode.
         preprocess: RGB PIL images → pixel values (n, 3, height, width).
         processor: the transformers image processor; None for timm, which keeps preprocessing in its config.
-        class_names: names of the classes by logit, or None.
+        class_names: names of the classes by logit, or None; None of what is no classifier.
+        task: what it is for, by the Hub's names: see tasks.py.
+        options: what ``from_pretrained`` of its class must be told.
     """
 
     source: str
@@ -57,6 +70,55 @@ class Checkpoint:
     preprocess: Preprocess
     processor: Any
     class_names: tuple[str, ...] | None
+    task: str = CLASSIFICATION
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_classifier(self) -> bool:
+        return self.task == CLASSIFICATION
+
+    @property
+    def tower(self) -> str | None:
+        """Which part of a model of images and text is meant; None of a model of images."""
+        return "vision" if is_two_tower(self.model) else None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it is a model of images and text with the files of a tokenizer in its folder."""
+        return self.tower is not None and any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """That of transformers for a model of images and text; None where the folder has none.
+
+        Raises:
+            LoadError: it has one that transformers cannot load.
+        """
+        if not self.has_tokenizer:
+            return None
+        with library_errors(f"transformers cannot load the tokenizer of {self.source}"):
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+
+    def image(self) -> torch.Tensor:
+        """A blank image as the model takes it, (1, 3, height, width): of the size in the model's configuration where
+        the preprocessing leaves images as large as they are."""
+        height, width = (224, 224) if resizes(self.processor) else configured_size(self.model)
+        return self.preprocess([PIL.Image.new("RGB", (width, height))])
+
+
+def resizes(processor: Any) -> bool:
+    """Whether images come out of a processor of transformers (None: of timm) in another size than the user's."""
+    return bool(getattr(processor, "do_resize", True))
+
+
+def configured_size(model: Any) -> tuple[int, int]:
+    """Height and width of the images that a model of transformers is configured for; 224 where it does not say."""
+    config = model.config
+    for each in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+        size = getattr(each, "image_size", None)
+        if size is not None:
+            return (size, size) if isinstance(size, int) else tuple(size)
+    return 224, 224
 
 
 def bar_for(run: Run, name: str) -> type[tqdm]:
@@ -95,7 +157,7 @@ def find_folder(source: Name, revision: str | None = None, run: Run | None = Non
         folder = Path(at_root(revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         # Wanted, and no reason to fail: an older snapshot in the cache may not have them.
         with suppress(LocalEntryNotFoundError):
-            at_root(revision=folder.name, allow_patterns=["README.md", "LICENSE*"])
+            at_root(revision=folder.name, allow_patterns=["README.md", "LICENSE*", "*.txt", "*.model"])
     if not (folder / "config.json").is_file():
         raise LoadError(f"Model {name} has no config.json at its root.", "Expected a transformers or timm checkpoint.")
     check_download(name, folder)
@@ -125,7 +187,8 @@ def check_download(name: str, snapshot: Path) -> None:
 def check_whole(source: str, revision: str | None, snapshot: Path, library: str) -> None:
     """Asks the Hub, which must answer, where a snapshot lacks a file: without a connection the cache has given all
     that it holds."""
-    wanted = ["*.safetensors", *(["preprocessor_config.json"] if library == "transformers" else [])]
+    # preprocessor_config.json, or processor_config.json, which may hold it
+    wanted = ["*.safetensors", *(["p*processor_config.json"] if library == "transformers" else [])]
     if not all(any(snapshot.glob(pattern)) for pattern in wanted):
         name = source.removeprefix("hf-hub:")
         with hub_errors(LoadError, "model", name, revision):
@@ -220,15 +283,17 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def load(source: Name, revision: str | None = None, trial: bool = True, run: Run | None = None) -> Checkpoint:
-    """Loads a classifier and its preprocessing.
+    """Loads a vision model, whatever it is for, and its preprocessing.
 
     Args:
         source: Hub id or folder; ``hf-hub:`` and ``local-dir:`` say which, as in timm.
-        trial: classify a blank image, too: for jobs, whose faults are better known before any work.
-        run: told how much of a download has come; without one the Hub's client shows bars of its own.
+        trial: run a blank image through it, too: for jobs, whose faults are better known before any work.
+        run: told how much of a download has come, and what is not loaded; without one the Hub's client shows bars of
+            its own.
 
     Raises:
-        LoadError: not found, not safetensors, corrupt, not an image classifier, or its preprocessing does not fit.
+        AdapterError: it takes something else than images.
+        LoadError: not found, not safetensors, corrupt, or its preprocessing does not fit.
         NumericsError: a weight, or an image that was prepared, is NaN or infinite.
     """
     source = fspath(source)
@@ -241,6 +306,8 @@ def load(source: Name, revision: str | None = None, trial: bool = True, run: Run
     if (folder / PACKED_FILE).is_file():
         config.pop("quantization_config", None)
     checkpoint = (_load_timm if library == "timm" else _load_transformers)(source, folder, config)
+    if checkpoint.options and run is not None:
+        run.say(f"{source} has no weights for a pooler: {type(checkpoint.model).__name__} is loaded without one")
     for name, tensor in checkpoint.model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             fault = f"Weight {name} of {source} holds NaN or infinite values."
@@ -255,50 +322,72 @@ def from_pretrained(source: Name, revision: str | None = None) -> Checkpoint:
 
 @torch.no_grad()
 def tried(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint, once it has classified a blank image.
+    """The same checkpoint, once a blank image has run through it.
 
     Raises:
+        AdapterError: nothing comes of it for each image.
         LoadError: the image cannot be prepared, or the model does not take what comes of it.
         NumericsError: what comes of it is NaN or infinite.
     """
     with library_errors(
-        f"{checkpoint.source} cannot classify an image that is prepared as its configuration says",
+        f"{checkpoint.source} cannot take an image that is prepared as its configuration says",
         "Expected the config.json (and preprocessor_config.json, of transformers) that belong to the weights.",
     ):
-        pixels = checkpoint.preprocess([PIL.Image.new("RGB", (224, 224))])
+        pixels = checkpoint.image()
         if not torch.isfinite(pixels).all():
             fault = f"{checkpoint.source} prepares images to values that are NaN or infinite."
             raise NumericsError(fault, "Look at the standard deviations in its configuration.")
-        # Where images are not resized, only the user's have the size that the model takes.
-        if getattr(checkpoint.processor, "do_resize", True):
-            checkpoint.model(pixels.to(next(checkpoint.model.parameters()).dtype))
+        outputs_of(checkpoint.model, pixels.to(next(checkpoint.model.parameters()).dtype))
     return checkpoint
 
 
 def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
-    with library_errors(f"transformers cannot load {source} as an image classifier"):
-        model, info = AutoModelForImageClassification.from_pretrained(
-            folder,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
-    check_complete(source, model, sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]))
-    return of_transformers(source, folder, config, model)
+    with library_errors(f"transformers cannot load {source}"):
+        kind = model_class(source, config)
+
+    def read(**options: Any) -> tuple[Any, list[str]]:
+        """The model, and the names of the weights that it lacks."""
+        with library_errors(f"transformers cannot load {source} as {kind.__name__}"):
+            model, info = kind.from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+            )
+        return model, sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+
+    options: dict[str, Any] = {}
+    model, lacking = read()
+    # Many backbones on the Hub were trained without the pooler that their class has.
+    if lacking and all(name.startswith("pooler.") for name in lacking) and _may_lack_pooler(kind):
+        options = {"add_pooling_layer": False}
+        model, lacking = read(**options)
+    check_complete(source, model, lacking)
+    checkpoint = of_transformers(source, folder, config, model)
+    checkpoint.options = options
+    return checkpoint
+
+
+def _may_lack_pooler(kind: type[nn.Module]) -> bool:
+    return "add_pooling_layer" in inspect.signature(kind.__init__).parameters
 
 
 def check_complete(source: str, model: nn.Module, lacking: Sequence[str], of_what: str = "") -> None:
     """Refuses, with a :class:`LoadError`, a model that ``lacking`` weights of its own were not found for."""
     if lacking:
         fault = f"lacks weights of {type(model).__name__}, or has them in another shape: {shortened(lacking, 3)}"
-        remedy = "Expected a checkpoint with a trained classification head, and the config.json that belongs to it."
+        remedy = (
+            "Expected a checkpoint with all its weights, a trained head too, and the config.json that belongs to it."
+        )
         raise LoadError(f"{source} {fault}{of_what}.", remedy)
 
 
 def of_transformers(source: str, folder: Path, config: dict[str, Any], model: Any) -> Checkpoint:
-    """A model of transformers with the preprocessing of its folder.
+    """A model of transformers with the preprocessing of its folder. Where the size of what that makes of an image
+    depends on the image's shape (DETR, Depth Anything), it gets the square in the middle of each.
 
     Raises:
         LoadError: the folder has none, or one that transformers cannot use.
@@ -308,12 +397,25 @@ def of_transformers(source: str, folder: Path, config: dict[str, Any], model: An
         "Without it the images cannot be prepared as the model expects.",
     ):
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    names = names_of(model.config.id2label, model.config.num_labels)
+    task = task_of(model)
+    names = names_of(model.config.id2label, model.config.num_labels) if task == CLASSIFICATION else None
 
-    def preprocess(images: Sequence[PIL.Image.Image]) -> Any:
+    def prepared(images: Sequence[PIL.Image.Image]) -> Any:
         return processor(images=list(images), return_tensors="pt")["pixel_values"]
 
-    return Checkpoint(source, folder, "transformers", config, model.eval(), preprocess, processor, names)
+    @cache
+    def follows_shape() -> bool:
+        wide, high = (prepared([PIL.Image.new("RGB", size)]) for size in ((96, 64), (64, 96)))
+        return resizes(processor) and wide.shape != high.shape
+
+    def preprocess(images: Sequence[PIL.Image.Image]) -> Any:
+        return prepared([central_square(image) for image in images] if follows_shape() else images)
+
+    return Checkpoint(source, folder, "transformers", config, model.eval(), preprocess, processor, names, task)
+
+
+def central_square(image: PIL.Image.Image) -> PIL.Image.Image:
+    return PIL.ImageOps.fit(image, (min(image.size),) * 2)
 
 
 def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -324,7 +426,7 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
         stored = read_packed(folder / PACKED_FILE)[0] if packed else load_file(folder / "model.safetensors")
         model = _timm_of(folder, stored)
         lacking = lacking_weights(model, folder, stored)
-    check_complete(source, model, lacking, f" for {model.num_classes} classes")
+    check_complete(source, model, lacking, f" for {model.num_classes} classes" if model.num_classes else "")
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored:  # timm computes in float32 whatever the file has
             tensor.data = tensor.data.to(stored[name].dtype)
@@ -347,7 +449,7 @@ def lacking_weights(model: Any, folder: Path, stored: dict[str, torch.Tensor]) -
     state = model.state_dict()
     heads = model.pretrained_cfg.get("classifier") or ()
     lacking = [f"{head}.weight" for head in ((heads,) if isinstance(heads, str) else heads)]
-    lacking = [name for name in lacking if name not in state] or ([] if model.num_classes else ["a classifier"])
+    lacking = [name for name in lacking if name not in state and model.num_classes]
 
     def is_stored(name: str) -> bool:  # torch.equal is false of other shapes
         return name in stored and torch.equal(stored[name].to(state[name].dtype), state[name])
@@ -373,13 +475,14 @@ def of_timm(source: str, folder: Path, config: dict[str, Any], model: Any) -> Ch
             raise LoadError(f"{folder / 'config.json'}: {key} = {config[key]!r}: expected names of classes.")
     labels = config.get("label_names") or model.pretrained_cfg.get("label_names")
     with library_errors(f"timm cannot read {source}'s preprocessing or names of classes"):
-        names = names_of(labels, model.num_classes) if labels else None
+        names = names_of(labels, model.num_classes) if labels and model.num_classes else None
         transform = create_transform(**resolve_data_config(model=model), is_training=False)
 
     def preprocess(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
         return torch.stack([transform(image) for image in images])
 
-    return Checkpoint(source, folder, "timm", config, model.eval(), preprocess, None, names)
+    task = CLASSIFICATION if model.num_classes else FEATURES
+    return Checkpoint(source, folder, "timm", config, model.eval(), preprocess, None, names, task)
 
 
 def buffers_follow_weights(model: nn.Module) -> None:

@@ -10,13 +10,14 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from ..errors import SaveError
 from ..runtime.remote import check_push, hub_errors
 from .card import PLACEHOLDER
-from .load import check_weights, leads_out, library_of, read_config
+from .load import TOKENIZER_FILES, check_weights, leads_out, library_of, read_config
 from .repack import check_own, weight_files
 from .save import REPORT_FILE
 
 
 PUSHED = {
     "config.json", "preprocessor_config.json", "processor_config.json", "README.md", REPORT_FILE, "report.json",
+    *TOKENIZER_FILES,
 }  # fmt: skip
 """What is published beside weights and licences, by name: a folder may hold anything. report.html is not, since it may
 show images."""

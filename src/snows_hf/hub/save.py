@@ -13,13 +13,14 @@ from torch import Tensor
 from ..errors import LoadError
 from ..runtime.files import write_json
 from ..runtime.version import __version__
-from .load import Checkpoint, leads_out, read_json
+from .load import TOKENIZER_FILES, Checkpoint, leads_out, read_json
 
 
 REPORT_FILE = "snows_config.json"
 
 DATA = {"name": str, "split": str}
-ACCURACY = {"top1": float, "top5": float, "images": int}
+ACCURACY = {"top1": float, "top5": float, "images": int, "method": [str, None]}
+FIDELITY = {"images": int, "outputs": dict, "agreement": [float, None], "divergence": [float, None]}
 RETRAINING = {
     "epochs": int, "images": int, "data": DATA, "eval_data": [DATA, None], "before": [ACCURACY, None],
     "after": [ACCURACY, None],
@@ -30,6 +31,7 @@ REPORT = {
     "eval_data": [DATA, None], "dense": [ACCURACY, None], "masked": [ACCURACY, None], "pruned": [ACCURACY, None],
     "parameters": {"total": int, "nonzero": int}, "flops": {"dense": float, "pruned": float}, "bytes": int,
     "seconds": float, "hardware": str, "name": [str, None], "finetune": [RETRAINING, None],
+    "task": [str, None], "tower": [str, None], "fidelity": [{"masked": FIDELITY, "pruned": FIDELITY}, None],
 }  # fmt: skip
 """Keys of a report and their types; a list names alternatives. What lies deeper its readers check."""
 
@@ -46,10 +48,11 @@ REPORTS: dict[str, dict[str, Any]] = {
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any], report: dict[str, Any]) -> None:
-    """Writes model, config and preprocessing in the library's own format, and the report, into an empty folder.
+    """Writes model, config and preprocessing in the library's own format, and the report, into an empty folder, and
+    copies licences and tokenizer.
 
     The ``summary``, which is small, goes into config.json under ``snows``, the ``report`` into snows_config.json;
-    licences that were not copied, since they are links to elsewhere, are added to it as ``left_out``.
+    files that were not copied, since they are links to elsewhere, are added to it as ``left_out``.
     """
     model: Any = checkpoint.model
     config = deepcopy(checkpoint.config)
@@ -66,13 +69,16 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
             config["num_classes"] = config["model_args"].pop("num_classes")
     # The libraries' own rewriting of the configuration depends on their versions: only ``snows`` is new.
     write_json(folder / "config.json", {**config, "snows": summary})
-    licences = [path for path in sorted(checkpoint.folder.glob("LICENSE*")) if path.is_file()]
-    if left_out := [path.name for path in licences if leads_out(path, checkpoint.folder)]:
+    along = sorted(checkpoint.folder.glob("LICENSE*"))  # most licences want to go along
+    if checkpoint.library == "transformers":
+        along += [checkpoint.folder / name for name in (*TOKENIZER_FILES, "processor_config.json")]
+    along = [path for path in along if path.is_file()]
+    if left_out := [path.name for path in along if leads_out(path, checkpoint.folder)]:
         report["left_out"] = left_out
     write_json(folder / REPORT_FILE, report)
-    for licence in licences:  # most licences want to go along
-        if licence.name not in left_out:
-            shutil.copyfile(licence, folder / licence.name)
+    for path in along:
+        if path.name not in left_out:
+            shutil.copyfile(path, folder / path.name)
 
 
 def claim(pattern: str, sparsity: float, weights: Iterable[Tensor]) -> dict[str, Any]:

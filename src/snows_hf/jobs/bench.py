@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from ..adapters.outputs import logits_of
+from ..adapters.outputs import outputs_of
 from ..data.names import Name
 from ..runtime.device import describe_hardware
 from ..runtime.memory import out_of_memory
@@ -44,7 +44,7 @@ def bench(
         type, shape and pattern), ``dense_layers`` with reasons; ``batches`` with milliseconds, images per second and
         ``ratio`` (dense over sparse time: above 1 sparse is faster), or ``failed`` where memory does not suffice;
         ``layers`` with the same for each sparse layer at ``layers_batch``, the largest for which there is memory;
-        ``difference``, the largest between dense and sparse logits over the largest logit.
+        ``difference``, the largest between dense and sparse outputs over the largest of each output.
 
     Raises:
         SnowsError: bad settings, or no such checkpoint.
@@ -108,7 +108,7 @@ def compare(
 
 
 def compare_layers(dense: nn.Module, sparse: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Any]:
-    """Times of the named layers on what they get of the images, and the difference of the logits."""
+    """Times of the named layers on what they get of the images, and the difference of the outputs."""
     inputs: dict[str, Tensor] = {}
     pairs: dict[str, tuple[Any, Any]] = {
         name: (dense.get_submodule(name), sparse.get_submodule(name)) for name in layers
@@ -117,8 +117,11 @@ def compare_layers(dense: nn.Module, sparse: nn.Module, layers: Sequence[str], i
         for name, (layer, _) in pairs.items():
             note = partial(lambda name, _, given: inputs.update({name: given[0]}), name)
             hooks.enter_context(layer.register_forward_pre_hook(note))
-        expected = logits_of(dense, images).float()
-    difference = float((logits_of(sparse, images).float() - expected).abs().max() / expected.abs().max())
+        expected = outputs_of(dense, images)
+    found = outputs_of(sparse, images)
+    difference = max(
+        float((found[name].float() - own.float()).abs().max() / own.abs().max()) for name, own in expected.items()
+    )
     rows = [
         {"name": name, "shape": list(pairs[name][0].weight.shape), **versus(*pairs[name], x)}
         for name, x in inputs.items()

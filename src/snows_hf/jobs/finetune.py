@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters import Chain, build_chain
 from ..adapters.outputs import logits_of
-from ..data.images import ImageSource, Preprocess, drawn_labelled, open_images, pictures
+from ..data.images import ImageSource, Preprocess, check_labels, drawn_labelled, open_images, pictures
 from ..data.names import Name, short_name
 from ..errors import ConfigError, NumericsError
 from ..hub.load import Checkpoint, buffers_follow_weights, load
@@ -29,7 +29,7 @@ from ..runtime.version import __version__, versions
 from ..settings import FinetuneConfig
 from .calibration import class_labels
 from .inspect import SPARSE
-from .measure import measure
+from .measure import check_classifier, measure, measuring
 from .prune import PruneResult, save
 from .request import check_request
 from .subject import load_told, weights_of
@@ -75,6 +75,7 @@ def finetune(
     run = Run.begin(device, reproducible=True, on_stage=on_stage, on_progress=on_progress)
 
     checkpoint = load_told(run, model, revision)
+    check_classifier(checkpoint, "retraining")
     network = checkpoint.model
     known = find_report(checkpoint.folder) or begin_report(checkpoint)
     zeros = zeros_to_hold(checkpoint, build_chain(network), known)
@@ -84,10 +85,15 @@ def finetune(
     # Weights, momentum and a second copy of both while they are replaced.
     check_output(output, 4 * sum(tensor.numel() * 4 for tensor in network.state_dict().values()))
     tutor = load(teacher, run=run) if teacher is not None else None
+    if tutor is not None:
+        check_classifier(tutor, "a teacher")
     source, labels = drawn_labelled(open_images(data, data_split), config.samples, config.seed)
     if len(labels) < 2:
         raise ConfigError(f"{data} ({data_split}) has one image.", "Retraining needs at least two.")
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
+    if evaluation is not None:
+        check_labels(evaluation, "measuring accuracy")
+    measured = measuring(network, checkpoint, evaluation)
     description = {
         "settings": config.to_dict(),
         "data": [fspath(data), data_split, len(labels)],
@@ -98,14 +104,14 @@ def finetune(
     with run.recorded(output, description, restart) as run:
         check_output(output, size=0)  # another run may have been here until a moment ago
         network.to(run.device)
-        before = measure(run, "pruned" if held else "dense", network, checkpoint, evaluation)
+        before = measure(run, "pruned" if held else "dense", measured, evaluation)
         labels = match(checkpoint, tutor, source, labels, run.device)
         network.to(torch.float32)
         batches = partial(batches_of, checkpoint.preprocess, source, labels, config, run.device)
         loss = partial(loss_of, network, tutor.model if tutor else None, config)
         trained = train(run, network, zeros, batches, max(1, len(labels) // config.batch_size), loss, config)
         cast_back(network, dtypes)
-        after = measure(run, "retrained", network, checkpoint, evaluation)
+        after = measure(run, "retrained", measured, evaluation)
         network.to("cpu")
         retraining = trained | {
             "model": short_name(model),

@@ -33,9 +33,9 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
         ``pattern_ok`` (all layers that were pruned follow it, there are some, and they have as many weights and zeros
         as config.json claims), ``sparsity`` over all prunable weights, ``architecture``, ``library``, ``layers`` with
         name, shape, sparsity, pattern and pattern_ok (both None where dense), ``never_pruned``, the Linear and Conv2d
-        layers that no pruning reaches, with the reason, and ``operations`` (each a k of Eq. 3) if asked for. Which layers were pruned snows_config.json says, as far as it agrees with config.json: see
-        :func:`bound_by`. Where it has a pattern for each layer (an allocation by sensitivity), each is held against
-        its own.
+        layers that no pruning reaches, with the reason, and ``operations`` (each a k of Eq. 3) if asked for. Which
+        layers were pruned snows_config.json says, as far as it agrees with config.json: see :func:`bound_by`. Where
+        it has a pattern for each layer (an allocation by sensitivity), each is held against its own.
 
     Raises:
         SnowsError: no such model, or one that cannot be read.

@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.outputs import logits_of
+from ..adapters.outputs import logits_of, outputs_of
 from ..data.images import CHUNK, ImageSource, check_labels, drawn, label_map, labelled_batches, open_images, to_classes
 from ..data.names import Name
-from ..errors import AdapterError, DataError, NumericsError
+from ..data.neighbours import pooled
+from ..errors import AdapterError, ConfigError, DataError, NumericsError
+from ..hub.load import Checkpoint
+from ..hub.tasks import CLASSIFICATION, FEATURES
 from ..reports.describe import describe_data
 from ..runtime.memory import Tensors, in_parts
 from ..runtime.run import Progress, Run
@@ -45,9 +49,10 @@ def probe(
 ) -> dict[str, Any]:
     """Fits a linear classifier on the frozen features of each model, and measures it on held-out images.
 
-    Features are what enters the model's own classifier, standardised, and are extracted once. The probe is a
-    multinomial logistic regression, its λ chosen on a fifth of the training images and the fit repeated on all of
-    them. Every model sees the same images and the same split.
+    Features are what enters the model's own classifier, or, without one, its pooled output (else the mean over its
+    positions); standardised, and extracted once. The probe is a multinomial logistic regression, its λ chosen on a
+    fifth of the training images and the fit repeated on all of them. Every model sees the same images and the same
+    split.
 
     Args:
         models: Hub ids or folders; differences are to the first.
@@ -77,13 +82,15 @@ def probe(
     hits: list[Tensor] = []
     for name in names:
         checkpoint = load_told(run, name)
+        check_features(checkpoint)
         checkpoint.model.to(run.device)
         run.say(f"Extracting its features of {data} ({train_split})")
         few, size = (train, 256) if samples is None else (drawn(train, samples, seed), CHUNK)
-        x, y = extract_features(run, checkpoint.model, labelled_batches(few, checkpoint.preprocess, size), train)
+        extract = partial(extract_features, run, checkpoint.model, classifier=checkpoint.is_classifier)
+        x, y = extract(labelled_batches(few, checkpoint.preprocess, size), train)
         run.say(f"Extracting its features of {measured} ({test_split})")
         batches = labelled_batches(test, checkpoint.preprocess, 256)
-        x_test, y_test = extract_features(run, checkpoint.model, batches, test)
+        x_test, y_test = extract(batches, test)
         y = to_classes(y, torch.arange(int(y.max()) + 1), train)  # refuses those that stand for no label
         y_test = classes_between(test, train, y_test)
         run.say(f"Fitting the probe on {len(y)} images")
@@ -122,12 +129,25 @@ def classes_between(test: ImageSource, train: ImageSource, y_test: Tensor) -> Te
     return to_classes(y_test, label_map(test.class_names, train.class_names, len(train.class_names), test.name), test)
 
 
+def check_features(checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        ConfigError: a model whose outputs are neither classes nor features.
+    """
+    if checkpoint.task not in (CLASSIFICATION, FEATURES) and checkpoint.tower is None:
+        raise ConfigError(
+            f"{checkpoint.source} ({type(checkpoint.model).__name__}) is for {checkpoint.task}.",
+            "A probe reads what enters a classifier, or the features of a model without one.",
+        )
+
+
 @torch.no_grad()
 def extract_features(
-    run: Run, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], source: ImageSource
+    run: Run, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], source: ImageSource, classifier: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What enters the classifier, of batches of pixel values (b, 3, height, width) and labels (b,) from ``source``:
-    features (n, d) in float32 on the CPU, those of several classifiers side by side, and labels (n,).
+    """What enters the classifier, or comes out of a model without one, of batches of pixel values (b, 3, height,
+    width) and labels (b,) from ``source``: features (n, d) in float32 on the CPU, those of several classifiers side by
+    side, and labels (n,).
 
     Raises:
         AdapterError: the model's logits do not come from a Linear layer.
@@ -140,12 +160,12 @@ def extract_features(
     features, labels = [], []
 
     def extract(state: Tensors) -> Tensors:
-        logits_of(model, state[0].to(parameter.device, parameter.dtype))
-        return (torch.cat([entered[head] for head in heads], dim=1),)
+        outputs = outputs_of(model, state[0].to(parameter.device, parameter.dtype))
+        return (torch.cat([entered[head] for head in heads], dim=1) if heads else pooled(outputs),)
 
     with ExitStack() as hooks:
         for pixels, some in run.track(batches, f"Batches of {source.name} ({source.split})"):
-            if not heads:
+            if classifier and not heads:
                 heads = find_classifiers(model, pixels[:1].to(parameter.device, parameter.dtype))
                 for head in heads:
                     note = head.register_forward_pre_hook(lambda module, given: entered.update({module: given[0]}))

@@ -2,16 +2,15 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..adapters.offload import Whole, place
-from ..data.images import open_images
+from ..data.images import ImageSource, open_images
 from ..data.names import Name
 from ..hub.card import write_card
 from ..hub.load import Checkpoint
@@ -25,6 +24,7 @@ from ..masks.scores.base import Choice
 from ..method.cascade import prune_chain
 from ..method.fitting import find_batches
 from ..method.records import LayerReport
+from ..method.streams import holding
 from ..patterns import NM, Pattern
 from ..patterns.plan import Candidate, by_sensitivity, layer_patterns, one_pattern, order_for
 from ..reports.describe import describe_data, describe_layers, describe_run, describe_size, finite
@@ -35,7 +35,7 @@ from ..runtime.journal import digest_of
 from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
 from .calibration import calibrate, first_pass
-from .measure import measure
+from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
 from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype
 from .subject import Subject, copy_of, load_subject, restore_untouched
 
@@ -100,7 +100,8 @@ def prune(
         data: calibration images: Hub data set (``@REVISION`` may follow), image folder or folder of parquet. Labels
             are read only if the mask criterion needs them.
         data_split: split of ``data``.
-        eval_data: labelled images on which dense, masked and pruned accuracy are measured; None measures nothing.
+        eval_data: images on which the masked and the pruned model's outputs are compared with the dense one's and, if
+            they have labels and the model's task has classes, accuracies are measured; None measures nothing.
         eval_split: split of ``eval_data``.
         output: folder to save to, absent or empty; None saves nothing.
         device: ``auto`` (CUDA where torch finds it), ``cpu`` or ``cuda``.
@@ -128,6 +129,7 @@ def prune(
     run = Run.begin(device, reproducible=True, dtype=find_dtype(dtype), memory=memory, **told)
 
     subject = load_subject(run, model, revision, candidates, preset, pattern, settings)
+    check_mask_labels(subject.config, subject.checkpoint)
     check_disk_and_masks(subject, folder)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     run = run.with_room()
@@ -147,18 +149,21 @@ def prune(
         resumed = len(run.journal.names()) > 1  # the description of the run is always there
         chain = place(run, subject.chain, images[:2], subject.config.offload)
         subject = replace(subject, chain=chain)
-        classifier = subject.network if chain.offloaded is None else Whole(chain)
-        accuracy = partial(measure, run, classifier=classifier, checkpoint=subject.checkpoint, data=evaluation)
-        report: dict[str, Any] = {"dense": accuracy("dense"), "masked": None, "pruned": None}
+        measurer = Measurer(run, subject, evaluation)
+        report: dict[str, Any] = {"dense": measurer.accuracy("dense"), "masked": None, "pruned": None}
         chosen = choose(run, subject, candidates, images, labels, flops, update)
+        fidelity: dict[str, Any] = {}
         if evaluation is not None or not update:
             chain.put(alone(chosen.choice, subject.original))
             restore_untouched(subject.network, subject.original, chosen.choice.masks)
-            report["masked"] = report["pruned"] = accuracy("masked")
+            report["masked"] = report["pruned"] = measurer.accuracy("masked")
+            fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", chosen.choice.masks)
         reports: list[LayerReport] = []
         if update:
             subject, reports = solve(run, subject, chosen, images)
-            report["pruned"] = accuracy("pruned")
+            report["pruned"] = measurer.accuracy("pruned")
+            fidelity["pruned"] = measurer.fidelity("pruned", chosen.choice.masks)
+        report["fidelity"] = fidelity if evaluation is not None else None
         subject.network.to("cpu")
         report |= describe(run, subject, chosen, flops, reports) | {
             "update": update,
@@ -174,6 +179,32 @@ def prune(
         if left_out := result.report.get("left_out"):
             run.say(f"Left out, since they are links to files elsewhere: {', '.join(left_out)}")
         return result
+
+
+class Measurer:
+    """What is measured of a subject on images (None: nothing), whose weights change in the meantime."""
+
+    def __init__(self, run: Run, subject: Subject, data: ImageSource | None) -> None:
+        self.run, self.subject, self.data = run, subject, data
+        chain = subject.chain
+        self.network = subject.network if chain.offloaded is None else Whole(chain)
+        self.measured = measuring(self.network, subject.checkpoint, data)
+
+    def accuracy(self, what: str) -> dict[str, Any] | None:
+        return measure(self.run, what, self.measured, self.data)
+
+    def fidelity(self, what: str, changed: Iterable[str]) -> dict[str, Any] | None:
+        """Against the dense network, whose weights, those that were ``changed``, come back for each batch."""
+        if self.data is None:
+            return None
+        chain, outputs = self.subject.chain, outputs_on_device(self.network)
+        weights = {name: self.subject.original[name].to(chain.weight(name).device) for name in changed}
+
+        def dense(images: Tensor) -> dict[str, Tensor]:
+            with holding(chain, weights):
+                return outputs(images)
+
+        return measure_fidelity(self.run, what, dense, self.network, self.subject.checkpoint, self.data)
 
 
 def check_disk_and_masks(subject: Subject, folder: Path | None) -> None:

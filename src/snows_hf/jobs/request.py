@@ -173,6 +173,16 @@ def check_probe(
     check_apart(data, train_split, measured, test_split, "Give --train-split or --test-split")
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: a prompt without a place for the name of a class.
+    """
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise ConfigError(f"Prompt {prompt!r} has no {{}} for the name of a class.", "As in 'a photo of a {}.'.")
+
+
 def check_bench(batch_sizes: Sequence[int], dtype: str) -> None:
     """
     Raises:

@@ -18,6 +18,7 @@ from ..reports.describe import describe_data, finite
 from ..runtime.files import write_whole
 from ..runtime.run import Progress, Run
 from .calibration import calibrate, first_pass
+from .measure import check_mask_labels
 from .request import DEFAULT_DATA, DEFAULT_PATTERNS, check_plot, check_sensitivity, find_dtype
 from .subject import load_subject
 
@@ -67,6 +68,7 @@ def sensitivity(
 
     subject = load_subject(run, model, revision, candidates, preset, patterns, settings)
     config = subject.config
+    check_mask_labels(config, subject.checkpoint)
     calibration = calibrate(run, open_images(data, data_split), config, subject.checkpoint)
     subject = subject.for_images(calibration.images[:1])
     flops, labels = first_pass(subject.chain, calibration, subject.checkpoint)

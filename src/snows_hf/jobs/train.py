@@ -43,7 +43,7 @@ from ..runtime.run import Progress, Run
 from ..runtime.version import __version__, versions
 from ..settings import PruneConfig, TrainConfig
 from .calibration import class_labels
-from .measure import measure
+from .measure import check_classifier, measure, measuring
 from .prune import PruneResult, save
 from .request import check_request, check_training
 from .subject import weights_of
@@ -87,9 +87,12 @@ def train(
     images_source = open_images(data, data_split)
     check_labels(images_source, "training")
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
+    if evaluation is not None:
+        check_labels(evaluation, "measuring accuracy")
 
     run.say(f"Building {source}, untrained")
     checkpoint = create(source, images_source.class_names, config.seed, revision)
+    check_classifier(checkpoint, "training")
     network = checkpoint.model.to(run.device)
     chain = build_chain(network)
     if chosen_pattern is not None:
@@ -105,7 +108,7 @@ def train(
     begun = time.perf_counter()
     losses = fit(run, network, images, labels, masks, config)
     training_seconds = time.perf_counter() - begun
-    accuracy = measure(run, "trained", network, checkpoint, evaluation)
+    accuracy = measure(run, "trained", measuring(network, checkpoint, evaluation), evaluation)
     network.to("cpu")
 
     report = describe(checkpoint, masks, facts, config) | {

@@ -59,6 +59,8 @@ def describe_layers(
         "source": short_name(checkpoint.source),
         "library": checkpoint.library,
         "architecture": type(checkpoint.model).__name__,
+        "task": checkpoint.task,
+        "tower": checkpoint.tower,
         "pattern": str(pattern),
         "sparsity": share_of_zeros(pruned),
         "settings": config.to_dict() | {"mask": Path(config.mask).name},

@@ -91,6 +91,7 @@ def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
     axis = LogAxis([layer[key] for layer in solved for key, _ in bars if layer[key]])
     return {
         "accuracy": [(what, kind, found[key]) for what, key, kind in steps if found[key]],
+        "fidelity": [(what, found["fidelity"][key]) for what, key, _ in steps[1:]] if found.get("fidelity") else [],
         "summary": summary_of(found),
         "ticks": axis.ticks(),
         "solved": [
