@@ -180,7 +180,7 @@ def test_a_model_for_one_number_of_images_is_refused(between: Callable[[Tensor],
 def test_a_model_that_wants_text_is_refused() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = OwlViTConfig(text_config=sizes, vision_config=sizes | {"image_size": 16, "patch_size": 4})
-    with pytest.raises(AdapterError, match=r"^OwlViTForObjectDetection takes input_ids, and not images alone"):
+    with pytest.raises(AdapterError, match=r"^OwlViTForObjectDetection takes input_ids, pixel_values: not images alone"):
         build_chain(OwlViTForObjectDetection(config))
 
 
@@ -290,12 +290,12 @@ def test_the_hard_sigmoid_is_torchs_and_can_be_differentiated_twice() -> None:
 
 def masks() -> dict[str, dict]:
     generator = torch.Generator().manual_seed(4)
-    seen = torch.rand(2, 1, 5, 7, generator=generator) < 0.7
+    seen = torch.rand(2, 1, 7, 7, generator=generator) < 0.7
     seen[..., 0] = True  # no query without a key
     return {
         "plain": {},
         "bool mask": {"attn_mask": seen},
-        "float mask": {"attn_mask": torch.randn(4, 5, 7, generator=generator).double()},
+        "float mask": {"attn_mask": torch.randn(4, 7, 7, generator=generator).double()},
         "causal": {"is_causal": True},
         "scale": {"scale": 0.3},
         "grouped queries": {"enable_gqa": True},
@@ -307,7 +307,7 @@ def masks() -> dict[str, dict]:
 def test_fused_attention_is_torchs(name: str) -> None:
     options = masks()[name]
     heads = 2 if options.get("enable_gqa") else 4
-    shapes = [(2, 4, 5, 6), (2, heads, 7, 6), (2, heads, 7, 3)]
+    shapes = [(2, 4, 7, 6), (2, heads, 7, 6), (2, heads, 7, 3)]
     generator = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(shape, generator=generator).double().requires_grad_() for shape in shapes)
     expected = F.scaled_dot_product_attention(q, k, v, **options)
@@ -322,4 +322,4 @@ def test_fused_attention_is_torchs(name: str) -> None:
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
     (probabilities,) = record
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 5).double())
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 7).double())

@@ -4,8 +4,7 @@ Layers are called as the model's own modules, so that hooks see what goes in and
 that can be differentiated twice.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -169,16 +168,13 @@ class Engine:
 
     def _function(self, node: Node) -> Call:
         name, target = kind(node), cast(Any, node.target)
-        geometry = Geometry.of(node) if name == "conv2d" else None
-        if geometry is not None:
-            target, arguments = partial_convolve(geometry), node.args[:3]
-        else:
-            arguments = node.args
-            if name in self.substitutes:
-                target = self.substitutes[name]
-            elif works_in_place(node):
-                target = getattr(getattr(torch.ops.aten, name), target._overloadname)
-        kwargs = node.kwargs
+        arguments, kwargs = node.args, node.kwargs
+        if name == "conv2d" and (geometry := Geometry.of(node)) is not None:
+            target, arguments = convolve, (*node.args[:2], node.args[2] if len(node.args) > 2 else None, geometry)
+        elif name in self.substitutes:
+            target = self.substitutes[name]
+        elif works_in_place(node):
+            target = getattr(getattr(torch.ops.aten, name), target._overloadname)
 
         def run(values: Values, like: Tensor) -> Any:
             width = self.width()
@@ -195,27 +191,16 @@ class Engine:
         return run
 
 
-def partial_convolve(geometry: Geometry) -> Callable[..., Tensor]:
-    return lambda x, weight, bias=None: convolve(x, weight, bias, geometry)
-
-
-@contextmanager
-def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def called_as(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any:
+    """Calls a module, so that its hooks are run, with another ``forward`` for this once."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-def called_as(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any:
-    """Calls a module, so that its hooks are run, with another ``forward`` for this once."""
-    with _standing_in(module, forward):
         return module(x)
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 class Part:

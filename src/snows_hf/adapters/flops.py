@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import Chain, frozen
+from . import Chain, frozen, outputs_of
 
 
 @torch.no_grad()
@@ -30,4 +30,4 @@ def count_flops(chain: Chain, image: Tensor) -> dict[str, int]:
 
     root = f"{type(chain).__name__}.model."
     modules = {name.removeprefix(root): n for name, n in counted(lambda: chain((image,))).items()}
-    return modules | {"": counted(lambda: chain.model(image))["Global"]}
+    return modules | {"": counted(lambda: outputs_of(chain.model, image))["Global"]}

@@ -15,22 +15,8 @@ from ..errors import AdapterError, SnowsError, one_line
 from .outputs import outputs_of
 
 
-ACTIVATIONS = frozenset(
-    (
-        "relu",
-        "relu6",
-        "gelu",
-        "silu",
-        "hardtanh",
-        "hardswish",
-        "leaky_relu",
-        "elu",
-        "mish",
-        "selu",
-        "softplus",
-        "prelu",
-    )
-)
+ACTIVATIONS = frozenset(("relu", "relu6", "leaky_relu", "prelu", "hardtanh", "hardswish"))
+ACTIVATIONS |= {"gelu", "silu", "mish", "elu", "selu", "softplus"}
 NORMS = frozenset(("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"))
 PRODUCTS = frozenset(("matmul", "bmm", "einsum"))
 FUSED_ATTENTION = "scaled_dot_product_attention"
