@@ -70,12 +70,9 @@ def show(name: str, data: str, work: Path) -> None:
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     towers = {key.split(".")[0] for key in changed}
     zeros = sum(int((after[key] == 0).sum()) for key in changed) / sum(after[key].numel() for key in changed)
-    print(
-        f"{type(model).__name__}: {len(changed)} of {len(before)} tensors changed, all of {sorted(towers)}; zeros in"
-    )
-    print(
-        f"  zeros in them {zeros:.4f}; {sum(key.startswith('text_model') for key in before)} of the text tower bit for bit"
-    )
+    text = sum(key.startswith("text_model") for key in before)
+    print(f"{type(model).__name__}: {len(changed)} of {len(before)} tensors changed, all of {sorted(towers)};")
+    print(f"  zeros in them {zeros:.4f}; the text tower's {text} are the same bit for bit")
     print("  stock transformers:", run("-c", STOCK, str(sparse)).strip())
     print("  zero-shot:", run("-m", "snows_hf", "eval", str(sparse), "--data", data, "--prompt", "a {}.").strip())
 
