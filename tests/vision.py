@@ -16,15 +16,14 @@ TEXT = SIZES | {"vocab_size": 64, "max_position_embeddings": 12}
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "photo", "of", "picture", "the", ".", *"0123456789", "cat", "dog"]
 
 
-def _resnet(**more: Any) -> Any:
-    return tf.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 8, 8],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage4"],
-        **more,
-    )
+def _resnet() -> Any:
+    widths = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    return tf.ResNetConfig(**widths, layer_type="basic", out_features=["stage4"])
+
+
+def _clip() -> Any:
+    text = TEXT | {"eos_token_id": 2}
+    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8))
 
 
 def _detr() -> Any:

@@ -350,7 +350,6 @@ DATA = [
     ("no evaluation split", lambda tmp: {"eval-data": DIGITS, "eval-split": "dev"}, "has no split 'dev'"),
     ("other classes", lambda tmp: {"eval-data": folder_of(tmp, "test/cat/1.png", "test/dog/1.png")},
      "The 2 classes of {tmp}/d (cat, dog) cannot be matched to the model's 10 classes (0, 1, 2, 3, 4, …)"),
-    ("no labels", lambda tmp: {"eval-data": folder_of(tmp, "test/1.png")}, "{tmp}/d (test) has no labels"),
 ]  # fmt: skip
 
 

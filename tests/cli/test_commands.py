@@ -36,7 +36,7 @@ def test_prune_as_json(run, model: Path, layers: int) -> None:
     assert report["seconds"] > 0
     for what in ("dense", "masked", "pruned"):
         accuracy = report[what]
-        assert accuracy.keys() == {"top1", "top5", "images", "confusion"}
+        assert accuracy.keys() == {"top1", "top5", "images", "confusion", "method"}
         assert accuracy["images"] == 597
         assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 100
     assert len(report["layers"]) == layers
@@ -368,7 +368,7 @@ def test_bench_without_a_gpu(run) -> None:
 
 def test_eval_counts_confusions_where_it_is_asked_to(run) -> None:
     found = json.loads(run("eval", VIT, "--data", DIGITS, "--json").out)
-    assert found.keys() == {"top1", "top5", "images"}
+    assert found.keys() == {"top1", "top5", "images", "method"}
     counted = json.loads(run("eval", VIT, "--data", DIGITS, "--json", "--confusions").out)
     assert sum(counted.pop("confusion").values()) == counted["images"] == 597
     assert counted == found
@@ -384,7 +384,7 @@ def test_names_of_layers_by_set(run, text: str) -> None:
 
 JOBS: dict[str, tuple[Callable[..., object], set[str]]] = {
     "prune": (snows_hf.prune, {"config", "no_update", "report", "push_to", "private"}),
-    "eval": (snows_hf.evaluate, {"confusions"}),
+    "eval": (snows_hf.evaluate, {"confusions", "prompt", "reference"}),
     "inspect": (snows_hf.inspect, {"model"}),
     "sensitivity": (snows_hf.sensitivity, {"samples", "plot"}),
     "finetune": (snows_hf.finetune, set()),

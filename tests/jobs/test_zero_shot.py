@@ -4,6 +4,7 @@ against all pairs; and what cannot be measured."""
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from embedded import DIGITS, VIT, copy_of
@@ -105,9 +106,7 @@ def test_features_are_measured_by_their_nearest_neighbours(name: str, tmp_path: 
     right = 0
     for i in range(len(labels)):  # one left out after the other
         others = [j for j in range(len(labels)) if j != i]
-        judge = KNeighborsClassifier(
-            20, metric="cosine", weights=lambda d: torch.exp((1 - torch.tensor(d)) / 0.07).numpy()
-        )
+        judge = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
         right += int(judge.fit(features[others], labels[others]).predict(features[i : i + 1])[0] == int(labels[i]))
     assert (found.method, found.images) == ("nearest neighbours", len(labels))
     assert found.top1 == pytest.approx(100 * right / len(labels))

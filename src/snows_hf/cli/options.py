@@ -37,7 +37,7 @@ def images_option(help: str, **more: Any) -> Any:
     return typer.Option(help=help, callback=checked(data_folder), **more)
 
 
-Model = Annotated[str, model_argument("Hub id or folder of a transformers or timm image classifier.")]
+Model = Annotated[str, model_argument("Hub id or folder of a vision model of transformers or timm.")]
 Models = Annotated[
     list[str], model_argument("Hub ids or folders; the first is what others are compared with.", "MODEL...")
 ]
