@@ -1,17 +1,20 @@
 """Guards: a chain that is not its model is refused, whatever the types, the sizes of the logits and the images."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES
 from embedded import DIGITS, VIT
 from torch import nn
 from transformers import ViTForImageClassification
 
 from snows_hf import load, prune
 from snows_hf.adapters import Chain, Operation, State, base, build_chain, register
+from snows_hf.adapters.base import example
 from snows_hf.adapters.check import ROUNDING, TOLERANCE, check_chain
+from snows_hf.adapters.traced import traced_chain
 from snows_hf.errors import AdapterError
 from snows_hf.jobs.attention import attention_maps
 from snows_hf.jobs.sensitivity import sensitivity
@@ -21,9 +24,9 @@ BY_NAME = {case.name: case for case in CASES}
 BLOCKS = {
     "transformers-vit": "vit.layers.1.",
     "timm-vit": "blocks.1.",
-    "timm-vit-layer-scale": "blocks.0.",
+    "timm-vit-layer-scale": "blocks.1.",
     "transformers-dinov2": "dinov2.encoder.layer.1.",
-    "transformers-beit": "beit.layers.0.",
+    "transformers-beit": "beit.layers.1.",
     "transformers-clip": "vision_model.encoder.layers.1.",
     "transformers-swin": "swin.encoder.layers.1.blocks.1.",
     "timm-swin": "layers.0.blocks.1.",
@@ -32,7 +35,7 @@ BLOCKS = {
     "timm-resnet-basic": "layer2.1",
     "cifar-resnet20": "layer3.2",
 }
-"""One block of a network each, whose input could be its output."""
+"""One block of a network each, whose input could be its output: not the first, whose first operation embeds."""
 
 
 def without(chain: Chain, prefix: str) -> Chain:
@@ -57,26 +60,33 @@ def classifier(model: nn.Module) -> nn.Linear:
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
+@cache
+def build(name: str, dtype: torch.dtype = torch.float32) -> Chain:
+    """The chain of a case; its model is not to be changed."""
+    return build_chain(BY_NAME[name].model(dtype), BY_NAME[name].images(1, dtype))
+
+
 @pytest.fixture
 def broken_vit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapter for transformers' ViT forgets a block."""
-    base._register_all()
+    """The chain of transformers' ViT lacks a block."""
     monkeypatch.setattr(base, "_BUILDERS", dict(base._BUILDERS))
-    build, _ = base._BUILDERS[ViTForImageClassification]
 
     def forgetful(model: nn.Module) -> list[Operation]:
-        return [operation for operation in build(model) if not operation.name.startswith("vit.layers.1.")]
+        operations = traced_chain(model, example(model), {}).operations
+        return [operation for operation in operations if not operation.name.startswith("vit.layers.1.")]
 
     register(ViTForImageClassification, family="vit")(forgetful)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_what_is_the_model_passes_and_is_left_as_it_was(case: Case, dtype: torch.dtype) -> None:
-    model = case.model(dtype).train()
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_is_the_model_passes_and_is_left_as_it_was(name: str, dtype: torch.dtype) -> None:
+    chain = build(name, dtype)
+    model = chain.model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    got = check_chain(build_chain(model), case.images(2, dtype))
+    got = check_chain(chain, BY_NAME[name].images(2, dtype))
     assert got.shape == (2, classes_of(model)) and model.training
+    model.eval()
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
 
@@ -88,8 +98,7 @@ def classes_of(model: nn.Module) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_that_is_missing_is_seen_in_any_type(name: str, dtype: torch.dtype) -> None:
-    case = BY_NAME[name]
-    chain = build_chain(case.model(dtype))
+    case, chain = BY_NAME[name], build(name, dtype)
     check_chain(chain, case.images(2, dtype))
     with pytest.raises(AdapterError, match=r"does not reproduce this model: logits differ by .* of their spread"):
         check_chain(without(chain, BLOCKS[name]), case.images(2, dtype))
@@ -102,7 +111,7 @@ def test_a_block_that_is_missing_is_seen_whatever_the_logits_size(name: str, sca
     case = BY_NAME[name]
     model = case.model()
     classifier(model).weight.data *= scale
-    chain = build_chain(model)
+    chain = build_chain(model, case.images(1))
     check_chain(chain, case.images())
     with pytest.raises(AdapterError, match="does not reproduce"):
         check_chain(without(chain, BLOCKS[name]), case.images())
@@ -110,8 +119,7 @@ def test_a_block_that_is_missing_is_seen_whatever_the_logits_size(name: str, sca
 
 @pytest.mark.parametrize("name", ["transformers-vit", "cifar-resnet20"])
 def test_images_that_are_all_the_same_tell_as_well(name: str) -> None:
-    case = BY_NAME[name]
-    chain, images = build_chain(case.model()), torch.zeros_like(case.images())
+    chain, images = build(name), torch.zeros_like(BY_NAME[name].images())
     check_chain(chain, images)
     check_chain(chain, images[:1])
     with pytest.raises(AdapterError, match="does not reproduce"):
@@ -120,8 +128,7 @@ def test_images_that_are_all_the_same_tell_as_well(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["transformers-vit", "timm-vit-average", "timm-resnet-basic"])
 def test_the_tolerance_is_a_share_of_the_spread(name: str) -> None:
-    case = BY_NAME[name]
-    chain = build_chain(case.model())
+    case, chain = BY_NAME[name], build(name)
     noise = torch.randn(1, *case.images().shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = chain.logits(torch.cat([case.images(), noise]))
@@ -139,7 +146,7 @@ def test_logits_that_do_not_vary_may_be_rounded_and_no_more() -> None:
     head = classifier(model)
     head.weight.data.zero_()
     unit = float(head.bias.detach().abs().max()) * torch.finfo(torch.float32).eps
-    chain = build_chain(model)
+    chain = build_chain(model, case.images(1))
     check_chain(off_by(chain, 0.9 * ROUNDING * unit), case.images())
     with pytest.raises(AdapterError, match="inf of their spread"):
         check_chain(off_by(chain, 1.2 * ROUNDING * unit), case.images())
@@ -147,13 +154,16 @@ def test_logits_that_do_not_vary_may_be_rounded_and_no_more() -> None:
 
 
 def test_the_model_itself_is_the_measure_and_no_frozen_one() -> None:
-    """A frozen model computes its convolutions anew, and so does not see a forward that is the instance's own."""
+    """A chain computes convolutions in a form of its own, and so does not see a forward that an instance is given
+    later."""
     case = BY_NAME["cifar-resnet8"]
     model = case.model()
+    chain = build_chain(model, case.images(1))
     conv = model.layer2[0].conv1
     conv.forward = lambda x: 2 * nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     with pytest.raises(AdapterError, match="does not reproduce"):
-        check_chain(build_chain(model), case.images())
+        check_chain(chain, case.images())
+    check_chain(build_chain(model, case.images(1)), case.images())  # given before, it is followed
 
 
 def test_images_that_the_adapter_or_the_model_cannot_run() -> None:
@@ -162,9 +172,8 @@ def test_images_that_the_adapter_or_the_model_cannot_run() -> None:
         AdapterError, match=r"^The adapter for BeitForImageClassification cannot run these images: .* Give images"
     ):
         check_chain(build_chain(case.model()), torch.zeros(2, 3, 24, 24))
-    model = BY_NAME["cifar-resnet8"].model()
-    right = build_chain(model)
-    flat = Chain(model, [Operation("flat", lambda s: (s[0].flatten(1),)), *right.operations], right.family)
+    right = build("cifar-resnet8")
+    flat = Chain(right.model, [Operation("flat", lambda s: (s[0].flatten(1),)), *right.operations], right.family)
     with pytest.raises(AdapterError, match=r"^The adapter for CifarResNet cannot run these images: \w+Error: "):
         check_chain(flat, torch.zeros(2, 3, 32, 32))
 

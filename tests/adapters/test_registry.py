@@ -304,7 +304,7 @@ def without(operations: list[Operation], name: str) -> list[Operation]:
 def test_a_chain_that_is_not_its_model_is_refused(dtype: torch.dtype) -> None:
     case = next(case for case in CASES if case.name == "cifar-resnet8")
     model = case.model(dtype)
-    right = build_chain(model)
+    right = build_chain(model, case.images(1))
     check_chain(right, case.images(2, dtype))
     wrong = Chain(model, without(right.operations, "layer1.0.conv1 > activation"), right.family)
     with pytest.raises(AdapterError, match=r"CifarResNet does not reproduce this model: logits differ by"):
@@ -314,7 +314,7 @@ def test_a_chain_that_is_not_its_model_is_refused(dtype: torch.dtype) -> None:
 def test_a_chain_of_nan_is_refused() -> None:
     case = next(case for case in CASES if case.name == "cifar-resnet8")
     model = case.model()
-    right = build_chain(model)
+    right = build_chain(model, case.images(1))
 
     def broken(s: State) -> State:
         return (model.linear(s[0].mean((-2, -1))) * float("nan"),)

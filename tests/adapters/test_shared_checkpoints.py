@@ -22,7 +22,7 @@ def images() -> torch.Tensor:
 def test_checkpoint_loads_and_its_chain_is_the_model(shared_models: Path, images: torch.Tensor, name: str) -> None:
     checkpoint = snows_hf.load(str(shared_models / name))
     assert checkpoint.library == ("transformers" if name.endswith("hf") else "timm")
-    chain = build_chain(checkpoint.model)
+    chain = build_chain(checkpoint.model, images[:1])
     with torch.no_grad():
         expected = logits_of(checkpoint.model, images)
         assert expected.shape == (8, 10)
