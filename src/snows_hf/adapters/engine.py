@@ -26,11 +26,18 @@ Call = Callable[[Values, Tensor], Any]
 """Computes a node's value from those before it; the tensor is the state's first, which tells the device and how many
 images there are."""
 
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, as weights are standardised with."""
+    var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+    return mean, var
+
+
 SUBSTITUTES: dict[str, Callable[..., Any]] = {
     FUSED_ATTENTION: fused_attention,
     "hardsigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # ATen's has no second derivative
-    "batch_norm": lambda x, weight, bias, mean, var, _, momentum, eps, *rest: normalise(
-        x, weight, bias, mean, var, eps
+    "batch_norm": lambda x, weight, bias, mean, var, by_batch, momentum, eps, *rest: normalise(
+        x, weight, bias, *(_statistics(x) if by_batch else (mean, var)), eps
     ),
     "view": lambda x, shape: x.reshape(shape),  # a value that has rested in a state may lie otherwise in memory
     "dropout": lambda x, *_: x,
@@ -141,13 +148,15 @@ class Engine:
                 return called_as(module, lambda x: F.linear(x, module.weight, offset), values[x])
 
             return linear
-        geometry = Geometry.of(node)
+        geometry, target = Geometry.of(node), cast(Any, node.target)
         if type(module) is nn.Conv2d and own_bias and (geometry is None or module.padding_mode != "zeros"):
             source: Any = x.args[0] if kind(x) == "pad" else x  # the module pads by itself
             return lambda values, like: module(values[source])
 
         def convolution(values: Values, like: Tensor) -> Any:
             offset = values[bias] if isinstance(bias, Node) else None
+            if geometry is None:
+                return called_as(module, lambda x: target(x, module.weight, offset, *node.args[3:]), values[x])
             return called_as(module, lambda x: convolve(x, module.weight, offset, geometry), values[x])
 
         return convolution
