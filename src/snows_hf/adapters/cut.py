@@ -20,6 +20,8 @@ from .trace import FUSED_ATTENTION, NORMS, PRODUCTS, Graph, Layer, kind, value_o
 
 ATTENTION = PRODUCTS | {"softmax", FUSED_ATTENTION}
 STEM, HEAD = "it reads the images", "it makes the model's output"
+REPEATED = "its weight is used more than once"
+UNREAD = "nothing that depends on the images is multiplied by its weight itself"
 
 
 @dataclass
@@ -131,14 +133,15 @@ def _not_pruned(graph: Graph) -> dict[str, str]:
     dense = {}
     for node, layer in graph.layers.items():
         if times[layer.name] > 1:
-            dense[layer.name] = "its weight is used more than once"
+            dense[layer.name] = REPEATED
         elif not any(graph.layers_before(source) for source in graph.sources(node)):
             dense[layer.name] = STEM
         elif not graph.is_within(layer):
             dense[layer.name] = HEAD
     for name, module in graph.model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and name not in times:
-            dense[name] = "nothing that depends on the images is multiplied by its weight itself"
+            shared = graph.own_names.get(f"{name}.weight", "").removesuffix(".weight") in times
+            dense[name] = REPEATED if shared else UNREAD
     return dense
 
 

@@ -89,6 +89,7 @@ class Graph:
     A value *moves* if it depends on the images; all others are constants, to be computed where they are read.
 
     Attributes:
+        own_names: of each name of a parameter its first, which differs where it is shared.
         nodes: all that compute something, in the order of the model.
         results: the nodes of the model's outputs, by their names.
         layers: the calls of Linear and Conv2d on what moves.
@@ -96,6 +97,11 @@ class Graph:
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         self.model = model
+        first: dict[int, str] = {}
+        self.own_names = {
+            name: first.setdefault(id(parameter), name)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
         names: list[str] = []
         self.module = exported(ImagePart(model, names.extend), image.to(next(model.parameters())))
         computing = ("call_function", "placeholder", "get_attr")
@@ -124,9 +130,11 @@ class Graph:
                     self.layers[node] = Layer(node, name, module)
 
     def name_of(self, node: Node) -> str:
-        """The live name of the model's tensor that a node reads; empty where it reads none."""
+        """The live name of the model's tensor that a node reads, the first of those that it has; empty where it reads
+        none."""
         target = str(node.target)
-        return target.removeprefix("model.") if node.op == "get_attr" and target.startswith("model.") else ""
+        name = target.removeprefix("model.") if node.op == "get_attr" and target.startswith("model.") else ""
+        return self.own_names.get(name, name)
 
     def users(self, node: Node) -> list[Node]:
         return [user for user in node.users if user in self.moving]
