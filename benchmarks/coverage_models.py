@@ -177,13 +177,17 @@ def smaller(config: Any, narrow: bool, small: bool) -> Any:
 
 
 def image_of(model: nn.Module) -> Tensor:
-    """A blank image of the size that the model says; a smaller one where it takes any."""
+    """A blank image of the size that the model says; of about 64 pixels where it takes any."""
     image = example(model)
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     config = getattr(model, "config", None)
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     vision = getattr(config, "vision_config", config)
     free = not cfg.get("fixed_input_size") if config is None else not hasattr(vision, "image_size")
-    return image[..., :64, :64] if free and not hasattr(model, "patch_embed") else image
+    if not free or hasattr(model, "patch_embed"):
+        return image
+    patch_size = next((m.patch_size for m in model.modules() if isinstance(getattr(m, "patch_size", None), int)), 16)
+    size = max(64 // patch_size * patch_size, patch_size)
+    return image[..., :size, :size]
 
 
 @torch.no_grad()
