@@ -194,7 +194,7 @@ def image_of(model: nn.Module) -> Tensor:
 def randomised(model: nn.Module) -> nn.Module:
     """Evaluation mode, float64, and no part that says nothing: zero biases and scales, unit statistics of norms, which
     here are those of random images."""
-    model = model.double().eval()
+    model = model.double().eval().requires_grad_()
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, dtype=torch.float64)
         if parameter.dim() == 1:

@@ -21,7 +21,8 @@ from .trace import FUSED_ATTENTION, NORMS, PRODUCTS, Graph, Layer, kind, value_o
 ATTENTION = PRODUCTS | {"softmax", FUSED_ATTENTION}
 STEM, HEAD = "it reads the images", "it makes the model's output"
 REPEATED = "its weight is used more than once"
-UNREAD = "nothing that depends on the images is multiplied by its weight itself"
+UNREAD = "nothing that depends on the images is multiplied by its weight"
+COMPUTED = "what multiplies is computed from its weight, whose zeros would not stay"
 
 
 @dataclass
@@ -138,10 +139,14 @@ def _not_pruned(graph: Graph) -> dict[str, str]:
             dense[layer.name] = STEM
         elif not graph.is_within(layer):
             dense[layer.name] = HEAD
+    products = ("linear", "conv2d")
+    read = [node for node in graph.nodes if node.op == "get_attr"]
+    computed = {graph.name_of(node) for node in read if any(kind(user) not in products for user in node.users)}
     for name, module in graph.model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and name not in times:
-            shared = graph.own_names.get(f"{name}.weight", "").removesuffix(".weight") in times
-            dense[name] = REPEATED if shared else UNREAD
+            weight = graph.own_names.get(f"{name}.weight", "")
+            shared = weight.removesuffix(".weight") in times
+            dense[name] = REPEATED if shared else COMPUTED if weight in computed else UNREAD
     return dense
 
 
