@@ -38,7 +38,7 @@ from snows_hf.settings import PruneConfig
 
 PATTERN = NM(2, 4)
 ASIDE = (STEM, HEAD, REPEATED)
-SETTINGS = PruneConfig("2:4", k=2, batch_size=8, held_out=0.5)
+SETTINGS = PruneConfig("2:4", k=2, batch_size=4, held_out=0.5)
 SETTINGS = SETTINGS.updated(passes=2, cg_max_iter=2, preconditioner="none")
 Facts = dict[str, Any]
 
@@ -48,7 +48,7 @@ def measure(case: Case) -> Iterator[Facts]:
     started = time.perf_counter()
     model, options = build(case)
     blank = image_of(model)
-    images = torch.randn(8, *blank.shape[1:], dtype=blank.dtype, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(4, *blank.shape[1:], dtype=blank.dtype, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = outputs_of(model, images[:3])
     yield {"image": list(blank.shape[2:]), "options": options, "traced": False}
@@ -81,7 +81,7 @@ def shares(chain: Chain, images: Tensor) -> Facts:
     """Which share of the weights that the outputs depend on is in groups: of Linear's and Conv2d's all, those that are
     not set aside; and which share of all matrices and kernels is no Linear's or Conv2d's."""
     parameters = {name: p for name, p in chain.model.named_parameters() if p.dim() > 1}
-    outputs = sum(value.sum() for value in outputs_of(chain.model, images).values())
+    outputs = sum(value.sum() for value in chain.results_of(images).values())
     used = torch.autograd.grad(outputs, list(parameters.values()), allow_unused=True)
     sizes = {name: p.numel() for (name, p), g in zip(parameters.items(), used, strict=True) if g is not None}
     layers = {n: m for n, m in chain.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}

@@ -105,7 +105,13 @@ def build(case: Case) -> tuple[nn.Module, dict[str, Any]]:
 def timm_model(case: Case) -> tuple[nn.Module, dict[str, Any]]:
     """Two blocks deep and on small images where the class lets us choose."""
     head = {"num_classes": 0} if case.kind == "headless" else {}
-    for options in ({"img_size": 64, "depth": 2}, {"depth": 2}, {"img_size": 64}, {}):
+    for options in (
+        {"img_size": 64, "depth": 2},
+        {"img_size": 64, "num_blocks": 2},
+        {"depth": 2},
+        {"img_size": 64},
+        {},
+    ):
         with suppress(Exception):
             model = timm.create_model(case.model, **options, **head).eval()
             with torch.no_grad():
@@ -140,6 +146,14 @@ def configured(name: str, config: type, narrow: bool, small: bool) -> Any:
         return config(architecture="test_vit")
     if name.startswith("Perceiver"):
         return config(num_cross_attention_heads=1, num_self_attends_per_block=2, image_size=32)
+    if "Detr" in name and not name.startswith("RT"):
+        stages = [f"stage{i}" for i in ((2, 3, 4) if name.startswith("Deformable") else (4,))]
+        backbone = transformers.ResNetConfig(depths=[1, 1, 1, 1], out_features=stages)
+        sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}
+        return config(backbone_config=backbone, use_timm_backbone=False, **sizes)
+    if name == "BeitForSemanticSegmentation":
+        sizes = {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 384, "image_size": 64}
+        return config(**sizes, out_indices=[1, 2, 3, 4])
     return smaller(config(), narrow, small)
 
 
@@ -161,6 +175,10 @@ def smaller(config: Any, narrow: bool, small: bool) -> Any:
         elif isinstance(value, int):
             if key in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
                 changes[key] = min(value, many)
+            elif key == "num_blocks":  # of Eomt, from the end, that see the queries
+                changes[key] = 1
+            elif key == "num_queries":
+                changes[key] = min(value, 20)
             elif key == "vocab_size":
                 changes[key] = min(value, 2000)
             elif narrow and key in (

@@ -25,7 +25,7 @@ layers, smaller images), and went the whole way:
 2. **equal**: the operations give the model's own outputs, in float64, for three images together and for one alone, up
    to 1e-9 of what the outputs differ by from image to image;
 3. **pruned**: three groups, at its beginning, middle and end, to 2:4 with SNOWS, which must improve on the mask alone
-   on the eight random images that it learns from;
+   on the four random images that it learns from;
 4. **stored**: saved by its own library and loaded again, with equal outputs.
 
 *Operations* and *groups*: what the small model is cut into. *Tensors*: how many, at most, flow from one operation to
