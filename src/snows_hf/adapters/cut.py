@@ -5,7 +5,7 @@ with the norm before it absorbed, the stream after a residual addition, and, of 
 out-projection, to which queries, keys and values are solved for jointly (A.3.8).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -181,11 +181,17 @@ def operations_of(graph: Graph, cuts: Cuts, engine: Engine) -> tuple[list[Operat
 
 
 def _ends(graph: Graph, cuts: Cuts) -> Iterator[tuple[Node, str]]:
-    """The ends of operations in the model's order, with those besides that keep two groups from being in one."""
+    """The ends of operations in the model's order, with those besides that keep two groups from being in one, and
+    without those that would part the layers of one group."""
     known, done = {graph.images}, set[str]()
+    members = defaultdict[Group, set[Node]](set)
+    for node, group in cuts.groups.items():
+        members[group].add(node)
     for end in sorted(cuts.ends, key=graph.place.__getitem__):
         nodes = _needed(graph, end, known)
         layers = [node for node in nodes if node in cuts.groups and cuts.groups[node].name not in done]
+        if any(not members[cuts.groups[node]] <= known | {*nodes} for node in layers):
+            continue
         for node in layers:
             if cuts.groups[node].name != cuts.groups[layers[-1]].name:
                 yield node, graph.layers[node].name

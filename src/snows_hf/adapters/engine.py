@@ -27,18 +27,10 @@ images there are."""
 
 
 def _batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn: bool,
-) -> Any:
-    if training or mean is None or var is None:  # weight standardisation is one of the weights' own statistics
-        return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, by_batch: bool, _: float, eps: float, *r: Any
+) -> Tensor:
+    if by_batch:  # weights are standardised so
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
     return normalise(x, weight, bias, mean, var, eps)
 
 

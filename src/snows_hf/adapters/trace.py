@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,12 +197,23 @@ class Graph:
             if node not in self.moving:
                 continue
             if kind(node) == FUSED_ATTENTION:
-                found.append((node, self.layers_before(node)))
+                found.append((node, self._side_by_side(node)))
             elif kind(node) == "softmax":
                 product = next((n for n in self.follow(node) if kind(n) in PRODUCTS or n in self.layers), node)
                 if kind(product) in PRODUCTS:
-                    found.append((product, self.layers_before(product)))
+                    found.append((product, self._side_by_side(product)))
         return found
+
+    def _side_by_side(self, product: Node) -> list[Layer]:
+        """The layers before a product that none of the others reads: of those that a residual stream brings along, and
+        from which queries, keys or values are made, none."""
+        layers = self.layers_before(product)
+        own = {layer.node for layer in layers}
+
+        def later(node: Node) -> bool:
+            return self.place[node] >= self.place[product]
+
+        return [n for n in layers if not own & reached(self.users(n.node), self.users, stop=later)]
 
     def is_within(self, layer: Layer) -> bool:
         """Whether something between a layer and the model's outputs is not linear, or is added to a stream: what
@@ -279,7 +290,30 @@ def exported(part: ImagePart, image: Tensor) -> GraphModule:
 
 def _without_aliases(program: ExportedProgram) -> GraphModule:
     """The graph; where a part of a tensor is overwritten in place, one that says so in other operations."""
-    module: GraphModule = program.module()
+    module: GraphModule = _inlined(program.module())
     if any(_overwrites_a_view(node) for node in module.graph.nodes):
-        module = program.run_decompositions({}).module()
+        module = _inlined(program.run_decompositions({}).module())
+    return module
+
+
+def _inlined(module: GraphModule) -> GraphModule:
+    """The graph with the parts that it would run under another autocast, or with other gradients, in their places."""
+    for node in list(module.graph.nodes):
+        given = [arg for arg in node.args if isinstance(arg, Node) and arg.op == "get_attr"]
+        parts = [(arg, getattr(module, str(arg.target), None)) for arg in given]
+        inner = next(((arg, part) for arg, part in parts if isinstance(part, GraphModule)), None)
+        if node.op != "call_function" or inner is None:
+            continue
+        arg, part = inner
+        part = _inlined(part)
+        inputs: Any = node.args[node.args.index(arg) + 1 :]
+        values = dict(zip((n for n in part.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+        with module.graph.inserting_before(node):
+            returned = module.graph.graph_copy(part.graph, values)
+        for user in list(node.users):
+            user.replace_all_uses_with(cast(Any, returned)[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        if not arg.users:
+            module.graph.erase_node(arg)
     return module
