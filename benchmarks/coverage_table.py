@@ -44,11 +44,9 @@ def fault(record: Record) -> str:
     """The first thing that a class fails at; empty for none."""
     if "error" in record:
         return str(record["error"])
-    for key, what in (
-        ("difference", "differ"),
-        ("alone", "of one image alone differ"),
-        ("stored", "differ when loaded"),
-    ):
+    if not record["groups"]:
+        return f"no weight can be pruned: {next(iter(record['left'].values()), 'there is none')}"
+    for key, what in CHECKS.items():
         if not record[key] <= 1e-9:
             return f"outputs {what} by {record[key]:.1g} of their spread"
     worse = [name for name, (masked, pruned) in record["losses"].items() if not pruned < masked]
@@ -97,10 +95,7 @@ def write(path: Path, records: Sequence[Record]) -> None:
     ]
     lines += ["|---|---|---|---|", *(total(kind, own) for kind, own in kinds.items() if own)]
     for kind, own in kinds.items():
-        lines += [
-            f"\n## {KINDS[kind]}\n",
-            "| class | example | names | operations | groups | tensors | share | inner share | |",
-        ]
+        lines += [f"\n## {KINDS[kind]}\n", HEADER]
         lines += ["|---|---|---|---|---|---|---|---|---|"]
         lines += [row(record) for record in sorted(own, key=lambda r: r["name"].lower()) if not fault(record)]
         if failed := [record for record in own if fault(record)]:
