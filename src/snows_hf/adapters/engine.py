@@ -27,18 +27,19 @@ Call = Callable[[Values, Tensor], Any]
 images there are."""
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, as weights are standardised with."""
-    var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-    return mean, var
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, by_batch: bool, momentum: float, eps: float, *_: Any
+) -> Tensor:
+    """With the mean and variance of x itself ``by_batch``, as weights are standardised."""
+    if by_batch:
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+    return normalise(x, weight, bias, mean, var, eps)
 
 
 SUBSTITUTES: dict[str, Callable[..., Any]] = {
     FUSED_ATTENTION: fused_attention,
     "hardsigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # ATen's has no second derivative
-    "batch_norm": lambda x, weight, bias, mean, var, by_batch, momentum, eps, *rest: normalise(
-        x, weight, bias, *(_statistics(x) if by_batch else (mean, var)), eps
-    ),
+    "batch_norm": _batch_norm,
     "view": lambda x, shape: x.reshape(shape),  # a value that has rested in a state may lie otherwise in memory
     "dropout": lambda x, *_: x,
     "feature_dropout": lambda x, *_: x,
