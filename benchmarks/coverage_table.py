@@ -32,7 +32,8 @@ layers, smaller images), and went the whole way:
 the next; memory grows with them. *Share*: of the weights of Linear and Conv2d layers that its outputs depend on, what
 is in groups; *inner share*: without stems, embeddings, heads, which stay dense, and weights that are used repeatedly.
 
-Made by `benchmarks/coverage.py`.
+Made by `benchmarks/coverage.py`. Where the reason is that a class "took more than" some seconds, or was not measured
+yet, nothing is known against it: `--again` measures it with more time.
 """
 
 
