@@ -27,9 +27,10 @@ images there are."""
 
 
 def _batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, by_batch: bool, _: float, eps: float, *r: Any
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, by_batch: bool, momentum: float, eps: float, *_: Any
 ) -> Tensor:
-    if by_batch:  # weights are standardised so
+    """With the mean and variance of x itself ``by_batch``, as weights are standardised."""
+    if by_batch:
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
     return normalise(x, weight, bias, mean, var, eps)
 

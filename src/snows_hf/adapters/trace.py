@@ -309,7 +309,7 @@ def _inlined(module: GraphModule) -> GraphModule:
         inputs: Any = node.args[node.args.index(arg) + 1 :]
         values = dict(zip((n for n in part.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         with module.graph.inserting_before(node):
-            returned = module.graph.graph_copy(part.graph, values)
+            returned: Any = module.graph.graph_copy(part.graph, values)
         for user in list(node.users):
             user.replace_all_uses_with(cast(Any, returned)[user.args[1]])
             module.graph.erase_node(user)
