@@ -65,8 +65,8 @@ def check_takes_images(model: type[nn.Module]) -> None:
     _, *takes = inspect.signature(model.forward).parameters.values()
     named = [parameter for parameter in takes if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     needed = [parameter.name for parameter in named if parameter.default is parameter.empty]
-    images_first = "pixel_values" in (needed or [getattr(model, "main_input_name", "")])
-    if {*needed} - {"pixel_values"} or not images_first:
+    names = {parameter.name for parameter in named}
+    if {*needed} - {"pixel_values"} or "pixel_values" not in names or (not needed and "input_ids" in names):
         given = ", ".join(needed or [parameter.name for parameter in named[:3]] + ["…"] * (len(named) > 3))
         raise AdapterError(
             f"{model.__name__} takes {given}: not images alone.",
