@@ -16,7 +16,7 @@ from datasets import Dataset
 from embedded import DIGITS, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import Swinv2Config, Swinv2ForImageClassification
+from transformers import BitConfig, BitForImageClassification
 
 
 JOB = import_module("snows_hf.jobs.prune")  # the module: the package has a function of that name
@@ -189,18 +189,18 @@ def headless(tmp: Path) -> Path:
     return write_tensors(folder, tensors)
 
 
+def standardised(tmp: Path) -> Path:
+    folder = copy_of(VIT, tmp / "m", ("model.safetensors", "config.json"))
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_groups": 2, "num_labels": 10}
+    BitForImageClassification(BitConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
 def other_classes(tmp: Path) -> Path:
     folder = copy_of(VIT, tmp / "m")
     tensors = tensors_of(folder)
     tensors["classifier.weight"] = tensors["classifier.weight"][:5].clone()
     return write_tensors(folder, tensors)
-
-
-def swin_v2(tmp: Path) -> Path:
-    folder = copy_of(VIT, tmp / "m")
-    config = Swinv2Config(num_labels=10, image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2])
-    Swinv2ForImageClassification(config).save_pretrained(folder)
-    return folder
 
 
 def timm_edited(**changes: object) -> Callable[[Path], Path]:
@@ -248,8 +248,7 @@ MODELS = [
     ("NaN", damaged, "Weight classifier.weight of {tmp}/m holds NaN"),
     ("no head", headless, "lacks weights of ViTForImageClassification, or has them in another shape: classifier.bias"),
     ("head of other classes", other_classes, "in another shape: classifier.weight"),
-    ("unsupported", swin_v2, "No adapter for the architecture transformers.Swinv2ForImageClassification"),
-    ("timm unsupported", lambda tmp: timm_folder(tmp, "test_byobnet"), "No adapter for the architecture timm.ByobNet"),
+    ("nothing to prune", standardised, "BitForImageClassification has no layer that can be pruned"),
     ("timm unknown", lambda tmp: edit_config(timm_folder(tmp), architecture="vitt"), "timm cannot load {tmp}/m"),
     ("timm head of other classes", lambda tmp: edit_config(timm_folder(tmp), num_classes=7), "head.weight"),
     ("timm other file", lambda tmp: (timm_folder(tmp) / "model.safetensors").rename(tmp / "m/a.safetensors").parent,

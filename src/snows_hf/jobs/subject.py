@@ -12,7 +12,7 @@ from ..adapters import Chain, Group, build_chain
 from ..adapters.base import chain_for
 from ..adapters.check import select_layers
 from ..data.names import Name
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError, shortened
 from ..hub.load import Checkpoint, buffers_follow_weights, load
 from ..masks.choose import split_by_fit
 from ..patterns import Masks
@@ -101,6 +101,23 @@ def load_told(run: Run, model: Name, revision: str | None = None) -> Checkpoint:
     return load(model, revision, run=run)
 
 
+def tell_dense(run: Run, chain: Chain) -> None:
+    """Says which layers no pruning reaches, and how many weights they have.
+
+    Raises:
+        AdapterError: all.
+    """
+    names = shortened(list(chain.dense), 3)
+    if not chain.groups():
+        reasons = "; ".join(dict.fromkeys(chain.dense.values()))
+        what = f"{type(chain.model).__name__} has no layer that can be pruned: {reasons}."
+        raise AdapterError(what, "`snows-hf inspect MODEL` names its layers.")
+    if chain.dense:
+        dense = sum(chain.model.get_parameter(f"{name}.weight").numel() for name in chain.dense)
+        share = dense / (dense + sum(weight.numel() for weight in weights_of(chain).values()))
+        run.say(f"Never pruned: {names}, {100 * share:.1f} % of the weights (`snows-hf inspect` says why)")
+
+
 def load_subject(
     run: Run,
     model: Name,
@@ -118,6 +135,7 @@ def load_subject(
     """
     checkpoint = load_told(run, model, revision)
     chain = build_chain(checkpoint.model)
+    tell_dense(run, chain)
     config = preset_for(preset, chain.family, pattern).updated(**settings)
     layers = select_layers(chain, config.layers)
     subject = Subject(checkpoint, chain, config, layers, copy_of(checkpoint.model))
