@@ -195,7 +195,7 @@ def smaller(config: Any, narrow: bool, small: bool) -> Any:
 
 
 def image_of(model: nn.Module) -> Tensor:
-    """A blank image of the size that the model says; of about 64 pixels where it takes any."""
+    """A blank image of the size that the model says; of about 96 pixels where it takes any."""
     image = example(model)
     config = getattr(model, "config", None)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -203,8 +203,9 @@ def image_of(model: nn.Module) -> Tensor:
     free = not cfg.get("fixed_input_size") if config is None else not hasattr(vision, "image_size")
     if not free or hasattr(model, "patch_embed"):
         return image
-    patch_size = next((m.patch_size for m in model.modules() if isinstance(getattr(m, "patch_size", None), int)), 16)
-    size = max(64 // patch_size * patch_size, patch_size)
+    patches = (getattr(module, "patch_size", None) for module in model.modules())
+    patch_size = next((each if isinstance(each, int) else each[0] for each in patches if each), 16)
+    size = max(96 // patch_size * patch_size, patch_size)
     return image[..., :size, :size]
 
 
