@@ -169,12 +169,12 @@ def test_the_model_itself_is_the_measure_and_no_frozen_one() -> None:
 def test_images_that_the_adapter_or_the_model_cannot_run() -> None:
     case = BY_NAME["transformers-beit-position-biases"]
     with pytest.raises(
-        AdapterError, match=r"^The adapter for BeitForImageClassification cannot run these images: .* Give images"
+        AdapterError, match=r"^The chain of BeitForImageClassification cannot run these images: .* Give images"
     ):
         check_chain(build_chain(case.model()), torch.zeros(2, 3, 24, 24))
     right = build("cifar-resnet8")
     flat = Chain(right.model, [Operation("flat", lambda s: (s[0].flatten(1),)), *right.operations], right.family)
-    with pytest.raises(AdapterError, match=r"^The adapter for CifarResNet cannot run these images: \w+Error: "):
+    with pytest.raises(AdapterError, match=r"^The chain of CifarResNet cannot run these images: \w+Error: "):
         check_chain(flat, torch.zeros(2, 3, 32, 32))
 
 
