@@ -17,7 +17,6 @@ State = tuple[Tensor, ...]
 """What flows between operations: first the output that Eq. 3 compares, then what later operations still need
 (the residual stream, say). Every tensor has the images along its first dimension."""
 
-Function = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
@@ -53,12 +52,6 @@ class Operation:
     run: Callable[[State], State]
     group: Group | None = None
     layers: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, name: str, apply: Function, kind: str | None = None) -> "Operation":
-        """One that maps the first tensor of the state and passes on the others; with a ``kind``, it is a layer of one
-        weight, whose name it has."""
-        return cls(name, lambda s: (apply(s[0]), *s[1:]), Group.of(name, kind) if kind else None)
 
 
 @torch.no_grad()
@@ -192,7 +185,7 @@ def build_chain(
         builder, family = registered
         chain = Chain(model, list(builder(model)), family)
     else:
-        from .traced import traced_chain
+        from .traced import traced_chain  # which is made of what is here
 
         chain = traced_chain(model, example(model) if image is None else image, substitutes or {})
     _check_groups(chain)
@@ -217,6 +210,7 @@ def example(model: nn.Module) -> Tensor:
         (timm.get("input_size") or (0, None))[1:],
         getattr(config, "image_size", None),
         getattr(getattr(config, "vision_config", None), "image_size", None),
+        getattr(getattr(config, "backbone_config", None), "image_size", None),
         224,
     )
     size = next(size for size in candidates if size and size != (None,))

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
+from ..adapters.base import example
 from ..adapters.outputs import is_two_tower, outputs_of
 from ..data.images import Preprocess
 from ..data.names import Name, local_folder, model_folder
@@ -102,23 +103,13 @@ class Checkpoint:
     def image(self) -> torch.Tensor:
         """A blank image as the model takes it, (1, 3, height, width): of the size in the model's configuration where
         the preprocessing leaves images as large as they are."""
-        height, width = (224, 224) if resizes(self.processor) else configured_size(self.model)
+        height, width = (224, 224) if resizes(self.processor) else example(self.model).shape[2:]
         return self.preprocess([PIL.Image.new("RGB", (width, height))])
 
 
 def resizes(processor: Any) -> bool:
     """Whether images come out of a processor of transformers (None: of timm) in another size than the user's."""
     return bool(getattr(processor, "do_resize", True))
-
-
-def configured_size(model: Any) -> tuple[int, int]:
-    """Height and width of the images that a model of transformers is configured for; 224 where it does not say."""
-    config = model.config
-    for each in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
-        size = getattr(each, "image_size", None)
-        if size is not None:
-            return (size, size) if isinstance(size, int) else tuple(size)
-    return 224, 224
 
 
 def bar_for(run: Run, name: str) -> type[tqdm]:

@@ -104,6 +104,7 @@ def compare_maps(
         check_attends(chain)
         checkpoint.model.to(run.device, torch.float32)
         pixels = calibration_images(source, max(samples, images), seed, checkpoint.preprocess)
+        chain = chain_for(chain, pixels)
         run.say(f"Computing its attention on {len(pixels)} images of {source.name} ({source.split})")
         batches = run.track(pixels.split(BATCH), "Batches of attention maps", -(-len(pixels) // BATCH))
         parts = [attention_maps(chain, batch.to(run.device)) for batch in batches]
@@ -145,10 +146,7 @@ def check_attends(chain: Chain) -> None:
     if all(group.kind != "qkv" for _, group in chain.groups()):
         raise AdapterError(f"{what} has no attention to draw.", MAPS)
     if any(hasattr(module, "shift_size") for module in chain.model.modules()):  # Swin's, in both libraries
-        raise AdapterError(
-            f"{what} attends within windows, so that no token sees the whole image.",
-            MAPS,
-        )
+        raise AdapterError(f"{what} attends within windows, so that no token sees the whole image.", MAPS)
 
 
 @torch.no_grad()
@@ -164,7 +162,6 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
         AdapterError: a model without attention, with attention within windows, or that its chain does not reproduce.
     """
     check_attends(chain)
-    chain = chain_for(chain, images)
     check_chain(chain, images[:2])
     with frozen(chain.model), recorded_attention() as record:
         chain.logits(images)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters import Chain, build_chain
 from ..adapters.outputs import logits_of
-from ..data.images import ImageSource, Preprocess, check_labels, drawn_labelled, open_images, pictures
+from ..data.images import ImageSource, Preprocess, drawn_labelled, open_images, pictures
 from ..data.names import Name, short_name
 from ..errors import ConfigError, NumericsError
 from ..hub.load import Checkpoint, buffers_follow_weights, load
@@ -29,7 +29,7 @@ from ..runtime.version import __version__, versions
 from ..settings import FinetuneConfig
 from .calibration import class_labels
 from .inspect import SPARSE
-from .measure import check_classifier, measure, measuring
+from .measure import check_classifier, measure, measuring, open_labelled
 from .prune import PruneResult, save
 from .request import check_request
 from .subject import load_told, weights_of
@@ -84,15 +84,11 @@ def finetune(
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     # Weights, momentum and a second copy of both while they are replaced.
     check_output(output, 4 * sum(tensor.numel() * 4 for tensor in network.state_dict().values()))
-    tutor = load(teacher, run=run) if teacher is not None else None
-    if tutor is not None:
-        check_classifier(tutor, "a teacher")
+    tutor = load_teacher(run, teacher)
     source, labels = drawn_labelled(open_images(data, data_split), config.samples, config.seed)
     if len(labels) < 2:
         raise ConfigError(f"{data} ({data_split}) has one image.", "Retraining needs at least two.")
-    evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
-    if evaluation is not None:
-        check_labels(evaluation, "measuring accuracy")
+    evaluation = open_labelled(eval_data, eval_split)
     measured = measuring(network, checkpoint, evaluation)
     description = {
         "settings": config.to_dict(),
@@ -133,6 +129,18 @@ def finetune(
         epochs = sum(made["epochs"] for made in (*earlier, retraining))
         report = known | {"earlier_finetunes": earlier, "finetune": retraining}
         return save(run, checkpoint, output, report, claims | {"version": __version__, "finetuned_epochs": epochs})
+
+
+def load_teacher(run: Run, teacher: Name | None) -> Checkpoint | None:
+    """
+    Raises:
+        SnowsError: no such model, or it is no classifier.
+    """
+    if teacher is None:
+        return None
+    tutor = load(teacher, run=run)
+    check_classifier(tutor, "a teacher")
+    return tutor
 
 
 def begin_report(checkpoint: Checkpoint) -> dict[str, Any]:

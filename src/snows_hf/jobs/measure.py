@@ -10,7 +10,8 @@ from torch import nn
 from ..adapters.outputs import outputs_of
 from ..data.accuracy import Accuracy, accuracy_of
 from ..data.fidelity import Outputs, fidelity_of
-from ..data.images import ImageSource, check_labels
+from ..data.images import ImageSource, check_labels, open_images
+from ..data.names import Name
 from ..data.neighbours import neighbour_accuracy
 from ..data.zero_shot import PROMPT, ZeroShot
 from ..errors import ConfigError, DataError
@@ -50,6 +51,19 @@ def measuring(
     if checkpoint.task in (FEATURES, ZERO_SHOT):
         return lambda run: neighbour_accuracy(network, data, checkpoint.preprocess, run=run)
     return None
+
+
+def open_labelled(data: Name | None, split: str) -> ImageSource | None:
+    """Images to measure an accuracy on; None where none are named.
+
+    Raises:
+        DataError: no such data, or no labels.
+    """
+    if data is None:
+        return None
+    source = open_images(data, split)
+    check_labels(source, "measuring accuracy")
+    return source
 
 
 def check_measurable(checkpoint: Checkpoint, data: ImageSource, prompts: Sequence[str] = ()) -> None:

@@ -140,23 +140,18 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         tensors = checkpoint.model.state_dict().values()
         parts = [part for tensor in tensors for part in (pack_tensor(tensor) or {"": tensor}).values()]
         here = local_folder(checkpoint.source) is not None
-        return (
-            {"task": None, "tower": None, "fidelity": None}
-            | found
-            | {
-                "name": (found.get("name") if here else None) or short_name(checkpoint.source),
-                "flops": found["flops"] | {"reduction": found["flops"]["dense"] / found["flops"]["pruned"]},
-                "size": {"dense": sum(each.nbytes for each in tensors), "packed": sum(each.nbytes for each in parts)},
-                "rows": {
-                    str(layer["name"]): row_zeros(
-                        [checkpoint.model.get_parameter(name) for name in layer["parameters"]]
-                    )
-                    for layer in found["layers"]
-                },
-                "class_changes": class_changes(found["dense"], final, checkpoint.class_names),
-                "attention": None,
-            }
-        )
+        found = {"task": None, "tower": None, "fidelity": None} | found  # earlier reports lack them
+        return found | {
+            "name": (found.get("name") if here else None) or short_name(checkpoint.source),
+            "flops": found["flops"] | {"reduction": found["flops"]["dense"] / found["flops"]["pruned"]},
+            "size": {"dense": sum(each.nbytes for each in tensors), "packed": sum(each.nbytes for each in parts)},
+            "rows": {
+                str(layer["name"]): row_zeros([checkpoint.model.get_parameter(name) for name in layer["parameters"]])
+                for layer in found["layers"]
+            },
+            "class_changes": class_changes(found["dense"], final, checkpoint.class_names),
+            "attention": None,
+        }
 
 
 @contextmanager

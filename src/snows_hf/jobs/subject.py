@@ -134,7 +134,7 @@ def load_subject(
         SnowsError: no such model, no adapter for it, no such layer, or a pattern that fits none.
     """
     checkpoint = load_told(run, model, revision)
-    chain = build_chain(checkpoint.model)
+    chain = build_chain(checkpoint.model, checkpoint.image())
     tell_dense(run, chain)
     config = preset_for(preset, chain.family, pattern).updated(**settings)
     layers = select_layers(chain, config.layers)

@@ -43,7 +43,7 @@ from ..runtime.run import Progress, Run
 from ..runtime.version import __version__, versions
 from ..settings import PruneConfig, TrainConfig
 from .calibration import class_labels
-from .measure import check_classifier, measure, measuring
+from .measure import check_classifier, measure, measuring, open_labelled
 from .prune import PruneResult, save
 from .request import check_request, check_training
 from .subject import weights_of
@@ -86,9 +86,7 @@ def train(
     run = Run.begin(device, reproducible=True, on_stage=on_stage, on_progress=on_progress)
     images_source = open_images(data, data_split)
     check_labels(images_source, "training")
-    evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
-    if evaluation is not None:
-        check_labels(evaluation, "measuring accuracy")
+    evaluation = open_labelled(eval_data, eval_split)
 
     run.say(f"Building {source}, untrained")
     checkpoint = create(source, images_source.class_names, config.seed, revision)
