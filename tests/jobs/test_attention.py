@@ -106,6 +106,13 @@ def test_models_without_such_attention_are_refused(name: str, words: str) -> Non
         attention_maps(build_chain(case.model()), case.images())
 
 
+def test_a_model_without_a_head_has_the_maps_of_the_one_with_it() -> None:
+    case = BY_NAME["transformers-dinov2"]
+    whole, images = case.model(torch.float64), case.images(2, torch.float64)
+    ours, theirs = (attention_maps(build_chain(model, images[:1]), images) for model in (whole.dinov2, whole))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_tokens_that_are_no_patches_are_refused() -> None:
     with pytest.raises(AdapterError, match="no patches"):
         patch_grid(nn.Sequential(nn.Conv2d(3, 5, 4, stride=4)), torch.empty(1, 3, 16, 16), 15)

@@ -164,7 +164,7 @@ def attention_maps(chain: Chain, images: Tensor) -> AttentionMaps:
     check_attends(chain)
     check_chain(chain, images[:2])
     with frozen(chain.model), recorded_attention() as record:
-        chain.logits(images)
+        chain.results_of(images)
     layers = [weights.mean(-3) for weights in record]  # (n, tokens, tokens)
     tokens = layers[0].shape[-1] if layers else 0
     if {weights.shape for weights in layers} != {(len(images), tokens, tokens)}:
