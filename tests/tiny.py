@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from timm.models.resnet import BasicBlock, ResNet
@@ -117,9 +118,15 @@ def config(**changes: object) -> PruneConfig:
     return base.updated(**changes)
 
 
+@cache
+def chain_of(model: nn.Module) -> Chain:
+    """Of a model, traced once: weights that change are its own."""
+    return build_chain(model)
+
+
 def magnitude_masks(model: nn.Module, n: int = 2, m: int = 4) -> Masks:
     """N:M masks for every prunable weight that they fit."""
-    groups = [group for _, group in build_chain(model).groups()]
+    groups = [group for _, group in chain_of(model).groups()]
     weights = {name: model.get_parameter(name) for group in groups for name in group.parameters}
     return choose_masks(weights, NM(n, m), "magnitude")
 
@@ -140,15 +147,15 @@ class Run:
 
         Layers before it are read from the pruned network, layers after it from the dense one: those were still dense.
         """
-        before, chain = build_chain(self.pruned), build_chain(self.dense)
-        index = next(i for i, group in chain.groups() if group.name == report.name)
+        before, after = chain_of(self.pruned), chain_of(self.dense)
+        index = next(i for i, group in after.groups() if group.name == report.name)
         held_out = self.images[split_images(len(self.images), self.config.batch_size, self.config.held_out)[-1]]
         state: State = (held_out,)
         dense_state: State = (held_out,)
         with torch.no_grad(), frozen(self.dense), frozen(self.pruned):
-            for ours, theirs in zip(before.operations[:index], chain.operations[:index], strict=True):
+            for ours, theirs in zip(before.operations[:index], after.operations[:index], strict=True):
                 state, dense_state = ours.run(state), theirs.run(dense_state)
-            segment = Segment.cut(chain, index, self.config.k)
+            segment = Segment.cut(after, index, self.config.k)
             targets = segment.outputs(dense_state if self.config.targets == "dense" else state)
         active = ActiveWeights({name: self.masks[name] for name in report.parameters})
         return KStepObjective(segment, active, state, self.config, targets)
@@ -167,7 +174,7 @@ def prune(model: nn.Module, count: int = 8, n: int = 2, m: int = 4, **changes: o
     """Prunes a copy of a tiny network on random images, by magnitude masks."""
     pruned, masks, settings = copy.deepcopy(model), magnitude_masks(model, n, m), config(**changes)
     calibration = images(count, seed=7)
-    reports = prune_chain(build_chain(pruned), calibration, masks, settings)
+    reports = prune_chain(chain_of(pruned), calibration, masks, settings)
     return Run(model, pruned, masks, calibration, settings, reports)
 
 

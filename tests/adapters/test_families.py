@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import warm
 from cases import CASES, randomised
 from embedded import DIGITS, VIT
 from safetensors.torch import load_file, save_file
@@ -180,7 +179,7 @@ def test_stock_libraries_compute_the_same_logits(made, tmp_path: Path) -> None:
         with torch.no_grad():
             output = checkpoint.model(images)
         expected.append(getattr(output, "logits", output))
-    done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs)], capture_output=True, text=True, timeout=300)
+    done = warm.run("-c", STOCK, json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     for (library, folder, _, logits), right in zip(jobs, expected, strict=True):
         torch.testing.assert_close(load_file(logits)["logits"], right, msg=f"{library} {folder}")

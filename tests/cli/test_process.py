@@ -3,9 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import warm
 from embedded import NO_HUB
 
 from snows_hf import __version__
@@ -15,10 +15,7 @@ def snows_hf(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """``python -m snows_hf`` with an empty home and no Hub."""
     home = cwd.parent / "home"
     environment = {"HOME": str(home), "HF_HOME": str(home), "HF_ENDPOINT": NO_HUB, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "snows_hf", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+    return warm.run("-m", "snows_hf", *arguments, cwd=cwd, env={**os.environ, **environment})
 
 
 def test_version(elsewhere: Path) -> None:

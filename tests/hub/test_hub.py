@@ -1,13 +1,10 @@
 """Pull and push through the command line, with the real clients, against the Hub of server.py. Nothing is mocked.
 
-Each command is a process that spends seconds on importing torch. What goes wrong is told in scenarios, each with a Hub
-and a home of its own.
+Each command is a process (warm.py). What goes wrong is told in scenarios, each with a Hub and a home of its own.
 """
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ import datasets
 import pyarrow.parquet
 import pytest
 import timm
+import warm
 from embedded import DIGITS, NO_HUB, VIT, copy_of
 from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
@@ -89,10 +87,7 @@ class Machine:
         }  # fmt: skip
         if token is not None:
             environment["HF_TOKEN"] = token
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=self.place / "work", env=environment, capture_output=True, text=True, timeout=300
-        )
+        done = warm.run(*arguments, cwd=self.place / "work", env=environment)
         for secret in (WRITER, READER):  # whatever the command did
             assert secret not in done.stdout + done.stderr
             for path in (self.place / "work").rglob("*"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from conftest import Pruned
 from embedded import DIGITS, VIT, copy_of, edit_config, pruned, tensors_of
 from hypothesis import given, settings, strategies as st
@@ -383,13 +384,7 @@ def test_stock_loaders_fail_loudly(family: str, packed) -> None:
     libraries = ["timm", "transformers"] if family == "timm" else ["transformers"]
     for library in libraries:
         code = f"import sys; sys.modules['snows_hf'] = None; {STOCK[library]}; print('loaded')"
-        run = subprocess.run(
-            [sys.executable, "-c", code, packed[family]],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
+        run = warm.run("-c", code, packed[family], env=os.environ | {"HF_HUB_OFFLINE": "1"})
         assert run.returncode != 0, library
         assert "loaded" not in run.stdout
         assert re.search(r"^(OSError|RuntimeError): ", run.stderr, re.MULTILINE), run.stderr

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import Pruned
 from embedded import DIGITS
 from safetensors.torch import load_file, save_file
@@ -52,8 +51,7 @@ assert "snows_hf" not in sys.modules
 
 
 def python(script: str, *arguments: object) -> str:
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run("-c", script, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

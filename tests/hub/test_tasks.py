@@ -1,12 +1,11 @@
 """Models that are no classifiers: which class they load as, what they are for, and that what is saved is theirs."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import warm
 from embedded import VIT, copy_of, edit_config, tensors_of, write_tensors
 from PIL import Image
 from vision import MODELS, save_headless_timm, save_model, word_tokenizer
@@ -111,8 +110,7 @@ assert "snows_hf" not in sys.modules
 )
 def test_stock_loaders_load_the_whole_folder(name: str, names: str, folders: dict[str, Path], tmp_path: Path) -> None:
     save_checkpoint(load(folders[name]), tmp_path, {}, {})
-    command = [sys.executable, "-c", STOCK, names, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run("-c", STOCK, names, tmp_path)
     assert done.returncode == 0, done.stderr
     if name == "clip":
         for file in ("tokenizer.json", "tokenizer_config.json"):

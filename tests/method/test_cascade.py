@@ -33,7 +33,7 @@ def run(request: pytest.FixtureRequest) -> tiny.Run:
 
 
 def test_every_group_is_reported_in_forward_order(run):
-    names = [group.name for _, group in build_chain(run.dense).groups() if group.parameters[0] in run.masks]
+    names = [group.name for _, group in tiny.chain_of(run.dense).groups() if group.parameters[0] in run.masks]
     assert [report.name for report in run.reports] == names
     assert names
 
@@ -96,8 +96,8 @@ def test_every_layer_to_the_end_brings_the_logits_nearer(network):
     with torch.no_grad(), frozen(run.dense), frozen(run.pruned), frozen(masked.model):
         for name, mask in run.masks.items():
             masked.weight(name).mul_(mask)
-        expected = build_chain(run.dense).logits(fresh)
-        pruned = (build_chain(run.pruned).logits(fresh) - expected).square().mean()
+        expected = tiny.chain_of(run.dense).logits(fresh)
+        pruned = (tiny.chain_of(run.pruned).logits(fresh) - expected).square().mean()
         start = (masked.logits(fresh) - expected).square().mean()
     assert pruned < start
 
@@ -255,7 +255,7 @@ def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
 
     images = after.images[split_images(len(after.images), after.config.batch_size, after.config.held_out)[-1]]
     with torch.no_grad(), frozen(after.dense), frozen(after.pruned), frozen(before.pruned):
-        dense, masked, pruned = (build_chain(net)((images,)) for net in (after.dense, before.pruned, after.pruned))
+        dense, masked, pruned = (tiny.chain_of(net)((images,)) for net in (after.dense, before.pruned, after.pruned))
     losses = [
         sum(float((o - y).square().mean()) for o, y in zip(outputs, dense, strict=True))
         for outputs in (masked, pruned)

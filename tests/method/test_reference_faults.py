@@ -30,7 +30,7 @@ def test_1_solved_attention_weights_reach_the_model(network, kind):
     below that of the masked dense weights.
     """
     run = tiny.prune(network(), count=32, batch_size=14)
-    kinds = {group.name: group.kind for _, group in build_chain(run.dense).groups()}
+    kinds = {group.name: group.kind for _, group in tiny.chain_of(run.dense).groups()}
     reports = [report for report in run.reports if kinds[report.name] == kind]
     assert len(reports) == 2
     for report in reports:
