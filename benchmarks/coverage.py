@@ -30,6 +30,7 @@ from snows_hf.adapters import Chain, build_chain
 from snows_hf.adapters.cut import HEAD, SHARED, STEM
 from snows_hf.adapters.outputs import outputs_of
 from snows_hf.errors import one_line
+from snows_hf.hub.save import untied
 from snows_hf.masks.choose import choose_masks
 from snows_hf.method.cascade import prune_chain
 from snows_hf.patterns import NM
@@ -123,7 +124,8 @@ def stored(case: Case, model: nn.Module, options: Facts, images: Tensor) -> floa
             model.save_pretrained(folder)
             again = type(model).from_pretrained(folder)
         else:
-            timm.models.save_for_hf(model, folder, model_args=options, safe_serialization=True)
+            with untied(model):
+                timm.models.save_for_hf(model, folder, model_args=options, safe_serialization=True)
             again = timm.create_model(f"local-dir:{folder}", pretrained=True)
     with torch.no_grad():
         return distance(outputs_of(again.double().eval(), images), outputs_of(model.double(), images))

@@ -168,6 +168,8 @@ def smaller(config: Any, narrow: bool, small: bool) -> Any:
             changes[key] = smaller(value, narrow, small)
         elif key == "depths":
             changes[key] = [min(depth, 2) for depth in value]
+        elif key == "hidden_sizes" and isinstance(value, tuple):  # to which a backbone adds a list
+            changes[key] = list(value)
         elif key == "backbone_out_indices" and value:
             changes[key] = [0, 1, 2, 3]
         elif small and key == "image_size" and value:

@@ -141,8 +141,15 @@ def a_view_is_overwritten(x: Tensor) -> Tensor:
     "between", [read_after_it_is_overwritten, read_before_and_after, a_slice_is_overwritten, a_view_is_overwritten]
 )
 def test_values_that_are_overwritten_in_place(between: Callable[[Tensor], Tensor]) -> None:
-    """And no state changes while the operation after it is run."""
+    """No state changes while the operation after it is run, and second derivatives are the model's own."""
     chain = made(Function(between))
+
+    def second(outputs: Callable[[Tensor], dict[str, Tensor]]) -> Tensor:
+        x = images().requires_grad_()
+        (first,) = torch.autograd.grad(outputs(x)["logits"].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(chain.results_of), second(lambda x: outputs_of(chain.model, x)))
     states = states_of(chain, images())
     kept = [tuple(tensor.clone() for tensor in state) for state in states]
     for operation, (state, after) in zip(chain.operations, pairwise(kept), strict=True):

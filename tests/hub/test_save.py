@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from snows_hf import load, prune
 from snows_hf.errors import SaveError
+from snows_hf.hub.save import save_checkpoint
 from snows_hf.patterns import NM
 from snows_hf.runtime.files import check_output, whole_folder
 
@@ -202,3 +203,14 @@ def test_output_without_room(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="and its disk has"):
         check_output(tmp_path / "a/b/c", 10**18)
     assert not any(tmp_path.iterdir())
+
+
+def test_weights_that_two_modules_share_are_saved_for_each(tmp_path: Path, tiny_timm: Path) -> None:
+    checkpoint = load(str(tiny_timm))
+    model = checkpoint.model
+    model.blocks[1].mlp = model.blocks[0].mlp
+    save_checkpoint(checkpoint, tmp_path, {}, {})
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))

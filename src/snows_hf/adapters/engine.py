@@ -40,6 +40,7 @@ SUBSTITUTES: dict[str, Callable[..., Any]] = {
     "hardsigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # ATen's has no second derivative
     "batch_norm": _batch_norm,
     "view": lambda x, shape: x.reshape(shape),  # a value that has rested in a state may lie otherwise in memory
+    "copy": lambda x, values, *_: values.to(x.dtype).expand_as(x),  # ATen's has no derivative
     "dropout": lambda x, *_: x,
     "feature_dropout": lambda x, *_: x,
 }

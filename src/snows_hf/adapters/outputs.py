@@ -84,7 +84,8 @@ def _call(model: Any) -> Callable[[Tensor], Any]:
         headless = getattr(model, "num_classes", 1) == 0
         return lambda images: _named(model(images), "features" if headless else "logits")
     check_takes_images(type(model))
-    if "noise" in inspect.signature(model.forward).parameters and hasattr(model.config, "mask_ratio"):
+    masks = "noise" in inspect.signature(model.forward).parameters and hasattr(model.config, "mask_ratio")
+    if masks and isinstance(model.config.patch_size, int):  # Hiera's, a pair, masks in pretraining alone
         return lambda images: _unmasked(model, images)
     return lambda images: model(pixel_values=images)
 

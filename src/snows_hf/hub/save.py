@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from timm.models import save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LoadError
 from ..runtime.files import write_json
@@ -60,7 +61,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
         model.save_pretrained(folder)
         checkpoint.processor.save_pretrained(folder)
     else:
-        save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
+        with untied(model):
+            save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
         if "pretrained_cfg" not in config:  # an old, flat file, which can hold no other key
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["pretrained_cfg"].pop("label_offset", None)  # done on loading
@@ -79,6 +81,24 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
     for path in along:
         if path.name not in left_out:
             shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def untied(model: nn.Module) -> Iterator[None]:
+    """For the time of the block, tensors that two modules share (CoaT's) are in the model's state once for each: timm
+    saves no file of tensors that lie in the same memory."""
+
+    def separate(_: nn.Module, state: dict[str, Tensor], *__: object) -> None:
+        seen = set[int]()
+        for name, tensor in state.items():
+            state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
+
+    hook = model.register_state_dict_post_hook(separate)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def claim(pattern: str, sparsity: float, weights: Iterable[Tensor]) -> dict[str, Any]:
