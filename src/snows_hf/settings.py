@@ -200,6 +200,8 @@ class PruneConfig(Settings):
     """Share of the joint steps, the first of them, during which masks that keep twice as many weights, with which
     the sweeps were made, thin out to the pattern (gradual.py). Masks stay as they are at 0, and wherever the
     pattern keeps half of the weights or more, or the masks come from a file."""
+    biases: bool = False
+    """Biases of the pruned layers, or of the batch norms that follow them, move with the weights."""
     emphasis: Annotated[Number, Ge(0)] = 0.0
     """Of late operations in joint steps: output k of K weighs ((k + 1) / (K + 1)) to this power."""
     augment: bool = False

@@ -12,9 +12,9 @@ from snows_hf.adapters import build_chain, frozen
 from snows_hf.errors import ConfigError
 from snows_hf.masks.choose import choose_masks
 from snows_hf.method.cascade import prune_chain
+from snows_hf.method.factors import RowBlocks
 from snows_hf.method.gradual import surplus, thinned, thinning_step
 from snows_hf.method.objective import ActiveWeights, KStepObjective
-from snows_hf.method.preconditioner import RowBlocks
 from snows_hf.method.streams import whole_network
 from snows_hf.patterns import NM, PerLayer, Unstructured
 from snows_hf.runtime.journal import Journal

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from snows_hf.adapters import build_chain
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.cg import CGStatus, cg
+from snows_hf.method.factors import RowBlocks
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
-from snows_hf.method.preconditioner import MIN_IMAGES, SAMPLES, RowBlocks, gram, sampled
+from snows_hf.method.preconditioner import MIN_IMAGES, SAMPLES, gram, sampled
 from snows_hf.runtime.distributed import Share
 
 

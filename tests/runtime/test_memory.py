@@ -21,8 +21,8 @@ from snows_hf.masks.choices import fit_criterion, in_smaller_batches
 from snows_hf.masks.choose import choose
 from snows_hf.masks.criteria import needs_labels
 from snows_hf.method.cascade import prune_chain
+from snows_hf.method.factors import factor_bytes
 from snows_hf.method.fitting import OVERHEAD, bytes_per_image, fit_batches
-from snows_hf.method.preconditioner import factor_bytes
 from snows_hf.runtime.memory import PREFIX, Images, Shelf, available, room, saved_bytes
 from snows_hf.runtime.run import Run
 

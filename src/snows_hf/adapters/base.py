@@ -28,16 +28,20 @@ class Group:
         name: the layer's name in the model's own (live) namespace, ``vit.layers.0.attention.qkv`` for example.
         parameters: names of the parameters in ``model.named_parameters()``.
         kind: what the layer is to its architecture: ``qkv``, ``proj``, ``mlp0``, ``mlp3``, ``conv``, ...
+        biases: pairs of one of these and the bias that shifts what it makes, row by row, where there is one: the
+            layer's own, or that of the batch norm after a convolution.
     """
 
     name: str
     parameters: tuple[str, ...]
     kind: str
+    biases: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, name: str, kind: str) -> "Group":
+    def of(cls, name: str, kind: str, bias: str = "") -> "Group":
         """A layer of one weight, as most are."""
-        return cls(name, (f"{name}.weight",), kind)
+        weight = f"{name}.weight"
+        return cls(name, (weight,), kind, ((weight, bias),) if bias else ())
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,11 @@ class Chain(nn.Module):
     def groups(self) -> list[tuple[int, Group]]:
         """Every group with the index of the operation it acts in, in forward order."""
         return [(i, operation.group) for i, operation in enumerate(self.operations) if operation.group is not None]
+
+    @property
+    def biases(self) -> dict[str, str]:
+        """The biases of all groups, by their weights."""
+        return {weight: bias for _, group in self.groups() for weight, bias in group.biases}
 
     def weight(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(name)

@@ -54,7 +54,7 @@ def find_cuts(graph: Graph) -> Cuts:
         else:
             cuts.end(node, layer.name)
         if layer.name not in cuts.dense:
-            cuts.groups[node] = Group.of(layer.name, kind_of(graph, layer))
+            cuts.groups[node] = Group.of(layer.name, kind_of(graph, layer), bias_of(graph, layer))
     for node in filter(graph.moving.__contains__, graph.nodes):
         if (event := _event(graph, node)) and (before := graph.layers_before(node)):
             cuts.end(node, f"{before[-1].name} > {event}")
@@ -73,7 +73,8 @@ def _cut_attention(graph: Graph, cuts: Cuts) -> set[Node]:
             continue
         joint |= {*nodes}
         name = layers[0].name if len(layers) == 1 else f"{layers[0].name.rpartition('.')[0]}.qkv"
-        group = Group(name, tuple(dict.fromkeys(layer.weight for layer in layers)), "qkv")
+        biases = {layer.weight: bias for layer in layers if (bias := bias_of(graph, layer))}
+        group = Group(name, tuple(dict.fromkeys(layer.weight for layer in layers)), "qkv", tuple(biases.items()))
         cuts.groups |= dict.fromkeys(nodes, group)
         cuts.end(output_of_attention(graph, product), f"{name} > attention")
     return joint
@@ -131,6 +132,20 @@ def kind_of(graph: Graph, layer: Layer) -> str:
     if any(map(graph.is_activation, reached(graph.users(layer.node), graph.users, stop=ends))):
         return "mlp0"
     return "mlp3" if residual_after(graph, layer) else "linear"
+
+
+def bias_of(graph: Graph, layer: Layer) -> str:
+    """The parameter (rows,) that shifts a layer's output and does nothing else: its own bias, or, where a batch norm
+    is all that reads a convolution, that one's; empty where there is none."""
+    users = graph.users(layer.node)
+    norms = [node for node in users if kind(node) == "batch_norm" and isinstance(layer.module, nn.Conv2d)]
+    for node in (layer.node, *(norms if len(users) == 1 else ())):
+        bias = node.args[2] if len(node.args) > 2 else None
+        name = graph.name_of(bias) if isinstance(bias, Node) else ""
+        owner = graph.modules.get(name.rpartition(".")[0])
+        if name in graph.unshared and (owner is layer.module or isinstance(owner, nn.BatchNorm2d)):
+            return name
+    return ""
 
 
 def _not_pruned(graph: Graph) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A model's own graph, as ``torch.export`` gives it, and what can be asked of it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,6 +164,15 @@ class Graph:
         """Names of the model's tensors that the weights of these products are, or are computed from."""
         weights = [node.args[1] for node in self.products if isinstance(node.args[1], Node)]
         return {self.name_of(node) for node in reached(weights, lambda n: n.all_input_nodes, lambda n: False)}
+
+    @cached_property
+    def unshared(self) -> set[str]:
+        """Names of the parameters that one node alone reads, and that have no other name."""
+        names = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        reads = Counter[str]()
+        for node in self.nodes:
+            reads[self.name_of(node)] += len(node.users)
+        return {name for name, own in self.model.named_parameters() if names[id(own)] == reads[name] == 1}
 
     @cached_property
     def residuals(self) -> set[Node]:

@@ -24,7 +24,7 @@ from ..masks.scores.base import Choice
 from ..method.cascade import prune_chain
 from ..method.fitting import find_batches
 from ..method.records import LayerReport
-from ..method.streams import holding
+from ..method.streams import holding, moved
 from ..patterns import NM, Pattern
 from ..patterns.plan import Candidate, by_sensitivity, layer_patterns, one_pattern, order_for
 from ..reports.describe import describe_data, describe_layers, describe_run, describe_size, finite
@@ -162,7 +162,8 @@ def prune(
         if update:
             subject, reports = solve(run, subject, chosen, images)
             report["pruned"] = measurer.accuracy("pruned")
-            fidelity["pruned"] = measurer.fidelity("pruned", chosen.choice.masks)
+            moving = moved(chain, chosen.choice.masks, subject.config.biases)
+            fidelity["pruned"] = measurer.fidelity("pruned", moving)
         report["fidelity"] = fidelity if evaluation is not None else None
         subject.network.to("cpu")
         report |= describe(run, subject, chosen, flops, reports) | {
@@ -275,12 +276,13 @@ def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[S
         The subject with the batches that fitted into memory, and what happened to each layer.
     """
     chain, masks = subject.chain, chosen.choice.masks
-    chain.put({name: subject.original[name] for name in masks})
+    moving = moved(chain, masks, subject.config.biases)
+    chain.put({name: subject.original[name] for name in moving})
     subject.network.to(run.dtype)
     config = find_batches(run, chain, images[:2], chosen.begin.masks, subject.config)
     run.say(f"Pruning {len(subject.layers)} layers to {config.pattern}")
     reports = prune_chain(chain, images, chosen.begin.masks, config, run, chosen.begin.weights, chosen.final)
-    for name in restore_untouched(subject.network, subject.original, masks):
+    for name in restore_untouched(subject.network, subject.original, moving):
         run.say(f"{name}: weights beyond the range of {subject.original[name].dtype} became its largest number")
     return replace(subject, config=config), reports
 

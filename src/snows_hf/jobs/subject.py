@@ -1,6 +1,6 @@
 """The model that is pruned, or measured layer by layer: loaded, cut into operations, and what of it is asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any
@@ -15,7 +15,6 @@ from ..data.names import Name
 from ..errors import AdapterError, ConfigError, shortened
 from ..hub.load import Checkpoint, buffers_follow_weights, load
 from ..masks.choose import split_by_fit
-from ..patterns import Masks
 from ..patterns.plan import Candidate
 from ..runtime.run import Run
 from ..settings import PruneConfig, preset as preset_for
@@ -52,8 +51,8 @@ class Subject:
 
 
 @torch.no_grad()
-def restore_untouched(network: nn.Module, original: Mapping[str, Tensor], masks: Masks) -> list[str]:
-    """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not pruned.
+def restore_untouched(network: nn.Module, original: Mapping[str, Tensor], moved: Collection[str]) -> list[str]:
+    """Casts every tensor back to its checkpoint's dtype, and puts back the very bits of those that were not ``moved``.
 
     Returns:
         Names of those with weights beyond the range of their dtype: these are now the largest that it has.
@@ -61,7 +60,7 @@ def restore_untouched(network: nn.Module, original: Mapping[str, Tensor], masks:
     beyond = []
     for name, tensor in network.state_dict(keep_vars=True).items():
         source = original[name]
-        if name not in masks:
+        if name not in moved:
             tensor.data = source.to(tensor.device)
             continue
         largest = torch.finfo(source.dtype).max

@@ -13,7 +13,7 @@ from ..settings import PruneConfig
 from .layers import Layers, Task
 from .objective import Segment
 from .records import LayerReport
-from .streams import Streams, holding, masked_operations, split_images, whole_network
+from .streams import Streams, holding, masked_operations, moved, split_images, whole_network
 
 
 def prune_chain(
@@ -50,7 +50,8 @@ def prune_chain(
     shelf = images.shelf if isinstance(images, Images) else Shelf()
     # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
     again = config.sweeps > 1 or config.joint_steps > 0
-    dense = {name: chain.weight(name).detach().clone() for name in masks} if again else {}
+    moving = moved(chain, masks, config.biases)
+    dense = {name: chain.weight(name).detach().clone() for name in moving} if again else {}
     gradual_steps = config.gradual_steps if pattern is not None else 0
     joint_steps = config.joint_steps - gradual_steps
     solves = config.sweeps * len(masked_operations(chain, masks))
@@ -65,7 +66,7 @@ def prune_chain(
             task = Task(segment, config.sweeps + 1, solves, steps=gradual_steps, pattern=pattern)
             report, weights = layers.finish(task, Streams.start(images, batches, shelf))
             reports.append(report)
-            layers = replace(layers, masks={name: weight != 0 for name, weight in weights.items()})
+            layers = replace(layers, masks={name: weights[name] != 0 for name in masks})
         if joint_steps:
             # Algorithm 2 on the outputs of every operation of the network, from its images on.
             task = Task(whole_network(chain, masks), config.sweeps + 1, total - 1, gradual_steps, joint_steps)
@@ -90,7 +91,8 @@ def sweep(layers: Layers, number: int, streams: Streams) -> list[LayerReport]:
     for index, operation, _ in chain.walk(streams, advance, stop=max(todo, default=-1) + 1):
         if operation.group is not None and index in todo:
             if not layers.dense:
-                before.update((name, chain.weight(name).detach().clone()) for name in operation.group.parameters)
+                names = (*operation.group.parameters, *dict(operation.group.biases).values())
+                before.update((name, chain.weight(name).detach().clone()) for name in names)
             segment, place = Segment.cut(chain, index, layers.config.k), (number - 1) * len(todo) + len(reports)
             reports.append(layers.finish(Task(segment, number, place), streams)[0])
     return reports

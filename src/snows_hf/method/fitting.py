@@ -11,8 +11,8 @@ from ..runtime.distributed import from_main, local_processes, processes
 from ..runtime.memory import available, saved_bytes
 from ..runtime.run import Run
 from ..settings import PruneConfig
+from .factors import factor_bytes
 from .objective import ActiveWeights, KStepObjective, Segment
-from .preconditioner import factor_bytes
 from .streams import masked_operations, whole_network
 
 
@@ -91,7 +91,7 @@ def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneCon
     plain = config.updated(preconditioner="none", gradual=0.0)
 
     def kept(segment: Segment, state: State) -> tuple[int, list[Tensor]]:
-        active = ActiveWeights.of(segment.group, masks, chain.device)
+        active = ActiveWeights.of(segment.group, masks, chain.device, config.biases)
         objective = KStepObjective(segment, active, state, plain)
         return saved_bytes(lambda: objective.expand(active.within(chain))), list(objective.targets)
 

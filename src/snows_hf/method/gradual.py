@@ -13,7 +13,7 @@ from torch import Tensor
 from ..patterns import Masks, Pattern
 from ..settings import SolverConfig
 from .newton import NewtonResult, NewtonState, NewtonStatus, Objective, Step, newton_step
-from .objective import ActiveWeights, KStepObjective
+from .objective import KStepObjective
 from .preconditioner import RowPreconditioner
 from .streams import Batches
 
@@ -39,7 +39,8 @@ def thin_out(
     steps = result.steps + len(batches.order)
     for step, index in batches.order:
         weights = start.scatter(state.w)
-        active = ActiveWeights({name: weight != 0 for name, weight in weights.items()})
+        left = {name: weights[name] != 0 for name in start.weights}
+        active = replace(start, masks={**start.masks, **left})
         batch = replace(batches, active=active).objective(index, step)
         taken, weights = thinning_step(batch, weights, config, pattern, surplus(result.steps + 1, steps))
         state.w = state.mean = result.w = start.gather(weights)
@@ -69,17 +70,17 @@ def thinning_step(
     :func:`thinned` by the saliencies of the preconditioner, which must be ``gram``.
 
     Where loss or gradient are not finite there is no step, and the weights that were there come to the pattern at
-    once, by magnitude.
+    once, by magnitude. Biases all stay.
     """
     active = batch.active
     taken = newton_step(batch, active.gather(weights), config)
     if taken is None:
-        masks = thinned(active.masks, {name: weight.abs() for name, weight in weights.items()}, pattern, share=0)
+        masks = thinned(active.weights, {name: weight.abs() for name, weight in weights.items()}, pattern, share=0)
     else:
         assert isinstance(taken.preconditioner, RowPreconditioner)
         weights = active.scatter(taken.w)
-        masks = thinned(active.masks, active.scatter(taken.preconditioner.saliency(taken.w)), pattern, share)
-    return taken, {name: torch.where(masks[name], weight, 0.0) for name, weight in weights.items()}
+        masks = thinned(active.weights, active.scatter(taken.preconditioner.saliency(taken.w)), pattern, share)
+    return taken, {**weights, **{name: torch.where(mask, weights[name], 0.0) for name, mask in masks.items()}}
 
 
 def thinned(masks: Mapping[str, Tensor], saliencies: Mapping[str, Tensor], pattern: Pattern, share: float) -> Masks:

@@ -65,7 +65,7 @@ class Layers:
         """:meth:`solve`, or what an earlier run kept of it, put into the chain's model. Where memory runs out, the
         group is solved again with batches of half the size, and of single images with a smaller K."""
         name, journal = task.record, self.run.journal
-        active = ActiveWeights.of(task.segment.group, self.masks, self.chain.device)
+        active = ActiveWeights.of(task.segment.group, self.masks, self.chain.device, self.config.biases)
         found = journal.get(name)
         known = found or journal.get(f"{name}-halved")
         while known is not None and streams.halvings < known.facts["halvings"]:
@@ -101,7 +101,7 @@ class Layers:
         started = time.perf_counter()
         group, place, judge = task.segment.group, task.place, len(streams.pruned) - 1
         joint = group.kind == "joint"
-        active = ActiveWeights.of(group, self.masks, self.chain.device)
+        active = ActiveWeights.of(group, self.masks, self.chain.device, self.config.biases)
         state = get_state(self.run.journal, task.record, self.chain.device) if joint else None
         done = state.result.steps if state else 0
         most = self.config.solver.passes * judge

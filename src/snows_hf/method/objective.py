@@ -5,7 +5,7 @@ entries, so that no operation outweighs another by size and λ means the same fo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,19 +15,36 @@ from ..adapters.base import Chain, Group, State
 from ..runtime.distributed import Share, whole
 from ..settings import PruneConfig
 from .newton import Expansion
-from .preconditioner import recorded, row_preconditioner
+from .preconditioner import Bias, recorded, row_preconditioner
 
 
 @dataclass(frozen=True)
 class ActiveWeights:
-    """The m weights of a group that its masks keep, as one flat vector w; its parameters without a mask have none."""
+    """The m weights of a group that its masks keep, as one flat vector w; its parameters without a mask have none.
+
+    Attributes:
+        masks: parameter name → bool mask, those of weights and, all True, those of biases that move with them.
+        biases: of weights, the biases that do.
+    """
 
     masks: Mapping[str, Tensor]
+    biases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, group: Group, masks: Mapping[str, Tensor], device: torch.device) -> "ActiveWeights":
-        """Those of a group, by the masks that there are for its parameters."""
-        return cls({name: masks[name].to(device) for name in group.parameters if name in masks})
+    def of(
+        cls, group: Group, masks: Mapping[str, Tensor], device: torch.device, biases: bool = False
+    ) -> "ActiveWeights":
+        """Those of a group, by the masks that there are for its parameters; with their ``biases``, or without."""
+        own = {name: masks[name].to(device) for name in group.parameters if name in masks}
+        moving = {weight: bias for weight, bias in group.biases if biases and weight in own}
+        rows = {bias: own[weight].new_ones(len(own[weight])) for weight, bias in moving.items()}
+        return cls(own | rows, moving)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The masks of weights alone."""
+        biases = {*self.biases.values()}
+        return {name: mask for name, mask in self.masks.items() if name not in biases}
 
     @property
     def size(self) -> int:
@@ -142,7 +159,7 @@ class KStepObjective:
     def expand(self, w: Tensor) -> Expansion:
         """Value, gradient and curvature product at w (Eq. 4, 5, 7), on graphs that are built once and kept."""
         w = w.detach().requires_grad_()
-        with recorded(self.segment.chain, self.active.masks) as seen:
+        with recorded(self.segment.chain, self.active.weights) as seen:
             outputs = self._outputs(w)
         total, loss = self.share.sum, self._loss(outputs)
         # Outputs that w does not reach (a shortcut's convolution beside it) have no part in the derivatives.
@@ -150,8 +167,9 @@ class KStepObjective:
         moving = [(2 * c, o) for c, o, _ in residuals]
         precondition = None
         if self.solver.preconditioner == "gram":
-            given = self.solver.damping, self.share, self.solver.factor_entries
-            precondition = row_preconditioner(self.active.masks, seen, moving, *given)
+            model, given = self.segment.chain.model, (self.solver.damping, self.share, self.solver.factor_entries)
+            biases = {weight: Bias.of(model, weight, name) for weight, name in self.active.biases.items()}
+            precondition = row_preconditioner(self.active.masks, seen, moving, *given, biases)
         if self.solver.curvature == "hessian":
             return hessian_expansion(loss, w, total, precondition)
 

@@ -9,7 +9,8 @@ each row it is factorised exactly; at K = 0 it is the Hessian itself, and conjug
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,16 @@ from torch import Tensor, nn
 
 from ..adapters.base import Chain
 from ..runtime.distributed import Share, own_part
+from .factors import FACTOR_ENTRIES, RowBlocks, Rows, SharedRows, Shift, WithBiases, floor_of, shared_entries
 
-
-FACTOR_ENTRIES = 2**28
-"""Most numbers in the factors of one parameter (1 GB in float32), where nothing else is said; rows are cut into blocks
-to stay below."""
-
-CHUNK_ENTRIES = 2**22
-"""Numbers that are gathered and factorised at a time."""
 
 SAMPLES = 16
 """Inputs that a Gram matrix is estimated from, at least, as a multiple of its size; and of ``MIN_IMAGES`` images."""
 
 MIN_IMAGES = 32
+
+LEAST = 1e-3
+"""Least sensitivity of a row, as a share of the mean."""
 
 
 @contextmanager
@@ -50,14 +48,16 @@ def recorded(chain: Chain, parameters: Iterable[str]) -> Iterator[dict[str, tupl
             handle.remove()
 
 
-def gram(module: nn.Module, x: Tensor) -> Tensor | None:
+def gram(module: nn.Module, x: Tensor, constant: bool = False) -> Tensor | None:
     """Σ x xᵀ over images and positions, (groups, d, d) with d the inputs of one output; None for other modules.
 
-    ``x`` is a Linear's input (n, …, in) or a Conv2d's (n, c, h, w). Half precision is summed in float32.
+    ``x`` is a Linear's input (n, …, in) or a Conv2d's (n, c, h, w). Half precision is summed in float32. With a
+    ``constant``, there is one input more, the last, which is 1.
     """
     x = x if x.dtype == torch.float64 else x.float()
     if isinstance(module, nn.Linear):
         x = x.flatten(0, -2)
+        x = F.pad(x, (0, 1), value=1.0) if constant else x
         return (x.T @ x)[None]
     if not isinstance(module, nn.Conv2d):
         return None
@@ -70,6 +70,7 @@ def gram(module: nn.Module, x: Tensor) -> Tensor | None:
     for part in x.split(64):  # unfolding multiplies memory by the kernel's size
         columns = F.unfold(part, module.kernel_size, module.dilation, padding, module.stride)
         columns = columns.unflatten(1, (module.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        columns = F.pad(columns, (0, 0, 0, 1), value=1.0) if constant else columns
         block = columns @ columns.mT
         total = block if total is None else total + block
     return total
@@ -87,91 +88,53 @@ def sampled(mask: Tensor, z: Tensor, share: Share) -> tuple[slice, float]:
     return slice(-share.start % stride, None, stride), share.total / len(range(0, share.total, stride))
 
 
-def layout(mask: Tensor, entries: int) -> tuple[int, int, int]:
-    """Rows of a mask, blocks that each row's active weights are cut into, and the size of a block."""
-    width = max(int(mask.flatten(1).sum(1).max()), 1)  # a mask may keep nothing
-    pieces = max(1, -(-len(mask) * width * width // entries))
-    size = -(-width // pieces)
-    return len(mask), -(-width // size), size
+class Bias(NamedTuple):
+    """A bias that moves with a layer's rows.
 
+    Attributes:
+        column: by how much the layer's output z would have to change for what the bias adds, (rows,).
+        after: whether it is added to what is computed from z: z itself, where the loss reads it, does not change.
+    """
 
-def factor_bytes(masks: Mapping[str, Tensor], entries: int = FACTOR_ENTRIES) -> int:
-    """Memory of the float32 factors of a group, no parameter having more than about so many ``entries``."""
-    layouts = (layout(mask, entries) for mask in masks.values())
-    return sum(4 * rows * blocks * size**2 for rows, blocks, size in layouts)
+    name: str
+    column: Tensor
+    after: bool
 
-
-class RowBlocks:
-    """Cholesky factors of bᵣ G + λI on the active weights of each row r of one parameter, for a part of its rows;
-    ``span`` is where their active weights are among the parameter's."""
-
-    def __init__(
-        self,
-        mask: Tensor,
-        g: Tensor,
-        b: Tensor,
-        damping: float,
-        entries: int = FACTOR_ENTRIES,
-        part: slice | None = None,
-    ) -> None:
-        rows, count, size = layout(mask, entries)
-        part = part or slice(0, rows)
-        owner = torch.arange(part.start, part.stop, device=mask.device) // (rows // g.shape[0])
-        active, b_own = mask[part].flatten(1), b[part]
-        before = int(mask[: part.start].sum())
-        self.span = slice(before, before + int(active.sum()))
-        # Kept columns of each row first, in their order; what is past a row's count is padding.
-        order = active.int().argsort(dim=1, descending=True, stable=True)[:, : count * size]
-        order = F.pad(order, (0, count * size - order.shape[1])).unflatten(1, (count, size))
-        self.valid = torch.arange(count * size, device=mask.device)[None] < active.sum(1)[:, None]
-        self.factor = g.new_empty(len(active), count, size, size)
-        self.chunk = max(1, CHUNK_ENTRIES // (count * size**2))
-        # The relative term keeps constant or dead inputs factorisable.
-        floor = damping + 1e-4 * float(g.diagonal(dim1=-2, dim2=-1).mean() * b.mean())
-        for some in torch.arange(len(active), device=mask.device).split(self.chunk):
-            o, valid = order[some], self.valid[some].unflatten(1, (count, size))
-            blocks = g[owner[some, None, None, None], o[..., :, None], o[..., None, :]]
-            blocks *= b_own[some, None, None, None] * valid[..., :, None] * valid[..., None, :]
-            diagonal = blocks.diagonal(dim1=-2, dim2=-1)
-            diagonal += torch.where(valid, floor, 1.0)  # padding gets a unit diagonal
-            factor, failed = torch.linalg.cholesky_ex(blocks)
-            # A block that rounding has made indefinite is preconditioned by its diagonal.
-            by_diagonal = diagonal.clamp_min(1e-30).sqrt().diag_embed() if failed.any() else factor
-            self.factor[some] = torch.where((failed == 0)[..., None, None], factor, by_diagonal)
-
-    def solve(self, r: Tensor) -> Tensor:
-        """(bG + λI)⁻¹ r for the active weights of these rows, (m,) → (m,)."""
-        padded = torch.zeros_like(self.valid, dtype=r.dtype).masked_scatter(self.valid, r)
-        blocks = padded.unflatten(1, self.factor.shape[1:3])[..., None]
-        solved = torch.cholesky_solve(blocks.to(self.factor.dtype), self.factor)
-        return solved[..., 0].flatten(1)[self.valid].to(r.dtype)
-
-    def saliency(self, w: Tensor) -> Tensor:
-        """½wᵢ²/[(bG + λI)⁻¹]ᵢᵢ (m,): what it costs to remove one active weight, the others of its block making up for
-        it (Hassibi and Stork, 1993, Eq. 5)."""
-        inverses = map(torch.cholesky_inverse, self.factor.split(self.chunk))
-        diagonal = torch.cat([inverse.diagonal(dim1=-2, dim2=-1).flatten(1) for inverse in inverses])
-        return w.square() / (2 * diagonal[self.valid].to(w.dtype))
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, weight: str, name: str) -> "Bias":
+        """The bias of this name, the layer's own or that of the batch norm after it, which scales z."""
+        owner = name.rpartition(".")[0]
+        if owner == weight.rpartition(".")[0]:
+            return cls(name, torch.ones_like(model.get_parameter(name)), after=False)
+        norm: Any = model.get_submodule(owner)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        least = (LEAST * scale.square().mean()).sqrt().clamp_min(1e-12)  # as of sensitivities, which have its square
+        return cls(name, torch.where(scale < 0, -1.0, 1.0) / scale.abs().clamp_min(least), after=True)
 
 
 class RowPreconditioner:
-    """r (m,) → M⁻¹ r for a group, M having a block of rows for each of its parameters; of several processes each holds
-    the factors of its own rows, and what these give is summed."""
+    """r (m,) → M⁻¹ r for a group, M having a block for each row of its parameters; of several processes each holds the
+    factors of its own rows, and what these give is summed. ``factors`` come with the places of their weights, and of
+    their biases, among the m."""
 
-    def __init__(self, masks: Sequence[Tensor], blocks: Sequence[RowBlocks], share: Share) -> None:
-        self.sizes, self.blocks, self.share = [int(mask.sum()) for mask in masks], blocks, share
+    def __init__(self, factors: Sequence[tuple[Rows | WithBiases, Sequence[slice]]], share: Share) -> None:
+        self.factors, self.share = factors, share
 
     def __call__(self, r: Tensor) -> Tensor:
-        return self._each(RowBlocks.solve, r)
+        return self._each(lambda rows, part: rows.solve(part), r)
 
     def saliency(self, w: Tensor) -> Tensor:
-        """:meth:`RowBlocks.saliency` of all active weights, (m,)."""
-        return self._each(RowBlocks.saliency, w)
+        """:meth:`Rows.saliency` of all active weights, (m,)."""
+        return self._each(lambda rows, part: rows.saliency(part), w)
 
-    def _each(self, of: Callable[[RowBlocks, Tensor], Tensor], vector: Tensor) -> Tensor:
+    def _each(self, of: Callable[[Rows | WithBiases, Tensor], Tensor], vector: Tensor) -> Tensor:
         result = torch.zeros_like(vector)
-        for block, part, out in zip(self.blocks, vector.split(self.sizes), result.split(self.sizes), strict=True):
-            out[block.span] = of(block, part[block.span])
+        for rows, places in self.factors:
+            parts = [vector[place] for place in places]
+            found = of(rows, torch.cat(parts)).split([len(part) for part in parts])
+            for place, part in zip(places, found, strict=True):
+                result[place] = part
         return self.share.sum(result)
 
 
@@ -182,38 +145,89 @@ def row_preconditioner(
     damping: float,
     share: Share,
     entries: int = FACTOR_ENTRIES,
+    biases: Mapping[str, Bias] | None = None,
 ) -> RowPreconditioner | None:
     """The preconditioner of a group, or None where a module is neither Linear nor plain Conv2d.
 
     Args:
-        seen: what :func:`recorded` noted while ``outputs`` were computed.
+        masks: of weights, and of biases that move with them, in the order in which they are active.
+        seen: what :func:`recorded` noted of the weights while ``outputs`` were computed.
         outputs: those of the segment, still attached to their graph, each with the loss's curvature in it.
         damping: λ.
         entries: most numbers in the factors of one parameter.
+        biases: those that move, by their weights.
     """
-    grams = []
-    for name, mask in masks.items():
+    biases = biases or {}
+    moving = {bias.name for bias in biases.values()}
+    weights, grams = [name for name in masks if name not in moving], {}
+    for name in weights:
         module, *both = seen[name]
         # Windows of attention come in the place of images, an image's one after the other.
         x, z = (tensor.unflatten(0, (share.stop - share.start, -1)) for tensor in both)
-        images, scale = sampled(mask, z, share)
-        g = gram(module, x[images].flatten(0, 1))
+        images, scale = sampled(masks[name], z, share)
+        g = gram(module, x[images].flatten(0, 1), constant=name in biases)
         if g is None:
             return None
-        grams.append(share.sum(g * (share.weight * scale)))
+        grams[name] = share.sum(g * (share.weight * scale))
+    f, u = [o for _, o in outputs], cotangents(outputs, share)
+    sensitivities = torch.autograd.grad(f, [seen[name][2] for name in weights], u, retain_graph=True)
+    starts = dict(zip(masks, accumulate((int(mask.sum()) for mask in masks.values()), initial=0), strict=False))
+    factors: list[tuple[Rows | WithBiases, list[slice]]] = []
+    for name, cotangent in zip(weights, sensitivities, strict=True):
+        (module, _, z), mask, g = seen[name], masks[name], grams[name]
+        b = mean_square(module, cotangent, share, g.dtype)
+        if name not in biases:
+            rows = factorised(mask, g, b, damping, entries)
+            factors.append((rows, [moved_by(rows.span, starts[name])]))
+            continue
+        bias, through = biases[name], b
+        if bias.after:
+            direct = [own for own, o in zip(u, f, strict=True) if o is z]
+            through = mean_square(module, sum(direct, start=-cotangent), share, g.dtype).minimum(b)
+        g, shift = shift_of(g, b, through, bias.column.to(g), damping)
+        rows = factorised(mask, g, b, damping, entries, shift)
+        places = [moved_by(rows.span, starts[name]), moved_by(rows.part, starts[bias.name])]
+        factors.append((WithBiases(rows, shift), places))
+    return RowPreconditioner(factors, share)
+
+
+def cotangents(outputs: Sequence[tuple[float, Tensor]], share: Share) -> list[Tensor]:
+    """Random ones of the outputs, whose squares are on average the loss's curvature in each."""
     device = outputs[0][1].device
     generator = torch.Generator(device).manual_seed(0)
     u = []
     for h, o in outputs:  # drawn for the whole batch: every image has its own, whoever has the image
         signs = torch.randint(2, (share.total, *o.shape[1:]), generator=generator, device=device, dtype=o.dtype)
         u.append(signs[share.start : share.stop].mul(2 * h**0.5).sub_(h**0.5))  # a copy, without the others'
-    f = [o for _, o in outputs]
-    sensitivities = torch.autograd.grad(f, [seen[name][2] for name in masks], u, retain_graph=True)
-    blocks = []
-    for (name, mask), x_gram, g in zip(masks.items(), grams, sensitivities, strict=True):
-        # A Linear's channels are last, on windows or feature maps (n, …, …, out) too.
-        per_row = (g.movedim(1, -1) if isinstance(seen[name][0], nn.Conv2d) else g).flatten(0, -2)
-        b = share.mean(per_row.to(x_gram.dtype).square().mean(0))
-        b = b.clamp_min(1e-3 * float(b.mean()))
-        blocks.append(RowBlocks(mask, x_gram, b, damping, entries, own_part(len(mask))))
-    return RowPreconditioner(list(masks.values()), blocks, share)
+    return u
+
+
+def mean_square(module: nn.Module, cotangent: Tensor, share: Share, dtype: torch.dtype) -> Tensor:
+    """Of a cotangent of a layer's output, over images and positions, (rows,): none far below their mean, since it may
+    be nearly zero by chance."""
+    # A Linear's channels are last, on windows or feature maps (n, …, …, out) too.
+    per_row = (cotangent.movedim(1, -1) if isinstance(module, nn.Conv2d) else cotangent).flatten(0, -2)
+    b = share.mean(per_row.to(dtype).square().mean(0))
+    return b.clamp_min(LEAST * float(b.mean()))
+
+
+def shift_of(g: Tensor, b: Tensor, through: Tensor, column: Tensor, damping: float) -> tuple[Tensor, Shift]:
+    """G (groups, d, d) of the inputs of a layer alone, from that with a constant, and what its biases add, which have a
+    part ``through`` in the sensitivities b (rows,), and these columns."""
+    g, s, n = g[:, :-1, :-1], g[:, :-1, -1], g[0, -1, -1]
+    cross = through * column
+    return g, Shift(s, cross, (cross * column * n + floor_of(g, b, damping)).clamp_min(1e-30))
+
+
+def factorised(
+    mask: Tensor, g: Tensor, b: Tensor, damping: float, entries: int, shift: Shift | None = None
+) -> RowBlocks | SharedRows:
+    """The factors of this process's rows: one for all of a group where they share their columns."""
+    shared, part = shared_entries(mask, len(g)), own_part(len(mask))
+    if shared is not None and shared <= entries and g.isfinite().all():
+        return SharedRows(mask, g, b, damping, part, shift)
+    return RowBlocks(mask, g, b, damping, entries, part, shift)
+
+
+def moved_by(span: slice, start: int) -> slice:
+    return slice(start + span.start, start + span.stop)

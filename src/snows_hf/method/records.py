@@ -61,7 +61,8 @@ class LayerReport:
         weights = [segment.chain.weight(name) for name in segment.group.parameters]
         size = sum(weight.numel() for weight in weights)
         joint = segment.group.kind == "joint"
-        masked = sum(mask.numel() for mask in active.masks.values()) - int(torch.count_nonzero(result.w))
+        found = active.scatter(result.w)
+        masked = sum(int((found[name] == 0).sum()) for name in active.weights)
         return cls(
             name=segment.group.name,
             sweep=sweep,

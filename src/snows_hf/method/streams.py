@@ -137,7 +137,13 @@ def masked_operations(chain: Chain, masks: Masks) -> list[int]:
     return [i for i, group in chain.groups() if any(name in masks for name in group.parameters)]
 
 
+def moved(chain: Chain, masks: Masks, biases: bool) -> list[str]:
+    """Names of all parameters that a prune with these masks moves: weights and, where they move too, their biases."""
+    return [*masks, *(bias for weight, bias in chain.biases.items() if biases and weight in masks)]
+
+
 def whole_network(chain: Chain, masks: Masks, name: str = "all layers") -> Segment:
     """The network from its images on, with all pruned weights as one group."""
     names = tuple(name for _, group in chain.groups() for name in group.parameters if name in masks)
-    return Segment(chain, Group(name, names, "joint"), 0, len(chain.operations))
+    biases = tuple((weight, bias) for weight, bias in chain.biases.items() if weight in masks)
+    return Segment(chain, Group(name, names, "joint", biases), 0, len(chain.operations))
