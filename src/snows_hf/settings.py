@@ -1,6 +1,7 @@
 """Settings: each is one field, which is its check, its option, its key in a YAML file and its row in docs/settings.md;
 and the paper's presets (Table 7)."""
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, astuple, field, replace
 from types import NoneType, UnionType
@@ -162,6 +163,11 @@ class PruneConfig(Settings):
     K_max."""
     mask: str = "magnitude"
     """Mask criterion (magnitude, wanda, sparsegpt, swap, …), or a safetensors file of booleans."""
+    units: str = "obs"
+    """Criterion by which structures choose the units that go: ``obs`` (group OBS), or one of weights, such as
+    ``magnitude``, summed over each unit's."""
+    repair: bool = True
+    """Layers that read a structure's units make up, by least squares, for those that go; with ``obs`` always."""
     permute: bool | None = None
     """Put input channels in an order that N:M suits better, where they are free (permutation.py). None: if one N:M
     for all layers keeps less than half of the weights, and the masks do not come from a file."""
@@ -364,6 +370,8 @@ def preset(name: str, family: str, pattern: str) -> PruneConfig:
     if name not in PRESETS:
         raise ConfigError(f"Preset {name!r}: expected one of {', '.join(PRESETS)}.")
     settings = PRESETS[name].get(family, {})
-    if name == "default" and ":" in pattern:
+    if name == "default" and re.search(r"\d:\d", pattern):
         settings = settings | N_M
+    if re.search("[a-z]:", pattern):
+        settings = settings | {"biases": True}
     return PruneConfig(pattern).updated(**settings)

@@ -74,6 +74,7 @@ class Chain(nn.Module):
         results: names of the model's outputs, in the order of the last operation's state.
         dense: Linear and Conv2d layers that are in no group, each with the reason.
         image: a blank one (1, 3, height, width) of the size that the chain is for, where that matters.
+        graph: the model's own (trace.py), where the operations were cut from it.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Chain(nn.Module):
         results: tuple[str, ...] = ("logits",),
         dense: Mapping[str, str] | None = None,
         image: Tensor | None = None,
+        graph: Any = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -94,6 +96,7 @@ class Chain(nn.Module):
         self.results = results
         self.dense = dict(dense or {})
         self.image = image
+        self.graph = graph
 
     @property
     def device(self) -> torch.device:

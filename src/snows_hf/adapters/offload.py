@@ -91,7 +91,7 @@ def offloaded(chain: Chain, images: Tensor, device: torch.device) -> Chain:
     chain.model.eval()
     deque(chain.walk(state, note), maxlen=0)  # for what is noted
     chain.model.train(training)
-    return Chain(chain.model, operations, chain.family, device, chain.results, chain.dense, chain.image)
+    return Chain(chain.model, operations, chain.family, device, chain.results, chain.dense, chain.image, chain.graph)
 
 
 ROOM_FOR_WEIGHTS = 7

@@ -29,7 +29,7 @@ def traced_chain(model: nn.Module, image: Tensor, substitutes: Mapping[str, Call
     names = {node: name for name, node in graph.results.items()}
     results = tuple(names[end] for end in ends)
     blank = torch.zeros_like(image)
-    return Chain(model, operations, family_of(graph), results=results, dense=cuts.dense, image=blank)
+    return Chain(model, operations, family_of(graph), results=results, dense=cuts.dense, image=blank, graph=graph)
 
 
 def family_of(graph: Graph) -> str:

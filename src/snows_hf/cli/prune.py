@@ -173,6 +173,12 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         chosen = [{"name": name, "own": shown(own)} for name, own in report["allocation"]["patterns"].items()]
         title = f"Allocation by sensitivity, counting {report['allocation']['budget']}"
         sink.table({"weights": "{name}", "pattern": "{own}"}, chosen, title)
+    if "units" in report:
+        parameters, flops = report["parameters"], report["flops"]
+        sink.text(
+            f"{parameters['dense'] / 1e6:.1f} → {parameters['total'] / 1e6:.1f} million parameters, "
+            f"{flops['dense'] / flops['pruned']:.2f} times fewer operations."
+        )
     sink.text(
         f"{len(report['layers'])} layers pruned to {report['pattern']} ({100 * report['sparsity']:.1f} % zeros) with "
         f"{report['samples']} images in {report['seconds']:.0f} s."

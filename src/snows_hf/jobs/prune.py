@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters.flops import count_flops
 from ..adapters.offload import Whole, place
 from ..data.images import ImageSource, open_images
 from ..data.names import Name
@@ -24,8 +25,8 @@ from ..masks.scores.base import Choice
 from ..method.cascade import prune_chain
 from ..method.fitting import find_batches
 from ..method.records import LayerReport
-from ..method.streams import holding, moved
-from ..patterns import NM, Pattern
+from ..method.streams import Teacher, holding, moved
+from ..patterns import NM, Pattern, split_structures
 from ..patterns.plan import Candidate, by_sensitivity, layer_patterns, one_pattern, order_for
 from ..reports.describe import describe_data, describe_layers, describe_run, describe_size, finite
 from ..runtime.device import describe_hardware
@@ -37,6 +38,7 @@ from ..runtime.run import Progress, Run
 from .calibration import calibrate, first_pass
 from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
 from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype
+from .structure import cut_units, units_to_keep
 from .subject import Subject, copy_of, load_subject, restore_untouched
 
 
@@ -124,12 +126,14 @@ def prune(
     started = time.perf_counter()
     data, folder = data or DEFAULT_DATA, Path(output) if output is not None else None
     candidates = layer_patterns(check_pruning(pattern, preset, settings))
+    shares, _ = split_structures(pattern)
     check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     told = {"on_stage": on_stage, "on_progress": on_progress}
     run = Run.begin(device, reproducible=True, dtype=find_dtype(dtype), memory=memory, **told)
 
     subject = load_subject(run, model, revision, candidates, preset, pattern, settings)
     check_mask_labels(subject.config, subject.checkpoint)
+    keep = units_to_keep(subject, shares)
     check_disk_and_masks(subject, folder)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     run = run.with_room()
@@ -151,6 +155,11 @@ def prune(
         subject = replace(subject, chain=chain)
         measurer = Measurer(run, subject, evaluation)
         report: dict[str, Any] = {"dense": measurer.accuracy("dense"), "masked": None, "pruned": None}
+        teacher, dense = None, describe_size(subject.network, {}, flops)
+        if keep:
+            subject, teacher, report["units"] = cut_units(run, subject, keep, images, labels)
+            chain, flops = subject.chain, count_flops(subject.chain, images[:1])
+            measurer = Measurer(run, subject, evaluation, teacher)
         chosen = choose(run, subject, candidates, images, labels, flops, update)
         fidelity: dict[str, Any] = {}
         if evaluation is not None or not update:
@@ -160,13 +169,13 @@ def prune(
             fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", chosen.choice.masks)
         reports: list[LayerReport] = []
         if update:
-            subject, reports = solve(run, subject, chosen, images)
+            subject, reports = solve(run, subject, chosen, images, teacher)
             report["pruned"] = measurer.accuracy("pruned")
             moving = moved(chain, chosen.choice.masks, subject.config.biases)
             fidelity["pruned"] = measurer.fidelity("pruned", moving)
         report["fidelity"] = fidelity if evaluation is not None else None
         subject.network.to("cpu")
-        report |= describe(run, subject, chosen, flops, reports) | {
+        report |= describe(run, subject, chosen, flops, reports, dense) | {
             "update": update,
             "permuted": permuted,
             "samples": len(images),
@@ -185,8 +194,8 @@ def prune(
 class Measurer:
     """What is measured of a subject on images (None: nothing), whose weights change in the meantime."""
 
-    def __init__(self, run: Run, subject: Subject, data: ImageSource | None) -> None:
-        self.run, self.subject, self.data = run, subject, data
+    def __init__(self, run: Run, subject: Subject, data: ImageSource | None, teacher: Teacher | None = None) -> None:
+        self.run, self.subject, self.data, self.teacher = run, subject, data, teacher
         chain = subject.chain
         self.network = subject.network if chain.offloaded is None else Whole(chain)
         self.measured = measuring(self.network, subject.checkpoint, data)
@@ -199,6 +208,9 @@ class Measurer:
         if self.data is None:
             return None
         chain, outputs = self.subject.chain, outputs_on_device(self.network)
+        if self.teacher is not None:
+            dense_outputs = outputs_on_device(self.teacher.chain.model)
+            return measure_fidelity(self.run, what, dense_outputs, self.network, self.subject.checkpoint, self.data)
         weights = {name: self.subject.original[name].to(chain.weight(name).device) for name in changed}
 
         def dense(images: Tensor) -> dict[str, Tensor]:
@@ -269,7 +281,9 @@ def choose(
     return Chosen(evidence.pattern, choice, begin, final, {"allocation": allocation, "criterion": criterion})
 
 
-def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[Subject, list[LayerReport]]:
+def solve(
+    run: Run, subject: Subject, chosen: Chosen, images: Images, teacher: Teacher | None = None
+) -> tuple[Subject, list[LayerReport]]:
     """Algorithm 3 on the dense network, which is pruned, and in the checkpoint's own types, when it is done.
 
     Returns:
@@ -281,21 +295,31 @@ def solve(run: Run, subject: Subject, chosen: Chosen, images: Images) -> tuple[S
     subject.network.to(run.dtype)
     config = find_batches(run, chain, images[:2], chosen.begin.masks, subject.config)
     run.say(f"Pruning {len(subject.layers)} layers to {config.pattern}")
-    reports = prune_chain(chain, images, chosen.begin.masks, config, run, chosen.begin.weights, chosen.final)
+    begin = chosen.begin
+    reports = prune_chain(chain, images, begin.masks, config, run, begin.weights, chosen.final, teacher)
     for name in restore_untouched(subject.network, subject.original, moving):
         run.say(f"{name}: weights beyond the range of {subject.original[name].dtype} became its largest number")
     return replace(subject, config=config), reports
 
 
 def describe(
-    run: Run, subject: Subject, chosen: Chosen, flops: dict[str, int], reports: list[LayerReport]
+    run: Run,
+    subject: Subject,
+    chosen: Chosen,
+    flops: dict[str, int],
+    reports: list[LayerReport],
+    dense: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the report says of the result itself."""
+    """What the report says of the result itself; ``dense`` is the size of the network that it was made of."""
     masks, chain = chosen.choice.masks, subject.chain
     layers = describe_layers(subject.checkpoint, chain, subject.layers, masks, chosen.pattern, subject.config, reports)
+    size = describe_size(subject.network, masks, flops)
+    size["parameters"]["dense"] = dense["parameters"]["total"]
+    size["flops"]["dense"] = dense["flops"]["dense"]
     return (
         layers
-        | describe_size(subject.network, masks, flops)
+        | ({"pattern": subject.config.pattern} if split_structures(subject.config.pattern)[0] else {})
+        | size
         | chosen.facts
         | {
             "device": str(run.device),

@@ -14,6 +14,7 @@ from ..masks.allocation import IMAGES, Sensitivity
 from ..masks.choices import measure_sensitivities
 from ..masks.evidence import Evidence
 from ..patterns import Unstructured, parse_candidates
+from ..patterns.plan import Candidate
 from ..reports.describe import describe_data, finite
 from ..runtime.files import write_whole
 from ..runtime.run import Progress, Run
@@ -58,11 +59,12 @@ def sensitivity(
     settings = {"samples": IMAGES, **settings}
     check_sensitivity(patterns, preset, settings)
     # A layer is measured by itself: a share of zeros is its own.
-    candidates = [
+    candidates: list[Candidate] = [
         replace(candidate, scope="layer") if isinstance(candidate, Unstructured) else candidate
         for candidate in parse_candidates(patterns)
         if candidate is not None
     ]
+    first = next(candidate for candidate in candidates if candidate is not None)
     run = Run.begin(device, dtype=find_dtype(dtype), on_stage=on_stage, on_progress=on_progress)
     data = data or DEFAULT_DATA
 
@@ -76,7 +78,7 @@ def sensitivity(
     chain = place(run, subject.chain, calibration.images[:2], config.offload)
     run.say(f"Measuring {len(subject.layers)} layers under {len(candidates)} patterns")
     on_device = {name: chain.weight(name).detach() for name in subject.weights}
-    evidence = Evidence(on_device, candidates[0], config, chain, calibration.images, labels, run)
+    evidence = Evidence(on_device, first, config, chain, calibration.images, labels, run)
     table = measure_sensitivities(evidence, candidates, flops)
     return finite(
         {

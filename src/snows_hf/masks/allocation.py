@@ -21,7 +21,7 @@ from ..errors import ConfigError, NumericsError
 from ..method.newton import newton
 from ..method.objective import ActiveWeights, KStepObjective, Segment
 from ..method.streams import masked_operations, through
-from ..patterns import NM, PerLayer, Unstructured, parse_candidates
+from ..patterns import NM, Full, PerLayer, Unstructured, parse_candidates
 from ..patterns.budget import spend
 from ..patterns.plan import Candidate
 from ..runtime.journal import Record
@@ -88,7 +88,7 @@ def layer_sensitivities(
     return sorted(rows, key=lambda row: (order[row.layer], row.kept))
 
 
-def layers_under(pattern: NM | Unstructured, evidence: Evidence, flops: Mapping[str, int]) -> list[Sensitivity]:
+def layers_under(pattern: NM | Unstructured | Full, evidence: Evidence, flops: Mapping[str, int]) -> list[Sensitivity]:
     """The sensitivity of every layer that a pattern, the evidence's, fits."""
     chain, config, run, images = evidence.network, evidence.config, evidence.run, evidence.images
     assert images is not None

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import MaskError, PatternError
-from ..patterns import NM, Masks, Pattern, Unstructured
+from ..patterns import NM, Full, Masks, Pattern, Unstructured
 from ..settings import PruneConfig
 from .criteria import find_criterion
 from .evidence import Evidence
@@ -49,6 +49,8 @@ def choose(evidence: Evidence) -> Choice:
     if mask.endswith(".safetensors"):
         return Choice(load_masks(Path(mask), evidence.weights, evidence.pattern))
     evidence = replace(evidence, weights={name: evidence.weights[name].detach() for name in fitting})
+    if isinstance(evidence.pattern, Full):
+        return Choice(evidence.pattern.masks(dict(evidence.weights)))
     score: Score = resolve_name(f"{__package__}.scores.{find_criterion(mask).function}")
     found = score(evidence)
     return found if isinstance(found, Choice) else Choice(evidence.ranked(found))

@@ -183,20 +183,31 @@ class Evidence:
             MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.
             NumericsError: an input is not finite.
         """
+        for portion in self._portions(list(self.weights if names is None else names)):
+            for name, H in self._grams(portion).items():
+                yield name, _channels_last(H, self.weights[name]).to(self.network.device)
+
+    def moments(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Σ [x, 1][x, 1]ᵀ of what each of these layers reads, (d + 1, d + 1) with d as ``weight.flatten(1)`` counts,
+        over all images and positions; as :meth:`grams`."""
+        for portion in self._portions(names):
+            for name, total in self._grams(portion, constant=True).items():
+                yield name, total[0].to(self.network.device)
+
+    def _portions(self, names: Sequence[str]) -> list[list[str]]:
+        """Names whose Gram matrices are there at a time."""
         portions, entries = [list[str]()], 0
-        for name in self.weights if names is None else names:
-            size = self.weights[name][0].numel() ** 2
+        for name in names:
+            size = self.network.weight(name)[0].numel() ** 2
             if portions[-1] and entries + size > GRAM_ENTRIES:
                 portions.append([])
                 entries = 0
             portions[-1].append(name)
             entries += size
-        for portion in portions:
-            for name, H in self._grams(portion).items():
-                yield name, H.to(self.network.device)
+        return portions
 
     @torch.no_grad()
-    def _grams(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def _grams(self, names: Sequence[str], constant: bool = False) -> dict[str, Tensor]:
         chain, totals = self.network, dict[str, Tensor]()
 
         def advance(operation: Operation, state: State) -> State:
@@ -204,14 +215,14 @@ class Evidence:
             with recorded(chain, [name for name in own if name in names]) as seen:
                 state = operation.run(state)
             for name, (module, x, _) in seen.items():
-                g = gram(module, x)
+                g = gram(module, x, constant)
                 if g is None:
                     raise MaskError(
                         f"Mask criterion {self.config.mask!r}: {name} belongs to a {type(module).__name__}, and only "
                         "Linear and Conv2d are understood.",
                         "Leave it out with --layers, or use a criterion that reads no inputs, such as magnitude.",
                     )
-                g = g.to(self.weights[name].device)  # of an offloaded network's weights: main memory
+                g = g.to(chain.weight(name).device)  # of an offloaded network's weights: main memory
                 totals[name] = totals[name] + g if name in totals else g
             return state
 
@@ -223,7 +234,7 @@ class Evidence:
         for name, total in totals.items():
             if not total.isfinite().all():
                 raise NumericsError(f"The inputs of {name} are not all finite numbers.", REMEDY)
-        return {name: _channels_last(totals[name], self.weights[name]) for name in names}
+        return {name: totals[name] for name in names}
 
 
 def matrix(weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Algorithm 3: layer after layer, each solved on the inputs that the pruned layers before it produce (streams.py)."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..settings import PruneConfig
 from .layers import Layers, Task
 from .objective import Segment
 from .records import LayerReport
-from .streams import Streams, holding, masked_operations, moved, split_images, whole_network
+from .streams import Streams, Teacher, holding, masked_operations, moved, split_images, whole_network
 
 
 def prune_chain(
@@ -24,6 +25,7 @@ def prune_chain(
     run: Run | None = None,
     start: Mapping[str, Tensor] | None = None,
     pattern: Pattern | None = None,
+    teacher: Teacher | None = None,
 ) -> list[LayerReport]:
     """Prunes a chain's model in place with the given masks (True: kept).
 
@@ -38,6 +40,7 @@ def prune_chain(
             where their held-out loss is below that of the dense weights masked; targets stay the dense network's.
         pattern: to which the masks, which keep more, thin out after the sweeps (gradual.py), in
             ``config.gradual_steps`` joint steps. None: they stay as they are.
+        teacher: the dense network, where the chain's model is a smaller one that was cut out of it.
 
     Raises:
         MemoryLimitError: a single image is too much.
@@ -56,9 +59,9 @@ def prune_chain(
     joint_steps = config.joint_steps - gradual_steps
     solves = config.sweeps * len(masked_operations(chain, masks))
     total = solves + (pattern is not None) + (joint_steps > 0)
-    layers = Layers(chain, masks, dense, config, run or Run(), start or {}, total)
+    layers = Layers(chain, masks, dense, config, run or Run(), start or {}, total, teacher)
     reports: list[LayerReport] = []
-    with frozen(chain.model):
+    with frozen(chain.model), frozen(teacher.chain.model) if teacher else nullcontext():
         for number in range(1, config.sweeps + 1):
             reports += sweep(layers, number, Streams.start(images, batches, shelf))
         if pattern is not None:
@@ -78,10 +81,13 @@ def sweep(layers: Layers, number: int, streams: Streams) -> list[LayerReport]:
     """All layers once, in forward order; ``number`` counts from 1."""
     chain, reports = layers.chain, list[LayerReport]()
     todo = masked_operations(chain, layers.masks)
+    theirs = {operation.name: operation for operation in layers.teacher.chain.operations} if layers.teacher else {}
     before: dict[str, Tensor] = {}  # of the layer that was solved last: what the dense stream still takes
 
     def advance(operation: Operation, streams: Streams) -> Streams:
-        if layers.config.targets == "dense":
+        if layers.teacher is not None:
+            streams.advance(theirs[operation.name], "dense", chain.device)
+        elif layers.config.targets == "dense":
             with holding(chain, layers.dense or before):
                 streams.advance(operation, "dense", chain.device)
         streams.advance(operation, "pruned", chain.device)

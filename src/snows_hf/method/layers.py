@@ -17,7 +17,7 @@ from .gradual import thin_out
 from .newton import NewtonState, NewtonStatus, Objective, newton
 from .objective import ActiveWeights, Segment
 from .records import LayerReport, get_state, put_state
-from .streams import Batches, Streams
+from .streams import Batches, Streams, Teacher
 
 
 STAGE = "Layers"
@@ -60,6 +60,7 @@ class Layers:
     run: Run
     start: Mapping[str, Tensor]
     total: int
+    teacher: Teacher | None = None
 
     def finish(self, task: Task, streams: Streams) -> tuple[LayerReport, dict[str, Tensor]]:
         """:meth:`solve`, or what an earlier run kept of it, put into the chain's model. Where memory runs out, the
@@ -109,7 +110,7 @@ class Layers:
         self.run.tell(STAGE, place, self.total, group.name)
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
         order = [(task.first + i, (place * steps + i) % judge) for i in range(done, steps)]
-        batches = Batches(task.segment, self.dense, active, streams, self.config, order)
+        batches = Batches(task.segment, self.dense, active, streams, self.config, order, self.teacher)
         held_out = batches.objective(judge)
         masked = None
         if state is None:

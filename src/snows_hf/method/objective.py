@@ -110,7 +110,8 @@ class KStepObjective:
         state: what enters the layer in the pruned network.
         config: weighting of the operations, ``emphasis`` of late ones (where the segment is the whole network),
             curvature, preconditioner and its damping.
-        targets: Y^{l+k}, one tensor per operation of the segment. None: what they are with the model's own weights.
+        targets: Y^{l+k}, one tensor per operation of the segment, None of those that are not compared. None: what
+            they are with the model's own weights.
         share: which images of the batch ``state`` and ``targets`` hold; value and expansion are those of the whole
             batch. None: all of them.
         autocast: matrix products and convolutions of the segment, and of its derivatives, are in bfloat16.
@@ -122,7 +123,7 @@ class KStepObjective:
         active: ActiveWeights,
         state: State,
         config: PruneConfig,
-        targets: Sequence[Tensor] | None = None,
+        targets: Sequence[Tensor | None] | None = None,
         share: Share | None = None,
         autocast: bool = False,
     ) -> None:
@@ -131,18 +132,20 @@ class KStepObjective:
         if targets is None:
             with torch.no_grad():
                 targets = segment.outputs(state)
-        self.targets = targets
+        self.compared = [place for place, y in enumerate(targets) if y is not None]
+        self.targets = [y for y in targets if y is not None]
         emphasis = config.emphasis if segment.group.kind == "joint" else 0.0
         self.weights = []
-        for place, y in enumerate(targets, start=1):
+        for place, y in zip(self.compared, self.targets, strict=True):
             # One over the entries of an operation's targets in the whole batch, and over their variance.
             variance = self.share.variance(y) + 1e-12 if config.weighting == "relative" else 1.0
             weight = self.share.weight / (y[0].numel() * self.share.total * variance)
-            self.weights.append(weight * (place / len(targets)) ** emphasis)
+            self.weights.append(weight * ((place + 1) / len(targets)) ** emphasis)
 
     def _outputs(self, w: Tensor) -> list[Tensor]:
         with torch.autocast(w.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.segment.outputs(self.state, self.active.scatter(w))
+            outputs = self.segment.outputs(self.state, self.active.scatter(w))
+        return [outputs[place] for place in self.compared]
 
     @torch.no_grad()
     def value(self, w: Tensor) -> float:

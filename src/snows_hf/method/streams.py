@@ -6,14 +6,14 @@ ones broke; with cascaded targets (the paper's) the dense layer runs on the prun
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..adapters import Chain, Group, Operation, State
+from ..adapters import Chain, Group, Operation, State, frozen
 from ..adapters.base import run_operation
 from ..patterns import Masks
 from ..runtime.distributed import share
@@ -102,9 +102,38 @@ def holding(chain: Chain, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The dense network that a smaller one, cut out of it, is fitted to: its chain has the same operations.
+
+    Attributes:
+        alike: of each operation, whether its output has the same shape in both: only these are compared.
+    """
+
+    chain: Chain
+    alike: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, chain: Chain, smaller: Chain, images: Tensor) -> "Teacher":
+        """The dense ``chain`` as the teacher of a ``smaller`` one, both run on some images."""
+        shapes = []
+        for each in (chain, smaller):
+            state: State = (images.to(each.device),)
+            with torch.no_grad(), frozen(each.model):
+                shapes.append([output.shape for output in each(state)])
+        return cls(chain, tuple(one == other for one, other in zip(*shapes, strict=True)))
+
+    def targets(self, segment: Segment, state: State) -> list[Tensor | None]:
+        """Outputs of a segment of the smaller chain, from what enters it here; None of those that are not alike."""
+        outputs = replace(segment, chain=self.chain).outputs(state)
+        alike = self.alike[segment.start : segment.stop]
+        return [output if same else None for output, same in zip(outputs, alike, strict=True)]
+
+
+@dataclass(frozen=True)
 class Batches:
     """The objectives of one layer, each made when its turn comes and freed after. ``dense`` stand in for the model's
-    own weights where targets are computed; ``order`` is of steps, with the batch of each."""
+    own weights where targets are computed, or the ``teacher`` computes them; ``order`` is of steps, with the batch of
+    each."""
 
     segment: Segment
     dense: Mapping[str, Tensor]
@@ -112,6 +141,7 @@ class Batches:
     streams: Streams
     config: PruneConfig
     order: Sequence[tuple[int, int]]
+    teacher: Teacher | None = None
 
     def objective(self, index: int, step: int | None = None) -> KStepObjective:
         """That of one batch at a step: there images may be augmented, and half precision may do. None: as it is."""
@@ -123,10 +153,17 @@ class Batches:
             source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
         elif self.config.targets == "dense":
             source = self.streams.dense[index].get()
-        with torch.no_grad(), holding(self.segment.chain, self.dense):
-            targets = self.segment.outputs(send_to_device(source, self.segment.chain.device))
+        targets = self.targets(send_to_device(source, self.segment.chain.device))
         autocast = self.config.autocast and step is not None
         return KStepObjective(self.segment, self.active, pruned, self.config, targets, part, autocast)
+
+    @torch.no_grad()
+    def targets(self, state: State) -> Sequence[Tensor | None]:
+        """What the outputs of the segment should be, from what enters it in the dense network."""
+        if self.teacher is not None:
+            return self.teacher.targets(self.segment, state)
+        with holding(self.segment.chain, self.dense):
+            return self.segment.outputs(state)
 
     def __iter__(self) -> Iterator[KStepObjective]:
         return (self.objective(index, step) for step, index in self.order)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import PatternError
+from .structure import split_structures
 
 
 if TYPE_CHECKING:  # a command line is read, and refused, before torch is loaded
@@ -172,6 +173,39 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
+class Full:
+    """No zeros: what is left once structures have gone is kept."""
+
+    sparsity: float = 0.0
+
+    def __str__(self) -> str:
+        return "full"
+
+    def fits(self, shape: torch.Size) -> bool:
+        return len(shape) >= 2
+
+    def masks(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Masks, bool and shaped like the ``scores``, that keep everything."""
+        import torch
+
+        return {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+
+    def of(self, name: str) -> Full:
+        """The pattern of one layer: this one."""
+        return self
+
+    def relaxed(self) -> None:
+        """None: these are all weights."""
+
+    def zeros(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many weights each layer loses: none."""
+        return dict.fromkeys(weights, 0)
+
+    def holds(self, weight: Tensor) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
 class PerLayer:
     """A pattern for each layer, as an allocation chose them.
 
@@ -180,7 +214,7 @@ class PerLayer:
         title: what stands for all of them, ``0.8`` or ``1:4,2:4,dense`` for example.
     """
 
-    patterns: Mapping[str, NM | Unstructured | None]
+    patterns: Mapping[str, NM | Unstructured | Full | None]
     title: str
 
     def __str__(self) -> str:
@@ -193,7 +227,7 @@ class PerLayer:
         layers = {n: replace(p, scope="layer") if isinstance(p, Unstructured) else p for n, p in found.items()}
         return cls(layers, title)
 
-    def of(self, name: str) -> NM | Unstructured | None:
+    def of(self, name: str) -> NM | Unstructured | Full | None:
         """The pattern of one layer; None where it stays dense."""
         return self.patterns.get(name)
 
@@ -210,13 +244,13 @@ class PerLayer:
         """How many weights each layer loses."""
         return {name: self._sparse(name).zeros({name: weight})[name] for name, weight in weights.items()}
 
-    def _sparse(self, name: str) -> NM | Unstructured:
+    def _sparse(self, name: str) -> NM | Unstructured | Full:
         own = self.patterns[name]
         assert own is not None, f"{name} stays dense"
         return own
 
 
-Pattern = NM | Unstructured | PerLayer
+Pattern = NM | Unstructured | PerLayer | Full
 
 Masks = dict[str, "Tensor"]
 """Parameter name → bool mask (True: kept) of the parameter's shape."""
@@ -231,30 +265,38 @@ def _keep_highest(scores: Tensor, keep: int) -> Tensor:
     return mask.view_as(scores)
 
 
-def parse_pattern(text: str) -> NM | Unstructured:
-    """``"2:4"`` → ``NM(2, 4)``; ``"0.7"`` → ``Unstructured(0.7)``.
+def parse_pattern(text: str) -> NM | Unstructured | Full:
+    """``"2:4"`` → ``NM(2, 4)``; ``"0.7"`` → ``Unstructured(0.7)``; ``"mlp:0.5"``, structures alone → ``Full()``.
 
     Raises:
         PatternError: neither form, or numbers out of range.
     """
+    shares, rest = split_structures(text)
+    if shares and not rest:
+        return Full()
+    text = rest
     if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
         return NM(int(match[1]), int(match[2]))
     try:
         return Unstructured(round(float(text), 12))  # as many digits as its text has again
     except ValueError:
         raise PatternError(
-            f"Pattern {text!r}: expected N:M (2:4, 1:4) or a fraction of zeros (0.7).",
+            f"Pattern {text!r}: expected N:M (2:4, 1:4), a fraction of zeros (0.7) or structures (mlp:0.5).",
             "2:4 is the pattern that sparse tensor cores run.",
         ) from None
 
 
-def parse_candidates(text: str) -> list[NM | Unstructured | None]:
-    """``"1:4,2:4,dense"`` → the patterns that a layer may have, None standing for dense; ``"2:4"`` → itself.
+def parse_candidates(text: str) -> list[NM | Unstructured | Full | None]:
+    """``"1:4,2:4,dense"`` → the patterns that a layer may have, None standing for dense; ``"2:4"`` → itself;
+    structures before them are left out.
 
     Raises:
         PatternError: one that is no pattern, or a set of nothing but ``dense``.
     """
-    candidates = [None if part.strip() == "dense" else parse_pattern(part) for part in text.split(",")]
+    shares, rest = split_structures(text)
+    if shares and not rest:
+        return [Full()]
+    candidates = [None if part.strip() == "dense" else parse_pattern(part) for part in rest.split(",")]
     if not any(candidates):
         raise PatternError(f"Pattern {text!r}: expected at least one beside 'dense'.", "As in 1:4,2:4,dense.")
     return candidates

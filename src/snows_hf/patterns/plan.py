@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ..errors import ConfigError
 from ..settings import PruneConfig, TrainConfig
-from .pattern import NM, Pattern, Unstructured, parse_candidates, parse_pattern
+from .pattern import NM, Full, Pattern, Unstructured, parse_candidates, parse_pattern
 
 
 DENSITIES = (0.25, 0.5, 1.0, 1.5, 2.5)
@@ -14,7 +14,7 @@ DENSITIES = (0.25, 0.5, 1.0, 1.5, 2.5)
 MOST_KEPT = 0.95
 """The share that the last candidate keeps; beyond it there is only dense."""
 
-Candidate = NM | Unstructured | None
+Candidate = NM | Unstructured | Full | None
 
 
 def by_sensitivity(config: PruneConfig) -> bool:
@@ -49,7 +49,7 @@ def by_sensitivity(config: PruneConfig) -> bool:
         raise ConfigError(
             f"Sparsity {config.sparsity:g} goes with a set of patterns, as 1:4,2:4,dense; {config.pattern!r} says it."
         )
-    if not several and wanted and isinstance(candidates[0], NM):
+    if not several and wanted and not isinstance(candidates[0], Unstructured):
         raise ConfigError(
             f"Allocation 'sensitivity' has nothing to choose with pattern {config.pattern}.",
             "Give a set, as in --pattern 1:4,2:4,dense --sparsity 0.65.",
@@ -71,7 +71,7 @@ def candidates_of(config: PruneConfig) -> list[Candidate]:
     return [Unstructured(round(1 - share, 12), "layer") for share in (*kept, MOST_KEPT)]
 
 
-def one_pattern(config: PruneConfig) -> NM | Unstructured:
+def one_pattern(config: PruneConfig) -> NM | Unstructured | Full:
     """The pattern of all layers, where it is one; unstructured, as the allocation wants it shared out."""
     pattern = parse_pattern(config.pattern)
     scope = "layer" if config.allocation == "uniform" else "global"

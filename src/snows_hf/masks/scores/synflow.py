@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...adapters import Chain, build_chain, frozen
-from ...patterns import NM, Pattern, PerLayer
+from ...patterns import NM, Full, Pattern, PerLayer
 from ..evidence import Evidence
 
 
@@ -71,6 +71,8 @@ def schedule(pattern: Pattern) -> list[Any]:
         longest = max(map(len, own.values()))
         rounds = ({name: s[k * len(s) // longest] for name, s in own.items()} for k in range(longest))
         return [PerLayer(each, pattern.title) for each in rounds]
+    if isinstance(pattern, Full):
+        return [pattern]
     if isinstance(pattern, NM):
         return [NM(n, pattern.m) for n in range(pattern.m - 1, pattern.n - 1, -1)]
     densities = [(1 - pattern.sparsity) ** (k / ROUNDS) for k in range(1, ROUNDS)]

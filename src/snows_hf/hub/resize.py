@@ -1,0 +1,141 @@
+"""A smaller model of the same class: what its configuration must say, and the model that is made of it.
+
+Nothing of a class is known here. Fields that name a width in one library or the other are tried, and what builds a
+model with exactly the tensors that there are is right.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .load import Checkpoint
+
+
+Path = tuple[str, ...]
+Fields = dict[Path, Any]
+"""What a configuration is to say otherwise: paths of keys, and the values there."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is known of one structure: how many units each layer had and has, the first one's entries per unit, and
+    the width of what that reads."""
+
+    before: int
+    after: int
+    each: int
+    reads: int
+
+
+def resized(checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size]) -> Checkpoint:
+    """The checkpoint with these tensors, of which structures (``mlp``, ``heads``, ``channels``) have new sizes.
+
+    Raises:
+        ConfigError: no configuration of its class builds a model with tensors of these shapes.
+    """
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for fields in candidates(checkpoint, sizes):
+        with torch.device("meta"):
+            trial = built(checkpoint, fields)
+        if trial is not None and shapes == {name: tensor.shape for name, tensor in trial.state_dict().items()}:
+            model = built(checkpoint, fields)
+            assert model is not None
+            model.load_state_dict(dict(state), assign=True)
+            _with_constants_of(checkpoint.model, model)
+            model.eval().requires_grad_(True)
+            return replace(checkpoint, model=model, config=with_fields(checkpoint, fields))
+    what = " and ".join(f"{name} of {size.after} in place of {size.before}" for name, size in sizes.items())
+    raise ConfigError(
+        f"{type(checkpoint.model).__name__}: no configuration says {what}.",
+        "Stock libraries could not load the result. Try another share, such as 0.5, or zeros, such as 2:4.",
+    )
+
+
+def _with_constants_of(source: nn.Module, model: nn.Module) -> None:
+    """Gives a model the buffers that no file holds (tables of positions), where they are as large as in ``source``,
+    and what timm has noted of it."""
+    own = dict(model.named_buffers())
+    for name, buffer in source.named_buffers():
+        if name not in model.state_dict() and name in own and own[name].shape == buffer.shape:
+            own[name].data = buffer.detach().clone()
+    for noted in ("pretrained_cfg", "default_cfg"):
+        if hasattr(source, noted):
+            setattr(model, noted, getattr(source, noted))
+
+
+def candidates(checkpoint: Checkpoint, sizes: Mapping[str, Size]) -> Iterator[Fields]:
+    """What the configuration might have to say."""
+    config: Any = checkpoint.model.config if checkpoint.library == "transformers" else None
+    places = [((), config), *_inner(config)] if config is not None else [((), None)]
+    for path, own in places:
+        said = {} if own is not None else checkpoint.config.get("model_args", {})
+        choices = [list(_fields(name, size, own, path, said)) for name, size in sizes.items()]
+        for several in product(*choices):
+            yield {key: value for fields in several for key, value in fields.items()}
+
+
+def _inner(config: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The configurations within one, with their paths."""
+    for name, value in vars(config).items():
+        if hasattr(value, "model_type") and hasattr(value, "to_dict"):
+            yield (*path, name), value
+            yield from _inner(value, (*path, name))
+
+
+def _fields(name: str, size: Size, config: Any, path: Path, said: Mapping[str, Any]) -> Iterator[Fields]:
+    """Ways to say the size of one structure, in a configuration of transformers or (None) in timm's arguments, of
+    which some are ``said``."""
+    if name == "mlp":
+        if config is not None and hasattr(config, "intermediate_size"):
+            yield {(*path, "intermediate_size"): size.after}
+        before = getattr(config, "mlp_ratio", None) if config is not None else size.before / size.reads
+        if isinstance(before, int | float):
+            ratio = before * size.after / size.before
+            yield {(*path, "mlp_ratio"): int(ratio) if ratio == int(ratio) else ratio}
+            yield {(*path, "mlp_ratio"): (size.after + 0.5) / size.reads}  # where rounding has it one less
+    elif name == "heads" and config is not None:
+        yield {(*path, "num_attention_heads"): size.after, (*path, "head_dim"): size.each}
+    elif name == "channels" and config is None:
+        for key, whole in (("base_width", 64), ("inner", 1.0)):
+            yield {(key,): said.get(key, whole) * size.after / size.before}
+
+
+def built(checkpoint: Checkpoint, fields: Fields) -> nn.Module | None:
+    """A model of the checkpoint's class, with weights as they are drawn, whose configuration says ``fields``; None
+    where it takes no such value."""
+    try:
+        if checkpoint.library == "timm":
+            given = checkpoint.config
+            arguments = given.get("model_args", {}) | {path[-1]: value for path, value in fields.items()}
+            classes: Any = checkpoint.model.num_classes
+            return timm.create_model(given["architecture"], **{"num_classes": classes, **arguments})
+        config = copy.deepcopy(checkpoint.model.config)
+        for path, value in fields.items():
+            owner: Any = config
+            for name in path[:-1]:
+                owner = getattr(owner, name)
+            setattr(owner, path[-1], value)
+        kind: Any = type(checkpoint.model)
+        known = inspect.signature(kind.__init__).parameters
+        return kind(config, **{name: value for name, value in checkpoint.options.items() if name in known})
+    except Exception:  # a library's, of any type: this value is not the one
+        return None
+
+
+def with_fields(checkpoint: Checkpoint, fields: Fields) -> dict[str, Any]:
+    """The contents of config.json, with ``fields``."""
+    config = copy.deepcopy(checkpoint.config)
+    for path, value in fields.items():
+        owner = config.setdefault("model_args", {}) if checkpoint.library == "timm" else config
+        for name in path[:-1]:
+            owner = owner.setdefault(name, {})
+        owner[path[-1]] = value
+    return config

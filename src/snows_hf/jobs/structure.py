@@ -1,0 +1,94 @@
+"""Structured pruning: units are chosen and cut out, and what is left is a smaller network of the same class, which the
+dense one teaches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import build_chain
+from ..adapters.widths import Width, cut, widths_of
+from ..errors import PatternError
+from ..hub.resize import Size, resized
+from ..masks.choices import in_smaller_batches
+from ..masks.evidence import Evidence
+from ..masks.units import choose_units
+from ..method.streams import Teacher
+from ..patterns import Full
+from ..runtime.journal import Record
+from ..runtime.memory import Images
+from ..runtime.run import Run
+from .subject import Subject, copy_of
+
+
+def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, int]:
+    """The widths of the layers that are asked for, and how many units each keeps, once a share of each structure has
+    gone; what the model's configuration could not say is refused.
+
+    Raises:
+        ConfigError: a smaller network that no configuration describes.
+        PatternError: there is no such structure, or nothing of it would be left.
+    """
+    chosen = {group.name for group in subject.layers}
+    widths = [width for width in widths_of(subject.chain) if width.name in chosen]
+    keep: dict[Width, int] = {}
+    for structure, share in shares.items():
+        own = [width for width in widths if width.kind == structure]
+        if not own:
+            there = ", ".join(dict.fromkeys(width.kind for width in widths)) or "none"
+            raise PatternError(
+                f"Pattern {structure}:{share:g}: {type(subject.network).__name__} has no such structure that can be "
+                f"cut; it has: {there}.",
+                "Patterns of zeros, such as 2:4, fit any layer.",
+            )
+        for width in own:
+            keep[width] = width.units - round(share * width.units)
+            if not 0 < keep[width] < width.units:
+                raise PatternError(
+                    f"Pattern {structure}:{share:g}: {width.name} has {width.units} units, and {keep[width]} would be "
+                    "left.",
+                    f"A share from {1 / width.units:.2g} to {1 - 1 / width.units:.2g} leaves some.",
+                )
+    first = {width: torch.arange(count) for width, count in keep.items()}
+    resized(subject.checkpoint, cut(subject.original, first), sizes_of(subject, keep))
+    return keep
+
+
+def sizes_of(subject: Subject, keep: Mapping[Width, int]) -> dict[str, Size]:
+    """What is known of each structure's size, by its first width."""
+    sizes: dict[str, Size] = {}
+    for width, count in keep.items():
+        reads = subject.original[width.makers[0].name].shape[1]
+        sizes.setdefault(width.kind, Size(width.units, count, width.makers[0].each, reads))
+    return sizes
+
+
+def cut_units(
+    run: Run, subject: Subject, keep: Mapping[Width, int], images: Images, labels: Tensor | None
+) -> tuple[Subject, Teacher, dict[str, Any]]:
+    """The subject without the units that go, those left repaired; its teacher, the dense network; and what the report
+    says of it. Chosen by an earlier run where there was one."""
+    chain, config = subject.chain, subject.config
+    subject.network.to(run.dtype)
+    evidence = Evidence({}, Full(), config, chain, images, labels, run)
+    widths = list(keep)
+
+    def decide() -> Record:
+        run.say(f"Choosing units of {len(widths)} layers by {config.units}")
+        units = in_smaller_batches(lambda fitting: choose_units(fitting, keep), evidence)
+        tensors = {f"kept {i}": units.kept[width].cpu() for i, width in enumerate(widths)}
+        return Record(tensors | {f"tensor {name}": value.cpu() for name, value in units.tensors.items()}, {})
+
+    found = run.journal.once("units", decide).tensors
+    kept = {width: found[f"kept {i}"] for i, width in enumerate(widths)}
+    tensors = {name.removeprefix("tensor "): value for name, value in found.items() if name.startswith("tensor ")}
+    original = {name: tensors.get(name, value.cpu()).to(value.dtype) for name, value in subject.original.items()}
+    checkpoint = resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep))
+    smaller = build_chain(checkpoint.model, images[:1])
+    names = {group.name for group in subject.layers}
+    layers = [group for _, group in smaller.groups() if group.name in names]
+    result = Subject(checkpoint, smaller, config, layers, copy_of(checkpoint.model))
+    checkpoint.model.to(chain.device, run.dtype)
+    facts = {width.name: {"kind": width.kind, "before": width.units, "after": count} for width, count in keep.items()}
+    return result, Teacher.of(chain, smaller, images[:1].to(run.dtype)), facts

@@ -1,0 +1,110 @@
+"""Which units of a structure go, and how the layers that read them make up for those."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pkgutil import resolve_name
+
+import torch
+from torch import Tensor
+
+from ..adapters.widths import Slot, Width
+from ..errors import MaskError
+from ..patterns import Full
+from .criteria import find_criterion
+from .evidence import Evidence
+from .group_obs import Moments, Reader, repair, units_left, variance
+from .scores.base import Choice, Score
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units that each width keeps, in order, and the tensors that make up for the others, of their old shapes."""
+
+    kept: dict[Width, Tensor]
+    tensors: dict[str, Tensor]
+
+
+def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
+    """Units by ``evidence.config.units``, and the repair that group OBS ends with, wherever that is asked for.
+
+    Args:
+        evidence: of the dense network, with images.
+        keep: how many units each width keeps.
+
+    Raises:
+        MaskError: a criterion that has no scores of weights.
+    """
+    config, kept, tensors = evidence.config, dict[Width, Tensor](), dict[str, Tensor]()
+    scores = {} if config.units == "obs" else scores_of(evidence, keep)
+    needs = config.units == "obs" or config.repair
+    totals = evidence.moments([slot.name for width in keep for slot in width.readers] if needs else [])
+    for width in evidence.run.track(list(keep), f"Units by {config.units}", len(keep), lambda width: width.name):
+        moments = {name: moments_of(evidence, name, total) for name, total in islice(totals, len(width.readers))}
+        if config.units == "obs":
+            kept[width] = units_left(readers_of(evidence, width, moments), keep[width])
+        else:
+            kept[width] = scores[width].topk(keep[width]).indices.sort().values
+        if needs:
+            for slot in width.readers:
+                tensors |= repaired(evidence, slot, moments[slot.name], kept[width])
+    return Units(kept, tensors)
+
+
+def moments_of(evidence: Evidence, name: str, total: Tensor) -> Moments:
+    """Moments of what a layer reads; around zero where no bias can make up for a mean."""
+    moments = Moments.of(total)
+    if name in evidence.network.biases:
+        return moments
+    mean = moments.mean
+    return Moments(torch.zeros_like(mean), moments.covariance + mean.outer(mean))
+
+
+def readers_of(evidence: Evidence, width: Width, moments: Mapping[str, Moments]) -> list[Reader]:
+    """The layers that read a width; of several, what each loses counts as a share of its output."""
+    weights = {slot.name: evidence.network.weight(slot.name).detach().flatten(1) for slot in width.readers}
+    if len(weights) == 1:
+        return [Reader(W, moments[name], width.units) for name, W in weights.items()]
+    shares = {name: 1 / max(variance(W, moments[name]), 1e-30) for name, W in weights.items()}
+    return [Reader(W, moments[name], width.units, shares[name]) for name, W in weights.items()]
+
+
+def repaired(evidence: Evidence, slot: Slot, moments: Moments, kept: Tensor) -> dict[str, Tensor]:
+    """A reader's weight and bias once only the units ``kept`` are there; a batch norm's mean in a bias's place."""
+    chain = evidence.network
+    weight = chain.weight(slot.name).detach()
+    units = torch.zeros(weight.shape[1] // slot.each, dtype=torch.bool, device=kept.device)
+    columns = units.index_fill_(0, kept, True).repeat_interleave(weight[0].numel() // len(units))
+    W, shift = repair(weight.flatten(1), moments, columns)
+    tensors = {slot.name: W.view(weight.shape).to(weight)}
+    if bias := chain.biases.get(slot.name):
+        owner = bias.rpartition(".")[0]
+        if owner == slot.name.rpartition(".")[0]:
+            tensors[bias] = (chain.weight(bias).detach() + shift).to(weight)
+        else:
+            mean = chain.model.get_buffer(f"{owner}.running_mean")
+            tensors[f"{owner}.running_mean"] = (mean - shift).to(mean)
+    return tensors
+
+
+def scores_of(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:
+    """A criterion's scores of the weights of each unit, summed, (units,).
+
+    Raises:
+        MaskError: a criterion without scores.
+    """
+    chain, name = evidence.network, evidence.config.units
+    names = dict.fromkeys(slot.name for width in keep for slot in (*width.makers, *width.readers))
+    weights = {name: chain.weight(name).detach() for name in names}
+    score: Score = resolve_name(f"{__package__}.scores.{find_criterion(name).function}")
+    config = evidence.config.updated(mask=name)
+    scores = score(replace(evidence, weights=weights, pattern=Full(), config=config))
+    if isinstance(scores, Choice):
+        raise MaskError(f"Criterion {name!r} of units: expected obs, or one with scores of weights, as magnitude.")
+    sums = {}
+    for width in keep:
+        each = (scores[slot.name].movedim(slot.dim, 0) for slot in (*width.makers, *width.readers))
+        slots = (*width.makers, *width.readers)
+        own = (s[t.offset : t.offset + width.units * t.each] for s, t in zip(each, slots, strict=True))
+        sums[width] = torch.stack([part.reshape(width.units, -1).sum(1) for part in own]).sum(0)
+    return sums
