@@ -112,6 +112,7 @@ def config(**changes: object) -> PruneConfig:
         held_out=0.25,
         targets="dense",
         weighting="mean",
+        biases=False,
         seed=0,
         solver=solver,
     )

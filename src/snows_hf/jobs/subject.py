@@ -61,7 +61,7 @@ def restore_untouched(network: nn.Module, original: Mapping[str, Tensor], moved:
     for name, tensor in network.state_dict(keep_vars=True).items():
         source = original[name]
         if name not in moved:
-            tensor.data = source.to(tensor.device)
+            tensor.data = source.to(tensor.device, copy=True)  # biases may move yet
             continue
         largest = torch.finfo(source.dtype).max
         if float(tensor.abs().max()) > largest:

@@ -51,10 +51,11 @@ def prune_chain(
     """
     batches = split_images(len(images), config.batch_size, config.held_out)
     shelf = images.shelf if isinstance(images, Images) else Shelf()
-    # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones.
+    # In the first sweep nothing of a segment is pruned yet: the model's own weights are the dense ones. Not so biases:
+    # a batch norm may act after the layer that comes next (a shortcut's convolution).
     again = config.sweeps > 1 or config.joint_steps > 0
-    moving = moved(chain, masks, config.biases)
-    dense = {name: chain.weight(name).detach().clone() for name in moving} if again else {}
+    moving = [name for name in moved(chain, masks, config.biases) if again or name not in masks]
+    dense = {name: chain.weight(name).detach().clone() for name in moving}
     gradual_steps = config.gradual_steps if pattern is not None else 0
     joint_steps = config.joint_steps - gradual_steps
     solves = config.sweeps * len(masked_operations(chain, masks))
@@ -88,7 +89,7 @@ def sweep(layers: Layers, number: int, streams: Streams) -> list[LayerReport]:
         if layers.teacher is not None:
             streams.advance(theirs[operation.name], "dense", chain.device)
         elif layers.config.targets == "dense":
-            with holding(chain, layers.dense or before):
+            with holding(chain, {**layers.dense, **before}):
                 streams.advance(operation, "dense", chain.device)
         streams.advance(operation, "pruned", chain.device)
         before.clear()
@@ -96,9 +97,8 @@ def sweep(layers: Layers, number: int, streams: Streams) -> list[LayerReport]:
 
     for index, operation, _ in chain.walk(streams, advance, stop=max(todo, default=-1) + 1):
         if operation.group is not None and index in todo:
-            if not layers.dense:
-                names = (*operation.group.parameters, *dict(operation.group.biases).values())
-                before.update((name, chain.weight(name).detach().clone()) for name in names)
+            names = [name for name in operation.group.parameters if name in layers.masks and name not in layers.dense]
+            before.update((name, chain.weight(name).detach().clone()) for name in names)
             segment, place = Segment.cut(chain, index, layers.config.k), (number - 1) * len(todo) + len(reports)
             reports.append(layers.finish(Task(segment, number, place), streams)[0])
     return reports

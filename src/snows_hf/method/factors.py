@@ -36,7 +36,7 @@ def shared_entries(mask: Tensor, groups: int) -> int | None:
     columns = rows.any(1, keepdim=True)
     if rows.shape[1] == 1 or not ((rows == columns).all(2) | ~rows.any(2)).all():
         return None
-    width = int(columns.sum(2).max())
+    width = max(int(columns.sum(2).max()), 1)
     return groups * width**2 + len(mask) * width
 
 
@@ -174,12 +174,10 @@ class SharedRows(Rows):
         super().__init__(mask, g, part)
         self.rows = len(mask)
         columns = mask.flatten(1).unflatten(0, (len(g), -1)).any(1)
-        width = int(columns.sum(1).max())
+        width = max(int(columns.sum(1).max()), 1)
         order = columns.int().argsort(dim=1, descending=True, stable=True)[:, :width]
         kept = columns.gather(1, order)
-        shared = g.gather(1, order[:, :, None].expand(-1, -1, g.shape[2])).gather(
-            2, order[:, None].expand(-1, width, -1)
-        )
+        shared = g[torch.arange(len(g), device=g.device)[:, None, None], order[:, :, None], order[:, None]]
         eigenvalues, self.q = torch.linalg.eigh(shared * kept[:, :, None] * kept[:, None])
         self.valid = kept[self.owner] & self.active.any(1, keepdim=True)
         self.scale = b[self.part, None] * eigenvalues.clamp_min(0)[self.owner] + floor_of(g, b, damping)

@@ -61,9 +61,11 @@ def fit_batches(
         groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
         groups = [masks] if config.joint_steps else groups
         entries = config.solver.factor_entries
+        # Rows whose masks thin out do not keep the same columns for long.
+        split = None if config.gradual_steps else {name: groups_of(chain, name) for name in masks}
 
         def factors() -> int:
-            return max(factor_bytes(group, entries) for group in groups) // sharing
+            return max(factor_bytes(group, entries, split, sharing) for group in groups)
 
         while factors() > free // 2 and entries > SMALLEST_FACTORS:
             entries //= 2
@@ -82,6 +84,11 @@ def fit_batches(
         )
     run.say(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
     return config.updated(batch_size=fitting)
+
+
+def groups_of(chain: Chain, weight: str) -> int:
+    """Groups of the convolution that a weight belongs to; 1 of other layers."""
+    return getattr(chain.model.get_submodule(weight.rpartition(".")[0]), "groups", 1)
 
 
 def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig) -> int:

@@ -212,8 +212,8 @@ def mean_square(module: nn.Module, cotangent: Tensor, share: Share, dtype: torch
 
 
 def shift_of(g: Tensor, b: Tensor, through: Tensor, column: Tensor, damping: float) -> tuple[Tensor, Shift]:
-    """G (groups, d, d) of the inputs of a layer alone, from that with a constant, and what its biases add, which have a
-    part ``through`` in the sensitivities b (rows,), and these columns."""
+    """G (groups, d, d) of a layer's inputs alone, from that with a constant, and what its biases add: they have these
+    columns, and of the sensitivities b (rows,) those ``through`` what they shift."""
     g, s, n = g[:, :-1, :-1], g[:, :-1, -1], g[0, -1, -1]
     cross = through * column
     return g, Shift(s, cross, (cross * column * n + floor_of(g, b, damping)).clamp_min(1e-30))
