@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from transformers import BitConfig, BitForImageClassification
 
 
+STRUCTURES = ("mlp:0", "mlp:1", "mlp:half", "heads:-0.5", "layers:0.5", "mlp:", "mlp:0.5+heads:2")
+
 JOB = import_module("snows_hf.jobs.prune")  # the module: the package has a function of that name
 
 
@@ -68,8 +70,12 @@ def yaml(name: str, content: str | bytes, *expected: str) -> Fault:
 
 SETTINGS = [
     *(setting("0 < N < M", pattern=text) for text in ("5:4", "0:4", "4:4", "2:0")),
+    *(setting("expected a share between 0 and 1 of mlp, heads, channels", pattern=text) for text in STRUCTURES),
+    setting("mlp is said twice", pattern="mlp:0.5+mlp:0.25"),
+    setting("expected at most one pattern of zeros, got 2:4 and 0.5", pattern="mlp:0.5+2:4+0.5"),
+    setting("Criterion 'best' of units", pattern="mlp:0.5", set="units=best"),
     *(setting("between 0 and 1", pattern=text) for text in ("1.2", "0", "1", "-0.5", "nan", "inf")),
-    *(setting("expected N:M (2:4, 1:4) or a fraction", pattern=text) for text in ("half", "", "2:4:8", "2/4", "-2:4")),
+    *(setting("expected N:M (2:4, 1:4), a fraction", pattern=text) for text in ("half", "", "2:4:8", "2/4", "-2:4")),
     setting("Setting k = -1: expected a whole number ≥ 0", k=-1),
     setting("Setting samples = 0: expected a whole number ≥ 1", samples=0),
     setting("Setting samples = -5", samples=-5),
@@ -369,6 +375,10 @@ FC1 = "vit.layers.0.mlp.fc1.weight"
 LAYERS = [
     ("mask: labels", lambda tmp: {"mask": "snip", "data": folder_of(tmp, "train/1.png")}, "has no labels, which the mask criterion 'snip' needs"),  # noqa: E501
     ("M divides no width", lambda tmp: {"pattern": "2:7"}, "Pattern 2:7 fits no layer: the input widths are 48, 96"),
+    ("no such structure", lambda tmp: {"pattern": "channels:0.5"}, "has no such structure that can be cut; it has: hea"),
+    ("no unit left", lambda tmp: {"pattern": "mlp:0.999"}, "has 96 units, and 0 would be left. A share from 0.01 to"),
+    ("no head goes", lambda tmp: {"pattern": "heads:0.1"}, "has 4 heads, and 4 would be left."),
+    ("no configuration", lambda tmp: {"model": RESNET, "pattern": "channels:0.5"}, "no configuration says channels of"),
     ("unknown layer", lambda tmp: {"layers": "blocks.*"}, "--layers 'blocks.*' matches no prunable layer"),
     ("mask: garbage", lambda tmp: {"mask": write(tmp / "m.safetensors", b"x")}, "Mask file {tmp}/m.safetensors cannot"),  # noqa: E501
     ("mask: none", mask_file(), "Mask file {tmp}/m.safetensors holds no mask"),

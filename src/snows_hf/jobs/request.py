@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.names import Name, local_folder, split_revision
 from ..errors import ConfigError, DataError, MaskError, SaveError
-from ..masks.criteria import find_criterion
-from ..patterns import parse_candidates
+from ..masks.criteria import CRITERIA, find_criterion
+from ..patterns import parse_candidates, split_structures
 from ..patterns.plan import at_initialisation, layer_patterns, order_for
 from ..runtime.files import check_file, check_output
 from ..runtime.launch import check_device, check_memory
@@ -48,7 +48,20 @@ def check_pruning(pattern: str, preset: str, settings: dict[str, Any]) -> PruneC
     asked = preset_for(preset, "", pattern).updated(**settings)
     order_for(asked, layer_patterns(asked))
     check_mask(asked.mask)
+    check_units(pattern, asked)
     return asked
+
+
+def check_units(pattern: str, config: PruneConfig) -> None:
+    """
+    Raises:
+        ConfigError: no criterion of units, or settings that a smaller network cannot be made with.
+    """
+    if config.units not in ("obs", *CRITERIA):
+        known = ", ".join(("obs", *sorted(CRITERIA)))
+        raise ConfigError(f"Criterion {config.units!r} of units: expected one of {known}.")
+    if split_structures(pattern)[0] and config.targets != "dense":
+        raise ConfigError(f"Targets {config.targets!r}: a smaller network is fitted to the dense one, targets = dense.")
 
 
 def check_sensitivity(patterns: str, preset: str, settings: dict[str, Any]) -> None:

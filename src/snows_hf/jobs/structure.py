@@ -22,6 +22,10 @@ from ..runtime.run import Run
 from .subject import Subject, copy_of
 
 
+UNITS = {"mlp": "units", "heads": "heads", "channels": "channels"}
+"""What each structure is made of, in words."""
+
+
 def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, int]:
     """The widths of the layers that are asked for, and how many units each keeps, once a share of each structure has
     gone; what the model's configuration could not say is refused.
@@ -46,8 +50,8 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, 
             keep[width] = width.units - round(share * width.units)
             if not 0 < keep[width] < width.units:
                 raise PatternError(
-                    f"Pattern {structure}:{share:g}: {width.name} has {width.units} units, and {keep[width]} would be "
-                    "left.",
+                    f"Pattern {structure}:{share:g}: {width.name} has {width.units} {UNITS[structure]}, and "
+                    f"{keep[width]} would be left.",
                     f"A share from {1 / width.units:.2g} to {1 - 1 / width.units:.2g} leaves some.",
                 )
     first = {width: torch.arange(count) for width, count in keep.items()}

@@ -1,0 +1,69 @@
+"""Structured pruning from a checkpoint to a smaller one that stock transformers loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from embedded import DIGITS, VIT
+from transformers import AutoModelForImageClassification
+
+from snows_hf import inspect, prune
+from snows_hf.hub.load import load
+from snows_hf.runtime.run import Progress
+
+
+QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 120, "k": 3, "layer_steps": 1, "mask": "magnitude"}
+
+
+@pytest.mark.parametrize("pattern", ["mlp:0.5", "mlp:0.5+heads:0.25+2:4"])
+def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = prune(str(VIT), pattern, output=out, eval_data=str(DIGITS), **QUICK)
+    report = result.report
+    stock = AutoModelForImageClassification.from_pretrained(out)
+    assert stock.config.intermediate_size == 48
+    assert stock.vit.layers[0].mlp.fc1.weight.shape == (48, 48)
+    checkpoint = load(str(out))
+    pixels = checkpoint.image()
+    with torch.no_grad():
+        assert torch.equal(stock.eval()(pixels).logits, checkpoint.model(pixels).logits)
+    assert report["pattern"] == pattern
+    assert report["parameters"]["total"] == sum(p.numel() for p in stock.parameters())
+    dense = sum(p.numel() for p in load(str(VIT)).model.parameters())
+    assert report["parameters"]["dense"] == dense > report["parameters"]["total"]
+    assert report["flops"]["pruned"] < 0.8 * report["flops"]["dense"]
+    losses = [(layer["loss_start"], layer["loss_pruned"]) for layer in report["layers"]]
+    assert all(after <= before for before, after in losses) and any(after < before for before, after in losses)
+    assert report["pruned"]["top1"] > 95
+    assert report["fidelity"]["pruned"]["divergence"] < report["fidelity"]["masked"]["divergence"]
+    found = inspect(out)
+    assert found["pattern_ok"] and found["pattern"] == pattern
+    assert json.loads((out / "config.json").read_text())["snows"]["pattern"] == pattern
+
+
+def test_obs_keeps_more_than_magnitude(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, Any]] = {"obs": {}, "ridge": {"units": "magnitude"}}
+    cases["magnitude"] = {"units": "magnitude", "repair": False}
+    found = {}
+    for name, given in cases.items():
+        report = prune(str(VIT), "mlp:0.75", update=False, eval_data=str(DIGITS), **QUICK, **given).report
+        found[name] = report["fidelity"]["pruned"]["outputs"]["logits"]["error"]
+    assert found["obs"] < found["ridge"] < found["magnitude"]
+
+
+def test_a_prune_that_is_broken_off_gives_the_same_bits(tmp_path: Path) -> None:
+    class BrokenOffError(Exception):
+        pass
+
+    def break_off(progress: Progress) -> None:
+        if progress.stage == "Layers" and progress.done >= 3:
+            raise BrokenOffError
+
+    out, again = tmp_path / "out", tmp_path / "again"
+    with pytest.raises(BrokenOffError):
+        prune(str(VIT), "mlp:0.5", output=out, on_progress=break_off, **QUICK)
+    assert prune(str(VIT), "mlp:0.5", output=out, **QUICK).report["resumed"]
+    prune(str(VIT), "mlp:0.5", output=again, **QUICK)
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
