@@ -1,4 +1,4 @@
-"""Structured pruning side by side: units chosen by several criteria, repaired or not, before and after SNOWS.
+"""Patterns side by side on one model: units chosen by several criteria, repaired or not, before and after SNOWS.
 
     python benchmarks/structured.py MODEL --data DATA --pattern mlp:0.5 [--samples 256] [--test 1000]
         [--cases ours obs ridge magnitude ...] [--set NAME=VALUE ...] [--log LOG.jsonl]
@@ -25,6 +25,7 @@ import snows_hf
 from snows_hf.adapters.outputs import outputs_of
 from snows_hf.data.images import labelled_batches, open_images
 from snows_hf.hub.load import load
+from snows_hf.jobs.calibration import class_labels
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -71,7 +72,7 @@ def main() -> None:
     source = replace(source, rows=rows.select(range(min(given.test, len(rows)))))
     batches, labels = zip(*labelled_batches(source, checkpoint.preprocess, purpose="measuring"), strict=True)
     dense = logits_of(checkpoint.model, batches)
-    truth = torch.cat(labels)
+    truth = class_labels(torch.cat(labels), source, checkpoint, dense.shape[1])
     print("dense", measured(dense, dense, truth), flush=True)
     for case in given.cases:
         started = time.perf_counter()

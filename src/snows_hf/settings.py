@@ -196,7 +196,7 @@ class PruneConfig(Settings):
     weighting: Literal["mean", "relative"] = "mean"
     """Of the operations in Eq. 3: ``mean`` (mean squared errors) or ``relative`` (these over the variance of their
     targets)."""
-    sweeps: Annotated[int, Ge(1)] = 1
+    sweeps: Annotated[int, Ge(0)] = 1
     """Passes of the cascade over the layers; from the second on, what follows a layer is pruned already."""
     layer_steps: Annotated[int, Ge(0)] = 0
     """Most Newton steps for one layer in one sweep; 0 means as many as the passes give."""

@@ -11,7 +11,7 @@ import transformers
 from tiny import images, randomised, timm_resnet, timm_vit, transformers_vit
 from torch import nn
 
-from snows_hf.adapters import build_chain
+from snows_hf.adapters import build_chain, cifar_resnet  # noqa: F401  registers CIFAR ResNets
 from snows_hf.adapters.outputs import outputs_of
 from snows_hf.adapters.widths import Width, cut, widths_of
 from snows_hf.errors import ConfigError
@@ -58,6 +58,7 @@ CHECKPOINTS = {
     "EVA, gated": lambda: timm_checkpoint(
         "eva02_tiny_patch14_224", img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0
     ),
+    "CIFAR ResNet": lambda: timm_checkpoint("resnet20_cifar"),
     "ResNet-26": lambda: timm_checkpoint("resnet26", base_width=16),
 }  # fmt: skip
 """Checkpoints whose configurations can say a smaller width."""
@@ -90,7 +91,7 @@ def size_of(model: nn.Module, kept: dict[Width, torch.Tensor]) -> Size:
 def test_a_cut_network_computes_what_the_masked_one_does(name: str) -> None:
     checkpoint = CHECKPOINTS[name]()
     model = checkpoint.model
-    size = 64 if "ResNet" in name else 8
+    size = 64 if "ResNet-26" in name else 32 if "CIFAR" in name else 8
     pixels = torch.randn(3, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     widths = widths_of(build_chain(model, pixels[:1]))
     kinds = dict.fromkeys(width.kind for width in widths)

@@ -25,9 +25,12 @@ class OptionAShortcut(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet for 32x32 images: logits (n, num_classes) from images (n, in_chans, 32, 32)."""
+    """ResNet for 32x32 images: logits (n, num_classes) from images (n, in_chans, 32, 32).
 
-    def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3) -> None:
+    ``inner``: between the two convolutions of a block there are so many channels, as a share of the stage's.
+    """
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3, inner: float = 1.0) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth {depth}: expected 6n + 2, such as 20, 32, 44, 56 or 110.")
@@ -41,7 +44,7 @@ class CifarResNet(nn.Module):
             layer = nn.Sequential()
             for stride in strides:
                 shortcut = nn.Sequential(OptionAShortcut(width, out_width, stride))
-                layer.append(BasicBlock(width, out_width, stride, shortcut))
+                layer.append(_narrowed(BasicBlock(width, out_width, stride, shortcut), round(inner * out_width)))
                 width = out_width
             self.add_module(f"layer{stage}", layer)
         self.linear: nn.Module = nn.Linear(64, num_classes)
@@ -65,6 +68,16 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _narrowed(block: BasicBlock, inner: int) -> BasicBlock:
+    """A block with another number of channels between its convolutions."""
+    first, second = block.conv1, block.conv2
+    if inner != first.out_channels:
+        block.conv1 = nn.Conv2d(first.in_channels, inner, 3, first.stride, padding=1, bias=False)
+        block.bn1 = nn.BatchNorm2d(inner)
+        block.conv2 = nn.Conv2d(inner, second.out_channels, 3, padding=1, bias=False)
+    return block
 
 
 _CFG = {

@@ -16,22 +16,49 @@ def bench(
     call: Call,
     model: Model,
     batch_sizes: Annotated[str, typer.Option(help="Numbers of images, with commas.")] = "1,4,16,64,256",
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    dense: Annotated[
+        str | None, typer.Option(help="The model that a smaller one was made of: the two are timed in turns.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float16, bfloat16; or float32, with --dense.", show_default="float16, or float32"),
+    ] = None,
     device: Device = "auto",
     revision: Revision = None,
 ) -> None:
-    """Time a 2:4 checkpoint with dense and with sparse kernels. Exit code 0 also where there are no such kernels."""
+    """Time a 2:4 checkpoint with dense and with sparse kernels, or (--dense) a smaller model beside the dense one.
+
+    Exit code 0 also where there are no such kernels.
+    """
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
         raise ConfigError(f"Batch sizes {batch_sizes!r}: expected numbers with commas, as in 1,16,256.") from None
-    check_bench(sizes, dtype)
+    dtype = dtype or ("float16" if dense is None else "float32")
+    check_bench(sizes, dtype, smaller=dense is not None)
+    given: dict[str, Any] = {"source": model, "batch_sizes": sizes, "dtype": dtype}
+    if dense is not None:
+        from ..jobs.bench import bench_smaller
+
+        compared = call.run(bench_smaller, **given)
+        show_smaller(call.sink, compared)
+        call.sink.json(compared)
+        return
 
     from ..jobs.bench import bench as job
 
-    result = call.run(job, source=model, batch_sizes=sizes)
+    result = call.run(job, **given)
     show(call.sink, result)
     call.sink.json(result)
+
+
+def show_smaller(sink: Sink, result: dict[str, Any]) -> None:
+    """The figures of a smaller model beside the dense one's."""
+    parameters = result["parameters"]
+    columns = {"batch": "{batch}", "dense (ms)": "{dense_ms:.1f}", "smaller (ms)": "{smaller_ms:.1f}"}
+    title = f"{result['source']} in {result['dtype']} on {result['device']}, {result['threads']} threads"
+    sink.table(columns | {"ratio": "{ratio:.2f}"}, result["batches"], title)
+    sink.text(f"{parameters['dense'] / 1e6:.1f} → {parameters['smaller'] / 1e6:.1f} million parameters.")
 
 
 def show(sink: Sink, result: dict[str, Any]) -> None:

@@ -154,12 +154,13 @@ def default_output(model: str, pattern: str) -> Path:
 
 def show_report(sink: Sink, report: dict[str, Any]) -> None:
     """The outcome for people: accuracy side by side, layers that need a look, and where the result is."""
+    from ..hub.save import alone_of
+
     for layer in report["dense_layers"]:
         sink.text(f"Left dense: {layer['name']} {tuple(layer['shape'])}: {layer['reason']}.")
     if report["update"]:
         show_solves(sink, [*report["layers"], *report["later_sweeps"]])
-    alone = f"{report['settings']['mask']} alone" if report["criterion"]["own_update"] else "mask alone"
-    steps = {alone: "masked"} | ({"SNOWS": "pruned"} if report["update"] else {})
+    steps = {alone_of(report): "masked"} | ({"SNOWS": "pruned"} if report["update"] else {})
     if report["pruned"]:
         found = {"dense": report["dense"]} | {name: report[key] for name, key in steps.items()}
         sink.accuracies(found, report["pattern"])

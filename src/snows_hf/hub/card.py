@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.names import local_folder
 from .load import Checkpoint, leads_out
-from .save import maker_of, retrainings
+from .save import alone_of, maker_of, retrainings
 
 
 PLACEHOLDER = "THIS_FOLDER"
@@ -55,6 +55,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         processor="AutoProcessor" if checkpoint.has_tokenizer else "AutoImageProcessor",
         is_classifier=checkpoint.is_classifier,
         here=PLACEHOLDER,
+        alone=alone_of(report) if maker == "prune" else "",
     )
     ModelCard(text).save(folder / "README.md")
 

@@ -159,6 +159,13 @@ def maker_of(report: dict[str, Any]) -> str:
     return "train" if "collapse" in report else "finetune" if "finetune" in report else "prune"
 
 
+def alone_of(report: Mapping[str, Any]) -> str:
+    """What a report's result without SNOWS is called."""
+    if report.get("units"):
+        return "units cut"
+    return f"{report['settings']['mask']} alone" if report["criterion"].get("own_update") else "mask alone"
+
+
 def is_a(value: object, kind: Any) -> bool:
     """Whether a value of JSON has a type, as in ``REPORT``."""
     if isinstance(kind, list):

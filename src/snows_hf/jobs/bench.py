@@ -1,9 +1,10 @@
-"""Latency and throughput of a 2:4 model with dense and with sparse kernels."""
+"""Latency and throughput: of a 2:4 model with dense and with sparse kernels, of a smaller model and the dense one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
+from statistics import median
 from typing import Any
 
 import PIL.Image
@@ -24,6 +25,9 @@ from .subject import load_told
 SECONDS = 0.5
 """A figure is the median of four runs or more, in this time or up to four times as much where they are uneven; those
 that warm up do not count."""
+
+ROUNDS = 7
+"""Times that two models take turns: what else the machine does meets both."""
 
 NOTHING: dict[str, Any] = {"batches": [], "layers_batch": None, "layers": [], "difference": None}
 
@@ -75,6 +79,54 @@ def bench(
         return result | {"reason": "torch refuses every layer: see dense_layers"}
     _, *size = checkpoint.preprocess([PIL.Image.new("RGB", (64, 64))]).shape
     return result | {"supported": True} | compare(run, model, sparse, done.sparse, size, batch_sizes)
+
+
+@torch.inference_mode()
+def bench_smaller(
+    source: Name,
+    dense: Name,
+    batch_sizes: Sequence[int] = (1, 8),
+    dtype: str = "float32",
+    device: str = "auto",
+    on_stage: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Measures the forward passes of a smaller checkpoint and of the dense one that it was made of, by their
+    libraries' own code, in turns, on random images.
+
+    Returns:
+        ``device``, ``dtype``, ``threads``, ``parameters`` of both, and ``batches`` with the medians in milliseconds
+        and ``ratio``, the median over the turns of dense over smaller time.
+
+    Raises:
+        SnowsError: bad settings, or no such checkpoint.
+    """
+    check_bench(batch_sizes, dtype, smaller=True)
+    run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
+    checkpoints = {name: load_told(run, each) for name, each in (("dense", dense), ("smaller", source))}
+    models = {n: c.model.to(run.device, getattr(torch, dtype)).requires_grad_(False) for n, c in checkpoints.items()}
+    _, *size = checkpoints["dense"].image().shape
+    rows = []
+    for count in run.track(batch_sizes, "Timing batches", len(batch_sizes), "of {}".format):
+        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+        images = images.to(run.device, getattr(torch, dtype))
+        rows.append({"batch": count, **in_turns({name: partial(model, images) for name, model in models.items()})})
+    return {
+        "source": checkpoints["smaller"].source,
+        "dense": checkpoints["dense"].source,
+        "device": describe_hardware(run.device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
+        "batches": rows,
+    }
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median milliseconds of a ``dense`` and a ``smaller`` run that take turns, and the median ratio of a turn."""
+    times = [{name: time_ms(each, SECONDS / 2) for name, each in runs.items()} for _ in range(ROUNDS)]
+    found = {f"{name}_ms": median(turn[name] for turn in times) for name in runs}
+    return found | {"ratio": median(turn["dense"] / turn["smaller"] for turn in times)}
 
 
 @torch.inference_mode()
@@ -145,7 +197,7 @@ def versus(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, Any]:
     return {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "ratio": dense_ms / sparse_ms}
 
 
-def time_ms(run: Callable[[], Any]) -> float:
+def time_ms(run: Callable[[], Any], seconds: float = SECONDS) -> float:
     """Median time of a run in milliseconds, the device's work included."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return 1000 * timer.adaptive_autorange(min_run_time=SECONDS, max_run_time=4 * SECONDS).median
+    return 1000 * timer.adaptive_autorange(min_run_time=seconds, max_run_time=4 * seconds).median

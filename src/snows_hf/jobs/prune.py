@@ -314,7 +314,7 @@ def describe(
     masks, chain = chosen.choice.masks, subject.chain
     layers = describe_layers(subject.checkpoint, chain, subject.layers, masks, chosen.pattern, subject.config, reports)
     size = describe_size(subject.network, masks, flops)
-    size["parameters"]["dense"] = dense["parameters"]["total"]
+    size["parameters"]["dense"], size["dense_bytes"] = dense["parameters"]["total"], dense["bytes"]
     size["flops"]["dense"] = dense["flops"]["dense"]
     return (
         layers

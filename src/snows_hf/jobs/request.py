@@ -61,7 +61,9 @@ def check_units(pattern: str, config: PruneConfig) -> None:
         known = ", ".join(("obs", *sorted(CRITERIA)))
         raise ConfigError(f"Criterion {config.units!r} of units: expected one of {known}.")
     if split_structures(pattern)[0] and config.targets != "dense":
-        raise ConfigError(f"Targets {config.targets!r}: a smaller network is fitted to the dense one, targets = dense.")
+        raise ConfigError(
+            f"Targets {config.targets!r}: a smaller network is fitted to the dense one, targets = dense."
+        )
 
 
 def check_sensitivity(patterns: str, preset: str, settings: dict[str, Any]) -> None:
@@ -196,12 +198,14 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise ConfigError(f"Prompt {prompt!r} has no {{}} for the name of a class.", "As in 'a photo of a {}.'.")
 
 
-def check_bench(batch_sizes: Sequence[int], dtype: str) -> None:
+def check_bench(batch_sizes: Sequence[int], dtype: str, smaller: bool = False) -> None:
     """
     Raises:
-        ConfigError: a type without 2:4 kernels, or a batch without images.
+        ConfigError: a type without 2:4 kernels, unless a ``smaller`` model is timed, or a batch without images.
     """
-    if dtype not in ("float16", "bfloat16"):
+    if smaller:
+        check_one_of("dtype", dtype, ("float32", "float16", "bfloat16"))
+    elif dtype not in ("float16", "bfloat16"):
         raise ConfigError(f"dtype {dtype!r}: the 2:4 kernels take float16 or bfloat16.")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"Batch sizes {list(batch_sizes)}: expected whole numbers from 1 on.")

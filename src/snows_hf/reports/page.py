@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from ..hub.save import retrainings
+from ..hub.save import alone_of, retrainings
 
 
 LISTED = 20
@@ -82,7 +82,7 @@ def all_layers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """What report.html draws besides the report itself: bars, axes, lines, in per cent of the width."""
-    alone = f"{found['settings']['mask']} alone" if found["criterion"].get("own_update") else "mask alone"
+    alone = alone_of(found)
     steps = [("dense", "dense", "dense"), (alone, "masked", "masked")]
     if found["update"]:
         steps.append(("SNOWS", "pruned", "pruned"))
