@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from snows_hf.adapters import Chain, Group, Operation, build_chain, frozen
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.cg import CGStatus, cg
-from snows_hf.method.factors import RowBlocks, SharedRows, Shift, WithBiases, floor_of, shared_entries
+from snows_hf.method.factors import (
+    RowBlocks,
+    SharedRows,
+    Shift,
+    WithBiases,
+    factor_bytes,
+    floor_of,
+    shared_entries,
+)
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.method.preconditioner import MIN_IMAGES, SAMPLES, gram, sampled
 from snows_hf.runtime.distributed import Share
@@ -183,6 +191,15 @@ def test_rows_with_biases_solve_the_whole_system(kind, groups):
             solved[places], saliency[places] = rows_of.solve(r[places]), rows_of.saliency(r[places])
         torch.testing.assert_close(solved, inverse @ r)
         torch.testing.assert_close(saliency[:count], expected)
+
+
+def test_what_rows_share_is_counted_once():
+    mask = structured(6, 8, 2)
+    width = int(mask.sum(1).max())
+    assert factor_bytes({"w": mask}, groups={"w": 2}, sharing=3) == 4 * (2 * width**2 + 6 * width)
+    assert factor_bytes({"w": mask}, groups={"w": 6}) == factor_bytes({"w": mask}) == 4 * 6 * width**2
+    assert factor_bytes({"w": mask}, sharing=3) == 4 * 2 * width**2
+    assert factor_bytes({"w": mask}, 30, {"w": 2}) == factor_bytes({"w": mask}, 30)  # too many for one
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8])
