@@ -74,7 +74,7 @@ def _narrowed(block: BasicBlock, inner: int) -> BasicBlock:
     """A block with another number of channels between its convolutions."""
     first, second = block.conv1, block.conv2
     if inner != first.out_channels:
-        block.conv1 = nn.Conv2d(first.in_channels, inner, 3, first.stride, padding=1, bias=False)
+        block.conv1 = nn.Conv2d(first.in_channels, inner, 3, first.stride[0], padding=1, bias=False)
         block.bn1 = nn.BatchNorm2d(inner)
         block.conv2 = nn.Conv2d(inner, second.out_channels, 3, padding=1, bias=False)
     return block

@@ -43,7 +43,7 @@ def calibrate(run: Run, source: ImageSource, config: PruneConfig, checkpoint: Ch
     images, labels, digest = Images(shelf), list[Tensor](), Digest()
     given = drawn(source, config.samples, config.seed), checkpoint.preprocess
     batches: Iterable[tuple[Tensor, Tensor | None]] = ((batch, None) for batch in image_batches(*given))
-    if needs_labels(config.mask):
+    if needs_labels(config.mask, config.units):
         batches = labelled_batches(*given, purpose=f"the mask criterion {config.mask!r}")
     for batch, own in batches:
         # Channels last, which convolutions hand on: on CPUs their backward passes run up to three times faster so.

@@ -105,8 +105,9 @@ def check_mask_labels(config: PruneConfig, checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: a mask criterion that needs labels, for a model without classes.
     """
-    if needs_labels(config.mask):
-        check_classifier(checkpoint, f"the mask criterion {config.mask!r}")
+    for name in (config.mask, config.units):
+        if needs_labels(name):
+            check_classifier(checkpoint, f"the mask criterion {name!r}")
 
 
 def measure(run: Run, what: str, measured: Measured | None, data: ImageSource | None) -> dict[str, Any] | None:

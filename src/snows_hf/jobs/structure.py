@@ -11,7 +11,7 @@ from ..adapters import build_chain
 from ..adapters.widths import Width, cut, widths_of
 from ..errors import PatternError
 from ..hub.resize import Size, resized
-from ..masks.choices import in_smaller_batches
+from ..masks.choices import fit_criterion, in_smaller_batches
 from ..masks.evidence import Evidence
 from ..masks.units import choose_units
 from ..method.streams import Teacher
@@ -75,12 +75,14 @@ def cut_units(
     says of it. Chosen by an earlier run where there was one."""
     chain, config = subject.chain, subject.config
     subject.network.to(run.dtype)
-    evidence = Evidence({}, Full(), config, chain, images, labels, run)
     widths = list(keep)
+    names = dict.fromkeys(slot.name for width in widths for slot in (*width.makers, *width.readers))
+    weights = {name: chain.weight(name).detach() for name in names}
+    evidence = Evidence(weights, Full(), config, chain, images, labels, run)
 
     def decide() -> Record:
         run.say(f"Choosing units of {len(widths)} layers by {config.units}")
-        units = in_smaller_batches(lambda fitting: choose_units(fitting, keep), evidence)
+        units = in_smaller_batches(lambda fitting: choose_units(fitting, keep), fit_criterion(evidence))
         tensors = {f"kept {i}": units.kept[width].cpu() for i, width in enumerate(widths)}
         return Record(tensors | {f"tensor {name}": value.cpu() for name, value in units.tensors.items()}, {})
 
@@ -90,8 +92,8 @@ def cut_units(
     original = {name: tensors.get(name, value.cpu()).to(value.dtype) for name, value in subject.original.items()}
     checkpoint = resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep))
     smaller = build_chain(checkpoint.model, images[:1])
-    names = {group.name for group in subject.layers}
-    layers = [group for _, group in smaller.groups() if group.name in names]
+    chosen = {group.name for group in subject.layers}
+    layers = [group for _, group in smaller.groups() if group.name in chosen]
     result = Subject(checkpoint, smaller, config, layers, copy_of(checkpoint.model))
     checkpoint.model.to(chain.device, run.dtype)
     facts = {width.name: {"kind": width.kind, "before": width.units, "after": count} for width, count in keep.items()}

@@ -141,7 +141,7 @@ def fit_criterion(evidence: Evidence) -> Evidence:
         ConfigError: not even one image fits.
     """
     images = evidence.images
-    if images is None or not needs_labels(evidence.config.mask):
+    if images is None or not needs_labels(evidence.config.mask, evidence.config.units):
         return evidence
     chain, config = evidence.network, evidence.config
     whole = config.updated(joint_steps=1, gradual=0.0, curvature="hessian", preconditioner="none")

@@ -48,6 +48,7 @@ def find_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def needs_labels(name: str) -> bool:
-    """Whether a criterion reads the labels of the calibration images; a mask file does not."""
-    return name in CRITERIA and CRITERIA[name].labels
+def needs_labels(*names: str) -> bool:
+    """Whether one of these criteria reads the labels of the calibration images; a mask file, or ``obs`` of units, does
+    not."""
+    return any(name in CRITERIA and CRITERIA[name].labels for name in names)
