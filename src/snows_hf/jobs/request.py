@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.names import Name, local_folder, split_revision
-from ..errors import ConfigError, DataError, MaskError, SaveError
+from ..errors import ConfigError, DataError, MaskError, PatternError, SaveError
 from ..masks.criteria import CRITERIA, find_criterion
 from ..patterns import parse_candidates, split_structures
 from ..patterns.plan import at_initialisation, layer_patterns, order_for
@@ -52,6 +52,15 @@ def check_pruning(pattern: str, preset: str, settings: dict[str, Any]) -> PruneC
     return asked
 
 
+def check_no_structures(pattern: str, what: str) -> None:
+    """
+    Raises:
+        PatternError: structures, for a job that knows zeros alone.
+    """
+    if split_structures(pattern)[0]:
+        raise PatternError(f"{what} takes zeros alone, not structures: {pattern!r}.", "As in 2:4 or 0.7.")
+
+
 def check_units(pattern: str, config: PruneConfig) -> None:
     """
     Raises:
@@ -72,6 +81,7 @@ def check_sensitivity(patterns: str, preset: str, settings: dict[str, Any]) -> N
         ConfigError: unknown or bad settings, no such criterion, or masks from a file.
         PatternError: no pattern.
     """
+    check_no_structures(patterns, "A sensitivity")
     parse_candidates(patterns)
     mask = preset_for(preset, "", patterns).updated(**settings).mask
     if mask.endswith(".safetensors"):
@@ -89,6 +99,7 @@ def check_training(pattern: str | None, settings: dict[str, Any]) -> TrainConfig
     """
     config = TrainConfig().updated(**settings)
     if pattern is not None:
+        check_no_structures(pattern, "Pruning at initialisation")
         at_initialisation(pattern, config)
     check_mask(config.mask)
     return config
