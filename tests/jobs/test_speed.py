@@ -2,21 +2,23 @@
 
 import re
 import time
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from embedded import VIT
+from embedded import DIGITS, VIT
 from torch import nn
 
-from snows_hf import accelerate, load
+from snows_hf import accelerate, load, prune
 from snows_hf.adapters import build_chain
 from snows_hf.adapters.flops import count_flops
 from snows_hf.cli.bench import show
 from snows_hf.cli.sink import Sink
 from snows_hf.errors import ConfigError
 from snows_hf.jobs.accelerate import device_obstacle, linear_layers, obstacle
-from snows_hf.jobs.bench import bench, compare, time_ms
+from snows_hf.jobs.bench import bench, bench_smaller, compare, time_ms
 from snows_hf.patterns import NM
 from snows_hf.runtime.run import Run
 
@@ -153,3 +155,16 @@ def test_operations_of_a_known_network() -> None:
     block = 2 * tokens * width * 12 * width + 4 * tokens * tokens * width  # matrices; queries x keys, x values
     patches, head = 2 * 196 * 3 * 16 * 16 * width, 2 * width * 1000
     assert counted[""] == depth * block + patches + head
+
+
+def test_a_smaller_model_is_timed_beside_the_dense_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("snows_hf.jobs.bench"), "SECONDS", 0.02)
+    out = tmp_path / "smaller"
+    prune(str(VIT), "mlp:0.5", data=str(DIGITS), samples=16, update=False, output=out)
+    found = bench_smaller(str(out), str(VIT), batch_sizes=(1, 2))
+    dense, smaller = (sum(p.numel() for p in load(str(m)).model.parameters()) for m in (VIT, out))
+    assert found["parameters"] == {"dense": dense, "smaller": smaller} and smaller < dense
+    assert [row["batch"] for row in found["batches"]] == [1, 2]
+    assert all(row["dense_ms"] > 0 and row["smaller_ms"] > 0 and row["ratio"] > 0 for row in found["batches"])
+    with pytest.raises(ConfigError, match="dtype 'int8': expected one of float32"):
+        bench_smaller(str(out), str(VIT), dtype="int8")
