@@ -37,18 +37,11 @@ def bench(
     dtype = dtype or ("float16" if dense is None else "float32")
     check_bench(sizes, dtype, smaller=dense is not None)
     given: dict[str, Any] = {"source": model, "batch_sizes": sizes, "dtype": dtype}
-    if dense is not None:
-        from ..jobs.bench import bench_smaller
-
-        compared = call.run(bench_smaller, **given)
-        show_smaller(call.sink, compared)
-        call.sink.json(compared)
-        return
 
     from ..jobs.bench import bench as job
 
     result = call.run(job, **given)
-    show(call.sink, result)
+    (show if dense is None else show_smaller)(call.sink, result)
     call.sink.json(result)
 
 

@@ -38,10 +38,12 @@ def bench(
     dtype: str = "float16",
     device: str = "auto",
     revision: str | None = None,
+    dense: Name | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
-    """Measures a checkpoint's forward pass on random images, dense and after :func:`snows_hf.accelerate`.
+    """Measures a checkpoint's forward pass on random images, dense and after :func:`snows_hf.accelerate`; with a
+    ``dense`` model that a smaller one was made of, see :func:`bench_smaller`.
 
     Returns:
         ``supported``, and ``reason`` where it is False (nothing is timed then); ``sparse_layers`` (that qualify by
@@ -53,6 +55,8 @@ def bench(
     Raises:
         SnowsError: bad settings, or no such checkpoint.
     """
+    if dense is not None:
+        return bench_smaller(source, dense, batch_sizes, dtype, device, revision, on_stage, on_progress)
     check_bench(batch_sizes, dtype)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     checkpoint = load_told(run, source, revision)
@@ -88,6 +92,7 @@ def bench_smaller(
     batch_sizes: Sequence[int] = (1, 8),
     dtype: str = "float32",
     device: str = "auto",
+    revision: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def bench_smaller(
     """
     check_bench(batch_sizes, dtype, smaller=True)
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
-    checkpoints = {name: load_told(run, each) for name, each in (("dense", dense), ("smaller", source))}
+    checkpoints = {"dense": load_told(run, dense), "smaller": load_told(run, source, revision)}
     models = {n: c.model.to(run.device, getattr(torch, dtype)).requires_grad_(False) for n, c in checkpoints.items()}
     _, *size = checkpoints["dense"].image().shape
     rows = []

@@ -34,6 +34,8 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, 
         ConfigError: a smaller network that no configuration describes.
         PatternError: there is no such structure, or nothing of it would be left.
     """
+    if not shares:
+        return {}
     chosen = {group.name for group in subject.layers}
     widths = [width for width in widths_of(subject.chain) if width.name in chosen]
     keep: dict[Width, int] = {}
