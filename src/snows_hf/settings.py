@@ -197,7 +197,8 @@ class PruneConfig(Settings):
     """Of the operations in Eq. 3: ``mean`` (mean squared errors) or ``relative`` (these over the variance of their
     targets)."""
     sweeps: Annotated[int, Ge(0)] = 1
-    """Passes of the cascade over the layers; from the second on, what follows a layer is pruned already."""
+    """Passes of the cascade over the layers; from the second on, what follows a layer is pruned already. 0: only the
+    joint steps move weights."""
     layer_steps: Annotated[int, Ge(0)] = 0
     """Most Newton steps for one layer in one sweep; 0 means as many as the passes give."""
     joint_steps: Annotated[int, Ge(0)] = 0
@@ -361,6 +362,13 @@ N_M: dict[str, Any] = {"mask": "swap", "gradual": 0.0}
 """By default, wherever a pattern has groups within which weights can be swapped."""
 
 
+STRUCTURED: dict[str, dict[str, Any]] = {
+    "vit": {"sweeps": 0, "joint_steps": 20, "emphasis": 3.0, "augment": True, "average": 10, "patience": 10},
+}
+"""By default, by family, where units go and nothing else: what reads them is repaired already, and no layer by itself
+does better; all together do."""
+
+
 def preset(name: str, family: str, pattern: str) -> PruneConfig:
     """The settings of a preset for a family and a pattern.
 
@@ -372,6 +380,8 @@ def preset(name: str, family: str, pattern: str) -> PruneConfig:
     settings = PRESETS[name].get(family, {})
     if name == "default" and re.search(r"\d:\d", pattern):
         settings = settings | N_M
-    if re.search("[a-z]:", pattern):
-        settings = settings | {"biases": True}
+    structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
+    if name == "default" and structures:
+        zeros = len(structures) < len(pattern.split("+"))
+        settings = settings | ({} if zeros else STRUCTURED.get(family, {})) | {"biases": True}
     return PruneConfig(pattern).updated(**settings)

@@ -14,7 +14,7 @@ from snows_hf.hub.load import load
 from snows_hf.runtime.run import Progress
 
 
-QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 120, "k": 3, "layer_steps": 1, "mask": "magnitude"}
+QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 120, "k": 3, "joint_steps": 2, "mask": "magnitude"}
 
 
 @pytest.mark.parametrize("pattern", ["mlp:0.5", "mlp:0.5+heads:0.25+2:4"])
@@ -34,8 +34,9 @@ def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, tmp_path: Path) -
     dense = sum(p.numel() for p in load(str(VIT)).model.parameters())
     assert report["parameters"]["dense"] == dense > report["parameters"]["total"]
     assert report["flops"]["pruned"] < 0.8 * report["flops"]["dense"]
-    losses = [(layer["loss_start"], layer["loss_pruned"]) for layer in report["layers"]]
-    assert all(after <= before for before, after in losses) and any(after < before for before, after in losses)
+    assert bool(report["settings"]["sweeps"]) == ("2:4" in pattern)
+    (joint,) = report["later_sweeps"]
+    assert joint["name"] == "all layers" and joint["loss_pruned"] < joint["loss_start"]
     assert report["pruned"]["top1"] > 95
     assert report["fidelity"]["pruned"]["divergence"] < report["fidelity"]["masked"]["divergence"]
     found = inspect(out)
@@ -61,9 +62,10 @@ def test_a_prune_that_is_broken_off_gives_the_same_bits(tmp_path: Path) -> None:
         if progress.stage == "Layers" and progress.done >= 3:
             raise BrokenOffError
 
+    given = QUICK | {"sweeps": 1, "layer_steps": 1}
     out, again = tmp_path / "out", tmp_path / "again"
     with pytest.raises(BrokenOffError):
-        prune(str(VIT), "mlp:0.5", output=out, on_progress=break_off, **QUICK)
-    assert prune(str(VIT), "mlp:0.5", output=out, **QUICK).report["resumed"]
-    prune(str(VIT), "mlp:0.5", output=again, **QUICK)
+        prune(str(VIT), "mlp:0.5", output=out, on_progress=break_off, **given)
+    assert prune(str(VIT), "mlp:0.5", output=out, **given).report["resumed"]
+    prune(str(VIT), "mlp:0.5", output=again, **given)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()

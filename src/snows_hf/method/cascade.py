@@ -67,13 +67,13 @@ def prune_chain(
             reports += sweep(layers, number, Streams.start(images, batches, shelf))
         if pattern is not None:
             segment = whole_network(chain, masks, "all layers, thinning out")
-            task = Task(segment, config.sweeps + 1, solves, steps=gradual_steps, pattern=pattern)
+            task = Task(segment, max(config.sweeps, 1) + 1, solves, steps=gradual_steps, pattern=pattern)
             report, weights = layers.finish(task, Streams.start(images, batches, shelf))
             reports.append(report)
             layers = replace(layers, masks={name: weights[name] != 0 for name in masks})
         if joint_steps:
             # Algorithm 2 on the outputs of every operation of the network, from its images on.
-            task = Task(whole_network(chain, masks), config.sweeps + 1, total - 1, gradual_steps, joint_steps)
+            task = Task(whole_network(chain, masks), max(config.sweeps, 1) + 1, total - 1, gradual_steps, joint_steps)
             reports.append(layers.finish(task, Streams.start(images, batches, shelf))[0])
     return reports
 
