@@ -33,8 +33,7 @@ the next; memory grows with them. *Share*: of the weights of Linear and Conv2d l
 is in groups; *inner share*: without stems, embeddings, heads, which stay dense, and weights that are used repeatedly.
 
 Made by `benchmarks/coverage.py`. Where the reason is that a class "took more than" some seconds, or was not measured
-yet, nothing is known against it: `--again` measures it with more time. Some rows are from an earlier script:
-eight images, the loss judged on images held out.
+yet, nothing is known against it: `--again` measures it with more time.
 """
 
 
