@@ -55,7 +55,9 @@ def cg(
         max_iter: most products to spend.
         stall: stop once the quadratic model's decrease over the last ten per cent of the iterations (ten at least) is
             below ``stall`` times its whole decrease per iteration (Martens 2010, section 4.4); 0 switches it off.
-        preconditioner: r -> M⁻¹ r for some M close to H + λI, symmetric and positive definite; None is the paper's.
+        preconditioner: r -> M⁻¹ r for some M close to H + λI, symmetric and positive definite; None is the paper's. It
+            may be an iteration itself, and not quite linear: directions are made conjugate by what r has changed by
+            (Polak and Ribière; Golub and Ye, 1999), which is the same where it is linear.
 
     Returns:
         The last iterate. Directions of negative curvature end the iteration: the iterate before them is returned, or
@@ -89,7 +91,7 @@ def cg(
             break
         eta = rz / curvature
         delta = delta + eta * p
-        r = r - eta * Bp
+        before, r = r, r - eta * Bp
         if float(r.norm()) <= stop_at:
             status = CGStatus.CONVERGED
             break
@@ -100,7 +102,6 @@ def cg(
             status = CGStatus.STALLED
             break
         z = precondition(r)
-        rz_new = r @ z
-        gamma = rz_new / rz
-        p, rz = z + gamma * p, rz_new
+        gamma = ((r - before) @ z) / rz
+        p, rz = z + gamma * p, r @ z
     return result()

@@ -7,6 +7,7 @@ as of centred inputs, and cutting it into blocks loses less.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,19 @@ to stay below."""
 
 CHUNK_ENTRIES = 2**22
 """Numbers that are gathered and factorised at a time."""
+
+WIDE = 320
+"""Inputs of an output from which on a row's own system is solved by iterations: factors of thousands of systems take
+many times as long as the curvature products between which they are used (docs/results.md)."""
+
+ITERATIONS = 10
+"""Of conjugate gradients on the rows of a wide layer. Their error, a few per cent, is small beside what G leaves out
+of the curvature."""
+
+
+def iterated(mask: Tensor) -> bool:
+    """Whether rows that have systems of their own get :class:`IteratedRows`."""
+    return mask[0].numel() >= WIDE
 
 
 def layout(mask: Tensor, entries: int) -> tuple[int, int, int]:
@@ -50,13 +64,16 @@ def factor_bytes(
 
     Args:
         entries: no parameter has more than about so many numbers.
-        groups: of the convolutions, as of all other layers 1; None: rows that share their columns may not for long.
+        groups: of the convolutions, as of all other layers 1; None: masks thin out, rows that share their columns may
+            not for long, and each row's factors are needed.
     """
     total = 0
     for name, mask in masks.items():
         shared = shared_entries(mask, groups[name]) if groups else None
         if shared is not None and shared <= entries:
             total += 4 * shared
+        elif groups and iterated(mask):
+            total += 4 * 8 * mask.numel()  # vectors of the iteration
         else:
             rows, blocks, size = layout(mask, entries)
             total += 4 * rows * blocks * size**2 // sharing
@@ -88,11 +105,16 @@ class Rows(ABC):
     active weights are among the parameter's."""
 
     def __init__(self, mask: Tensor, g: Tensor, part: slice | None) -> None:
-        self.part = part or slice(0, len(mask))
+        self.part, self.rows = part or slice(0, len(mask)), len(mask)
         self.owner = torch.arange(self.part.start, self.part.stop, device=mask.device) // (len(mask) // len(g))
         self.active = mask[self.part].flatten(1)
         before = int(mask[: self.part.start].sum())
         self.span = slice(before, before + int(self.active.sum()))
+
+    def times(self, x: Tensor, q: Tensor) -> Tensor:
+        """x q (rows, width), each row with the q of its group, of q (groups, width, width)."""
+        others = (self.part.start, self.rows - self.part.stop)
+        return (F.pad(x, (0, 0, *others)).unflatten(0, (len(q), -1)) @ q).flatten(0, 1)[self.part]
 
     @abstractmethod
     def solve(self, r: Tensor) -> Tensor:
@@ -172,7 +194,6 @@ class SharedRows(Rows):
         shift: Shift | None = None,
     ) -> None:
         super().__init__(mask, g, part)
-        self.rows = len(mask)
         columns = mask.flatten(1).unflatten(0, (len(g), -1)).any(1)
         width = max(int(columns.sum(1).max()), 1)
         order = columns.int().argsort(dim=1, descending=True, stable=True)[:, :width]
@@ -189,20 +210,62 @@ class SharedRows(Rows):
             self.taken = taken / self.scale
             self.left = (1 - (taken * self.taken).sum(1, keepdim=True)).clamp_min(torch.finfo(g.dtype).eps)
 
-    def _rotated(self, x: Tensor, q: Tensor) -> Tensor:
-        """x q (rows, width), each row with the q of its group."""
-        others = (self.part.start, self.rows - self.part.stop)
-        return (F.pad(x, (0, 0, *others)).unflatten(0, (len(q), -1)) @ q).flatten(0, 1)[self.part]
-
     def solve(self, r: Tensor) -> Tensor:
         padded = torch.zeros_like(self.scale).masked_scatter(self.valid, r.to(self.scale.dtype))
-        x = self._rotated(padded, self.q)
+        x = self.times(padded, self.q)
         x = x / self.scale + self.taken * (self.taken * x).sum(1, keepdim=True) / self.left
-        return self._rotated(x, self.q.mT)[self.valid].to(r.dtype)
+        return self.times(x, self.q.mT)[self.valid].to(r.dtype)
 
     def inverse_diagonal(self) -> Tensor:
-        diagonal = self._rotated(1 / self.scale, self.q.square().mT)
-        return (diagonal + self._rotated(self.taken, self.q.mT).square() / self.left)[self.valid]
+        diagonal = self.times(1 / self.scale, self.q.square().mT)
+        return (diagonal + self.times(self.taken, self.q.mT).square() / self.left)[self.valid]
+
+
+class IteratedRows(Rows):
+    """The same without factors: ``ITERATIONS`` of conjugate gradients, in all rows side by side, each a product of all
+    rows with G. What solves is not quite linear in r; :func:`snows_hf.method.cg.cg` allows for that."""
+
+    def __init__(
+        self,
+        mask: Tensor,
+        g: Tensor,
+        b: Tensor,
+        damping: float,
+        entries: int = FACTOR_ENTRIES,
+        part: slice | None = None,
+        shift: Shift | None = None,
+    ) -> None:
+        super().__init__(mask, g, part)
+        self.factorise = partial(RowBlocks, mask, g, b, damping, entries, part, shift)
+        self.g, self.b, self.floor = g, b[self.part, None], floor_of(g, b, damping)
+        taken = torch.zeros_like(self.active, dtype=g.dtype)
+        if shift is not None:
+            taken = self.active * (shift.cross / shift.pivot.sqrt())[self.part, None] * shift.s[self.owner]
+        self.taken = taken
+        diagonal = self.b * g.diagonal(dim1=1, dim2=2)[self.owner] - taken.square()
+        self.diagonal = diagonal.clamp_min(0) + self.floor
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(bG + λI) x, less what a bias takes, (rows, width)."""
+        taken = self.taken * (self.taken * x).sum(1, keepdim=True)
+        return (self.b * self.times(x, self.g) - taken) * self.active + self.floor * x
+
+    def solve(self, r: Tensor) -> Tensor:
+        left = torch.zeros_like(self.diagonal).masked_scatter(self.active, r.to(self.diagonal.dtype))
+        x, least = torch.zeros_like(left), torch.finfo(left.dtype).tiny
+        p = z = left / self.diagonal
+        energy = (left * z).sum(1, keepdim=True)
+        for _ in range(ITERATIONS):
+            Ap = self._product(p)
+            step = energy / (p * Ap).sum(1, keepdim=True).clamp_min(least)
+            x, left = x + step * p, left - step * Ap
+            z = left / self.diagonal
+            before, energy = energy, (left * z).sum(1, keepdim=True)
+            p = z + energy / before.clamp_min(least) * p
+        return x[self.active].to(r.dtype)
+
+    def inverse_diagonal(self) -> Tensor:
+        return self.factorise().inverse_diagonal()
 
 
 class WithBiases:

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from ..adapters.base import Chain
 from ..runtime.distributed import Share, own_part
-from .factors import FACTOR_ENTRIES, RowBlocks, Rows, SharedRows, Shift, WithBiases, floor_of, shared_entries
+from .factors import (
+    FACTOR_ENTRIES,
+    IteratedRows,
+    RowBlocks,
+    Rows,
+    SharedRows,
+    Shift,
+    WithBiases,
+    floor_of,
+    iterated,
+    shared_entries,
+)
 
 
 SAMPLES = 16
@@ -219,14 +230,14 @@ def shift_of(g: Tensor, b: Tensor, through: Tensor, column: Tensor, damping: flo
     return g, Shift(s, cross, (cross * column * n + floor_of(g, b, damping)).clamp_min(1e-30))
 
 
-def factorised(
-    mask: Tensor, g: Tensor, b: Tensor, damping: float, entries: int, shift: Shift | None = None
-) -> RowBlocks | SharedRows:
-    """The factors of this process's rows: one for all of a group where they share their columns."""
+def factorised(mask: Tensor, g: Tensor, b: Tensor, damping: float, entries: int, shift: Shift | None = None) -> Rows:
+    """What solves this process's rows: one factor for all of a group where they share their columns, iterations where
+    they do not and are wide."""
     shared, part = shared_entries(mask, len(g)), own_part(len(mask))
     if shared is not None and shared <= entries and g.isfinite().all():
         return SharedRows(mask, g, b, damping, part, shift)
-    return RowBlocks(mask, g, b, damping, entries, part, shift)
+    kind = IteratedRows if iterated(mask) else RowBlocks
+    return kind(mask, g, b, damping, entries, part, shift)
 
 
 def moved_by(span: slice, start: int) -> slice:
