@@ -18,7 +18,7 @@ from ..settings import PruneConfig
 from .command import Call, with_options
 from .hub import push_and_show
 from .options import Device, Model, Output, images_option, read_settings, setting
-from .sink import Sink, shown
+from .sink import CUSTOM, Sink, shown
 
 
 T = TypeVar("T")
@@ -186,7 +186,7 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         f"{report['samples']} images in {report['seconds']:.0f} s."
     )
     if report["output"]:
-        sink.text(f"Saved to {report['output']}")
+        sink.text(f"Saved to {report['output']}{CUSTOM if report.get('custom') else ''}")
 
 
 def show_solves(sink: Sink, solves: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from ..adapters.base import example
 from ..adapters.outputs import is_two_tower, outputs_of
 from ..data.images import Preprocess
 from ..data.names import Name, local_folder, model_folder
-from ..errors import LoadError, NumericsError, SnowsError, one_line, shortened
+from ..errors import ConfigError, LoadError, NumericsError, SnowsError, one_line, shortened
 from ..runtime.files import checksum
 from ..runtime.remote import hub_errors
 from ..runtime.run import Run
@@ -273,9 +273,11 @@ def check_weights(folder: Path) -> None:
 @contextmanager
 def library_errors(what: str, remedy: str = "") -> Iterator[None]:
     """Turns whatever a library raises within the block into a :class:`LoadError`: a configuration can make them divide
-    by zero, or look for a package that is not there."""
+    by zero, or look for a package that is not there. So are shapes in a file that its model cannot be narrowed to."""
     try:
         yield
+    except ConfigError as error:
+        raise LoadError(f"{what}: {error.message}", error.remedy) from error
     except SnowsError:
         raise
     except Exception as error:

@@ -161,6 +161,7 @@ def prune(
         teacher, dense = None, describe_size(subject.network, {}, flops)
         if keep:
             subject, teacher, report["units"] = cut_units(run, subject, keep, images, labels, allow_custom)
+            report["custom"] = subject.checkpoint.custom
             chain, flops = subject.chain, count_flops(subject.chain, images[:1])
             measurer = Measurer(run, subject, evaluation, teacher)
         chosen = choose(run, subject, candidates, images, labels, flops, update)

@@ -116,7 +116,7 @@ def cut_units(
     run: Run,
     subject: Subject,
     keep: Mapping[Width, int],
-    images: Images,
+    images: Tensor | Images,
     labels: Tensor | None,
     allow_custom: bool = False,
 ) -> tuple[Subject, Teacher, dict[str, Any]]:
