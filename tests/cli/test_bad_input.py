@@ -74,6 +74,7 @@ SETTINGS = [
     setting("mlp is said twice", pattern="mlp:0.5+mlp:0.25"),
     setting("expected at most one pattern of zeros, got 2:4 and 0.5", pattern="mlp:0.5+2:4+0.5"),
     setting("Criterion 'best' of units", pattern="mlp:0.5", set="units=best"),
+    setting("Criterion 'swap' of units", pattern="mlp:0.5", set="units=swap"),
     *(setting("between 0 and 1", pattern=text) for text in ("1.2", "0", "1", "-0.5", "nan", "inf")),
     *(setting("expected N:M (2:4, 1:4), a fraction", pattern=text) for text in ("half", "", "2:4:8", "2/4", "-2:4")),
     setting("Setting k = -1: expected a whole number ≥ 0", k=-1),
@@ -488,13 +489,14 @@ def test_a_layer_that_overflows_is_reported_as_null(run, monkeypatch: pytest.Mon
     assert json.loads(result.out)["layers"][0]["loss_start"] is None
 
 
-@pytest.mark.parametrize(
-    ("command", "what"),
-    [
-        (["train", "--pattern", "mlp:0.5", "--output", "out"], "Pruning at initialisation"),
-        (["sensitivity", "--patterns", "mlp:0.5"], "A sensitivity"),
-    ],
-)
-def test_structures_where_only_zeros_are_known(run, command: list[object], what: str) -> None:
-    result = run(command[0], VIT, "--data", DIGITS, *command[1:])
-    assert result.code == 1 and f"{what} takes zeros alone, not structures" in result.err
+def test_structures_where_only_zeros_are_known(run) -> None:
+    result = run("sensitivity", VIT, "--data", DIGITS, "--patterns", "mlp:0.5")
+    assert result.code == 1 and "A sensitivity takes zeros alone, not structures" in result.err
+
+
+@pytest.mark.parametrize("mask", ["swap", "sparsegpt", "obc", "masks.safetensors"])
+def test_structures_at_initialisation_need_scores(run, mask: str) -> None:
+    save_file({"x": torch.ones(1, dtype=torch.bool)}, "masks.safetensors")
+    given = ("--data", DIGITS, "--pattern", "mlp:0.5", "--mask", mask, "--output", "out")
+    result = run("train", VIT, *given)
+    assert result.code == 1 and f"{mask!r} has no scores that could be summed over units" in result.err

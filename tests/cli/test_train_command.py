@@ -35,3 +35,19 @@ def test_an_unknown_architecture(run) -> None:
     result = run("train", "resnet21_cifar", *QUICK)
     assert (result.code, result.out) == (1, "") and "no architecture that timm knows" in result.err
     assert not Path("out").exists()
+
+
+def test_a_smaller_network_from_the_beginning(run) -> None:
+    given = ("--pattern", "channels:0.5+0.5", "--mask", "hp", "--warm-up-bn", 1, "--eval-data", DIGITS, *QUICK)
+    refused = run("train", RESNET, *given)
+    assert refused.code == 1 and "--allow-custom" in refused.err and not Path("out").exists()
+    result = run("train", RESNET, *given, "--allow-custom", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["pattern"] == "channels:0.5+0.5" and report["custom"]
+    assert all(unit["after"] * 2 == unit["before"] for unit in report["units"].values())
+    card = Path("out/README.md").read_text()
+    assert "whole units are gone, and" in card and "of which 50.0 %" in card and "**Only snows-hf loads it**" in card
+    assert json.loads(run("eval", "out", "--data", DIGITS, "--json", "--confusions").out) == report["accuracy"]
+    found = json.loads(run("inspect", "out", "--json").out)
+    assert (found["pattern"], found["pattern_ok"]) == ("channels:0.5+0.5", True)

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from embedded import DIGITS, VIT
+from torch import nn
 from transformers import AutoModelForImageClassification
 
-from snows_hf import inspect, prune
+from snows_hf import inspect, prune, train
 from snows_hf.hub.load import load
+from snows_hf.masks.criteria import SCORES
 from snows_hf.runtime.run import Progress
 
 
@@ -69,3 +71,45 @@ def test_a_prune_that_is_broken_off_gives_the_same_bits(tmp_path: Path) -> None:
     assert prune(str(VIT), "mlp:0.5", output=out, **given).report["resumed"]
     prune(str(VIT), "mlp:0.5", output=again, **given)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+UNTRAINED: dict[str, Any] = {"samples": 40, "criterion_samples": 20, "epochs": 0, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def whole() -> nn.Module:
+    return train(VIT, DIGITS, **UNTRAINED).model
+
+
+@pytest.mark.parametrize("mask", SCORES)
+def test_an_untrained_network_is_cut_by_every_criterion_with_scores(mask: str, whole: nn.Module) -> None:
+    result = train(VIT, DIGITS, "mlp:0.5", mask=mask, **UNTRAINED)
+    name = "vit.layers.0.mlp.fc1.weight"
+    rows = {tuple(row) for row in whole.get_parameter(name).tolist()}
+    left = {tuple(row) for row in result.model.get_parameter(name).tolist()}
+    assert left < rows and len(left) == 48, "no repair"
+    assert set(result.report["units"]) == {f"vit.layers.{i}.mlp.fc1" for i in range(4)}
+
+
+def test_a_network_that_is_smaller_from_the_beginning_is_an_ordinary_one(whole: nn.Module, tmp_path: Path) -> None:
+    given = UNTRAINED | {"epochs": 1}
+    report = train(VIT, DIGITS, "mlp:0.5+heads:0.25", mask="hp", output=tmp_path / "out", **given).report
+    stock = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert {unit["after"] for unit in report["units"].values()} == {3, 48}
+    assert report["parameters"]["dense"] == sum(p.numel() for p in whole.parameters())
+    assert report["parameters"]["total"] == sum(p.numel() for p in stock.parameters()) < report["parameters"]["dense"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "then trained: whole units are gone, and" in card and "chosen by `hp` on the untrained network" in card
+    assert "It is an ordinary checkpoint" in card
+    found = inspect(tmp_path / "out")
+    assert found["pattern"] == "mlp:0.5+heads:0.25" and found["pattern_ok"]
+
+
+def test_units_go_by_the_sums_of_their_scores(whole: nn.Module) -> None:
+    smaller = train(VIT, DIGITS, "mlp:0.5", mask="magnitude", **UNTRAINED).model
+    for i in range(len(whole.get_submodule("vit.layers"))):
+        maker, reader = (f"vit.layers.{i}.mlp.fc{k}.weight" for k in (1, 2))
+        scores = whole.get_parameter(maker).abs().sum(1) + whole.get_parameter(reader).abs().sum(0)
+        kept = scores.topk(48).indices.sort().values
+        assert torch.equal(smaller.get_parameter(maker), whole.get_parameter(maker)[kept])
+        assert torch.equal(smaller.get_parameter(reader), whole.get_parameter(reader)[:, kept])

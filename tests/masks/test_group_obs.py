@@ -80,3 +80,11 @@ def test_inputs_that_never_vary_cost_nothing() -> None:
     x[:, 2] = 3.0
     W = torch.ones(2, 6, dtype=torch.float64)
     assert 2 not in units_left([Reader(W, moments_of(x), 6)], 5).tolist()
+
+
+def test_variances_that_float32_has_lost_leave_an_inverse() -> None:
+    x = 100 + 1e-3 * torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, torch.ones(50, 1)], 1)
+    moments = Moments.of(x.T @ x)
+    assert moments.covariance.diagonal().min() < 0
+    assert torch.linalg.eigvalsh(moments.ridged()).min() > 0

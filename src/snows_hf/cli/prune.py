@@ -18,7 +18,7 @@ from ..settings import PruneConfig
 from .command import Call, with_options
 from .hub import push_and_show
 from .options import Device, Model, Output, images_option, read_settings, setting
-from .sink import Sink, shown
+from .sink import CUSTOM, Sink, shown
 
 
 T = TypeVar("T")
@@ -29,9 +29,9 @@ MOVED = ("improved", "thinned_out")
 WHAT, IMAGES, RESULT = "What to prune", "Images", "Result"
 
 ALSO = (
-    "For more: --sparsity, --allocation, --layers, --k, --seed, --no-update, --config FILE; --data-split, "
-    "--eval-split; --format, --report, --push-to, --private, --restart; --revision, --dtype, --memory. The README "
-    "says what for."
+    "For more: --sparsity, --allocation, --layers, --k, --seed, --no-update, --allow-custom, --config FILE; "
+    "--data-split, --eval-split; --format, --report, --push-to, --private, --restart; --revision, --dtype, --memory. "
+    "The README says what for."
 )
 
 
@@ -72,6 +72,7 @@ def prune(
         typer.Option(help="Folder for the result.", show_default="NAME-PATTERN here", rich_help_panel=RESULT),
     ] = None,
     no_update: Annotated[bool, hidden("--no-update")] = False,
+    allow_custom: Annotated[bool, hidden("--allow-custom")] = False,
     config: Annotated[Path | None, hidden()] = None,
     format: Annotated[str, hidden()] = "safetensors",
     report: Annotated[bool, hidden("--report")] = False,
@@ -185,7 +186,7 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         f"{report['samples']} images in {report['seconds']:.0f} s."
     )
     if report["output"]:
-        sink.text(f"Saved to {report['output']}")
+        sink.text(f"Saved to {report['output']}{CUSTOM if report.get('custom') else ''}")
 
 
 def show_solves(sink: Sink, solves: list[dict[str, Any]]) -> None:

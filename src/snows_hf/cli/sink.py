@@ -18,6 +18,9 @@ from ..runtime.launch import launched_rank
 
 Column = str | Callable[[Any], str]
 
+CUSTOM = ", of widths that no configuration says: only this package loads it, by snows_hf.from_pretrained"
+"""What is said behind the folder of such a model."""
+
 EDGELESS = 10_000
 """Columns of what has no edge at which a table would have to fold."""
 

@@ -9,7 +9,7 @@ from ..jobs.request import check_request, check_training
 from ..settings import FinetuneConfig, TrainConfig
 from .command import Call, with_options
 from .options import DataSplit, Device, EvalData, EvalSplit, Labelled, Model, Output, Restart, Revision, checked
-from .sink import Sink
+from .sink import CUSTOM, Sink
 
 
 @with_options(
@@ -29,10 +29,13 @@ def train(
     output: Output,
     data_split: DataSplit = "train",
     pattern: Annotated[
-        str | None, typer.Option(help="N:M, or a fraction of zeros such as 0.9. Default: dense.")
+        str | None, typer.Option(help="N:M, a fraction of zeros such as 0.9, or mlp:0.5. Default: dense.")
     ] = None,
     eval_data: EvalData = None,
     eval_split: EvalSplit = "test",
+    allow_custom: Annotated[
+        bool, typer.Option("--allow-custom", help="Of structures: widths that only this package can load, too.")
+    ] = False,
     device: Device = "auto",
     revision: Revision = None,
     **settings: Any,
@@ -51,7 +54,7 @@ def train(
             f"top-1 {accuracy['top1']:.2f} %, top-5 {accuracy['top5']:.2f} % on {accuracy['images']} images of "
             f"{eval_data} ({eval_split})"
         )
-    call.sink.text(f"Saved to {output}")
+    call.sink.text(f"Saved to {output}{CUSTOM if report.get('custom') else ''}")
     call.sink.json(report)
 
 
@@ -61,6 +64,9 @@ def show(sink: Sink, report: dict[str, Any]) -> None:
         sink.text(f"Layer collapse: {name}: {reason}.")
     if not report["collapse"]["connected"]:
         sink.text("The logits do not depend on the images.")
+    if "units" in report:
+        parameters = report["parameters"]
+        sink.text(f"{parameters['dense'] / 1e6:.1f} → {parameters['total'] / 1e6:.1f} million parameters.")
     what = f"{report['pattern']} ({100 * report['sparsity']:.1f} % zeros)" if report["pattern"] else "dense"
     sink.text(
         f"{report['architecture']}, {what}: {report['settings']['epochs']} epochs of {report['images']} images in "

@@ -34,7 +34,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
     data = ModelCardData(
         model_name=report["name"],
         base_model=report["source"] if is_hub_id and maker != "train" else None,
-        library_name=checkpoint.library,
+        library_name=None if checkpoint.custom else checkpoint.library,  # by which the Hub says how to load it
         pipeline_tag=checkpoint.task,
         tags=["snows-hf", *(["sparse", "pruned", *kinds] if pattern else [])],
         datasets=sorted({each["name"] for each in used if each and "/" in each["name"]}) or None,
@@ -50,6 +50,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         licence=licence,
         layers=[layer | {"bar": bar_of(layer)} for layer in report["layers"] if "loss_start" in layer],
         library=checkpoint.library,
+        custom=checkpoint.custom,
         auto="AutoModelForImageClassification" if checkpoint.is_classifier else type(checkpoint.model).__name__,
         options="".join(f", {name}={value}" for name, value in checkpoint.options.items()),
         processor="AutoProcessor" if checkpoint.has_tokenizer else "AutoImageProcessor",

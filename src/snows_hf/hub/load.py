@@ -30,11 +30,12 @@ from ..adapters.base import example
 from ..adapters.outputs import is_two_tower, outputs_of
 from ..data.images import Preprocess
 from ..data.names import Name, local_folder, model_folder
-from ..errors import LoadError, NumericsError, SnowsError, one_line, shortened
+from ..errors import ConfigError, LoadError, NumericsError, SnowsError, one_line, shortened
 from ..runtime.files import checksum
 from ..runtime.remote import hub_errors
 from ..runtime.run import Run
 from . import quantizer  # noqa: F401  registers packed files with transformers
+from .custom import narrow, narrowed_class
 from .packed import PACKED_FILE, check_packed, opened, read_packed
 from .tasks import CLASSIFICATION, FEATURES, model_class, task_of
 
@@ -61,6 +62,7 @@ class Checkpoint:
         class_names: names of the classes by logit, or None; None of what is no classifier.
         task: what it is for, by the Hub's names: see tasks.py.
         options: what ``from_pretrained`` of its class must be told.
+        custom: whether its tensors are smaller than any configuration says: only this package loads it then.
     """
 
     source: str
@@ -73,6 +75,7 @@ class Checkpoint:
     class_names: tuple[str, ...] | None
     task: str = CLASSIFICATION
     options: dict[str, Any] = field(default_factory=dict)
+    custom: bool = False
 
     @property
     def is_classifier(self) -> bool:
@@ -218,6 +221,12 @@ def read_json(path: Path, expected: str = "", text: str | None = None, finite: b
     return value
 
 
+def is_custom(config: dict[str, Any]) -> bool:
+    """Whether config.json says that the tensors are smaller than it describes."""
+    said = config.get("snows")
+    return isinstance(said, dict) and said.get("custom") is True
+
+
 def library_of(config: dict[str, Any], folder: Path) -> str:
     """``timm`` or ``transformers``, by what config.json says: timm names an ``architecture``, transformers a
     ``model_type``. (timm models wrapped by transformers have both, and are timm's.)
@@ -264,9 +273,11 @@ def check_weights(folder: Path) -> None:
 @contextmanager
 def library_errors(what: str, remedy: str = "") -> Iterator[None]:
     """Turns whatever a library raises within the block into a :class:`LoadError`: a configuration can make them divide
-    by zero, or look for a package that is not there."""
+    by zero, or look for a package that is not there. So are shapes in a file that its model cannot be narrowed to."""
     try:
         yield
+    except ConfigError as error:
+        raise LoadError(f"{what}: {error.message}", error.remedy) from error
     except SnowsError:
         raise
     except Exception as error:
@@ -336,10 +347,10 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
     with library_errors(f"transformers cannot load {source}"):
         kind = model_class(source, config)
 
-    def read(**options: Any) -> tuple[Any, list[str]]:
-        """The model, and the names of the weights that it lacks."""
+    def read(as_class: Any, **options: Any) -> tuple[Any, list[str], dict[str, torch.Size]]:
+        """The model, the names of the weights that it lacks, and the shapes that the file has otherwise."""
         with library_errors(f"transformers cannot load {source} as {kind.__name__}"):
-            model, info = kind.from_pretrained(
+            model, info = as_class.from_pretrained(
                 folder,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -348,17 +359,22 @@ def _load_transformers(source: str, folder: Path, config: dict[str, Any]) -> Che
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
-        return model, sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+        shapes = {key[0]: key[1] for key in info["mismatched_keys"]}
+        return model, sorted([*info["missing_keys"], *shapes]), shapes
 
     options: dict[str, Any] = {}
-    model, lacking = read()
+    model, lacking, shapes = read(kind)
     # Many backbones on the Hub were trained without the pooler that their class has.
-    if lacking and all(name.startswith("pooler.") for name in lacking) and _may_lack_pooler(kind):
+    missing = [name for name in lacking if name not in shapes]
+    if missing and all(name.startswith("pooler.") for name in missing) and _may_lack_pooler(kind):
         options = {"add_pooling_layer": False}
-        model, lacking = read(**options)
+        model, lacking, shapes = read(kind, **options)
+    if custom := is_custom(config):
+        model, lacking, _ = read(narrowed_class(kind, shapes), **options)
+        model.__class__ = kind
     check_complete(source, model, lacking)
     checkpoint = of_transformers(source, folder, config, model)
-    checkpoint.options = options
+    checkpoint.options, checkpoint.custom = options, custom
     return checkpoint
 
 
@@ -415,14 +431,27 @@ def _load_timm(source: str, folder: Path, config: dict[str, Any]) -> Checkpoint:
         raise LoadError(f"{folder} has no model.safetensors, the file that timm reads.")
     with library_errors(f"timm cannot load {source}"):
         stored = read_packed(folder / PACKED_FILE)[0] if packed else load_file(folder / "model.safetensors")
-        model = _timm_of(folder, stored)
-        lacking = lacking_weights(model, folder, stored)
+        if custom := is_custom(config):
+            model, lacking = _timm_narrowed(folder, stored), []
+        else:
+            model = _timm_of(folder, stored)
+            lacking = lacking_weights(model, folder, stored)
     check_complete(source, model, lacking, f" for {model.num_classes} classes" if model.num_classes else "")
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored:  # timm computes in float32 whatever the file has
             tensor.data = tensor.data.to(stored[name].dtype)
     buffers_follow_weights(model)
-    return of_timm(source, folder, config, model)
+    checkpoint = of_timm(source, folder, config, model)
+    checkpoint.custom = custom
+    return checkpoint
+
+
+def _timm_narrowed(folder: Path, stored: dict[str, torch.Tensor]) -> Any:
+    """timm's model of a configuration, as narrow as these tensors, which it must have all of, and no other."""
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    narrow(model, {name: tensor.shape for name, tensor in stored.items()})
+    model.load_state_dict(stored)
+    return model
 
 
 def _timm_of(folder: Path, stored: dict[str, torch.Tensor]) -> Any:

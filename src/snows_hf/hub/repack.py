@@ -8,6 +8,7 @@ most one key of metadata, as transformers, timm and ``prune`` do.
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..data.names import Name
 from ..errors import LoadError, one_line
 from ..runtime.files import check_output, whole_folder, write_json
 from .card import PLACEHOLDER
-from .load import find_folder, leads_out, read_json
+from .load import find_folder, is_custom, leads_out, read_json
 from .packed import PACKED_FILE, check_packed, opened, read_packed, write_packed
 
 
@@ -82,11 +83,12 @@ def pack_into(source: Path, folder: Path) -> None:
             metadata |= file.metadata() or {}
     path = source / "config.json"
     text = _read_text(path)
-    if "quantization_config" in read_json(path, text=text):
+    config = read_json(path, text=text)
+    if "quantization_config" in config:
         raise LoadError(f"{source} is quantised.", "Only checkpoints of plain weights can be packed.")
     packed_text = text.replace("{", _CONFIG_OPENING, 1)
     read_json(path, text=packed_text)
-    _copy(source, folder, {*weights, INDEX_FILE}, _packed_card)
+    _copy(source, folder, {*weights, INDEX_FILE}, partial(_packed_card, custom=is_custom(config)))
     write_packed(folder / PACKED_FILE, tensors, metadata or None)
     (folder / "config.json").write_bytes(packed_text.encode())
 
@@ -107,11 +109,11 @@ def unpack_into(source: Path, folder: Path) -> None:
         write_json(folder / "config.json", config)
 
 
-def _packed_card(text: str) -> str:
+def _packed_card(text: str, custom: bool) -> str:
     found = _LOADING.search(text)
     start, end = found.span() if found else (len(text), len(text))
     template = files("snows_hf.hub").joinpath("packed_card_template.md").read_text(encoding="utf-8")
-    values = {"here": PLACEHOLDER, "packed_file": PACKED_FILE, "unpacked": text[start:end]}
+    values = {"here": PLACEHOLDER, "packed_file": PACKED_FILE, "custom": custom, "unpacked": text[start:end]}
     return text[:start] + Template(template, keep_trailing_newline=True).render(values) + text[end:]
 
 

@@ -1,7 +1,7 @@
 """A smaller model of the same class: what its configuration must say, and the model that is made of it.
 
 Nothing of a class is known here. Fields that name a width in one library or the other are tried, and what builds a
-model with exactly the tensors that there are is right.
+model with exactly the tensors that there are is right. Where none does, a custom model may be made (custom.py).
 """
 
 import copy
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .custom import narrow
 from .load import Checkpoint
 
 
@@ -35,11 +36,15 @@ class Size:
     reads: int
 
 
-def resized(checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size]) -> Checkpoint:
-    """The checkpoint with these tensors, of which structures (``mlp``, ``heads``, ``channels``) have new sizes.
+def resized(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size], allow_custom: bool = False
+) -> Checkpoint:
+    """The checkpoint with these tensors, of which structures (``mlp``, ``heads``, ``channels``) have new sizes; where
+    no configuration says so, a custom one, if that is allowed.
 
     Raises:
-        ConfigError: no configuration of its class builds a model with tensors of these shapes.
+        ConfigError: no configuration of its class builds a model with tensors of these shapes, or, of a custom one, it
+            cannot be narrowed to them.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     for fields in candidates(checkpoint, sizes):
@@ -52,11 +57,23 @@ def resized(checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[
             _with_constants_of(checkpoint.model, model)
             model.eval().requires_grad_(True)
             return replace(checkpoint, model=model, config=with_fields(checkpoint, fields))
+    if allow_custom:
+        return _narrowed(checkpoint, state)
     what = " and ".join(f"{name} of {size.after} in place of {size.before}" for name, size in sizes.items())
     raise ConfigError(
         f"{type(checkpoint.model).__name__}: no configuration says {what}.",
-        "Stock libraries could not load the result. Try another share, such as 0.5, or zeros, such as 2:4.",
+        "Stock libraries could not load the result. Try another share, such as 0.5, zeros, such as 2:4, or "
+        "--allow-custom, which makes a model that only this package loads.",
     )
+
+
+def _narrowed(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Checkpoint:
+    """A custom checkpoint with these tensors: its own model, narrowed."""
+    model = copy.deepcopy(checkpoint.model)
+    narrow(model, {name: tensor.shape for name, tensor in state.items()})
+    model.load_state_dict(dict(state), assign=True)
+    model.eval().requires_grad_(True)
+    return replace(checkpoint, model=model, custom=True)
 
 
 def _with_constants_of(source: nn.Module, model: nn.Module) -> None:

@@ -52,8 +52,9 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
     """Writes model, config and preprocessing in the library's own format, and the report, into an empty folder, and
     copies licences and tokenizer.
 
-    The ``summary``, which is small, goes into config.json under ``snows``, the ``report`` into snows_config.json;
-    files that were not copied, since they are links to elsewhere, are added to it as ``left_out``.
+    The ``summary``, which is small, goes into config.json under ``snows``, with ``custom`` where the configuration
+    does not describe the model; the ``report`` into snows_config.json. Files that were not copied, since they are
+    links to elsewhere, are added to it as ``left_out``.
     """
     model: Any = checkpoint.model
     config = deepcopy(checkpoint.config)
@@ -70,7 +71,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, summary: dict[str, Any
         if "num_classes" in config.get("model_args", {}):
             config["num_classes"] = config["model_args"].pop("num_classes")
     # The libraries' own rewriting of the configuration depends on their versions: only ``snows`` is new.
-    write_json(folder / "config.json", {**config, "snows": summary})
+    custom = {"custom": True} if checkpoint.custom else {}
+    write_json(folder / "config.json", {**config, "snows": summary | custom})
     along = sorted(checkpoint.folder.glob("LICENSE*"))  # most licences want to go along
     if checkpoint.library == "transformers":
         along += [checkpoint.folder / name for name in (*TOKENIZER_FILES, "processor_config.json")]

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
 from ..data.accuracy import Accuracy
 from ..data.fidelity import Fidelity, fidelity_of
 from ..data.images import open_images
 from ..data.names import Name
 from ..data.zero_shot import PROMPT
 from ..errors import ConfigError
+from ..hub.load import Checkpoint, library_errors
 from ..runtime.run import Progress, Run
 from .measure import check_measurable, measuring, outputs_on_device
 from .request import check_prompts
@@ -74,10 +78,9 @@ def fidelity(
     """
     run = Run.begin(device, on_stage=on_stage, on_progress=on_progress)
     checkpoint, dense = load_told(run, model, revision), load_told(run, reference)
-    shapes, expected = (
-        {name: tuple(each.shape) for name, each in loaded.model.state_dict().items()} for loaded in (checkpoint, dense)
-    )
-    if type(checkpoint.model) is not type(dense.model) or shapes != expected:
+    with library_errors(f"{reference} cannot take the images of {model}"):
+        alike = kind_of(checkpoint, checkpoint.image()) == kind_of(dense, checkpoint.image())
+    if not alike:
         raise ConfigError(
             f"{reference} ({type(dense.model).__name__}) has other weights than {model} "
             f"({type(checkpoint.model).__name__}).",
@@ -87,3 +90,12 @@ def fidelity(
     run.say(f"Comparing them on {data} ({split})")
     own, theirs = (outputs_on_device(loaded.model.to(run.device)) for loaded in (checkpoint, dense))
     return fidelity_of(theirs, own, source, checkpoint.preprocess, checkpoint.is_classifier, run=run)
+
+
+@torch.no_grad()
+def kind_of(checkpoint: Checkpoint, image: Tensor) -> tuple[type, set[str], dict[str, torch.Size]]:
+    """What is the same of models that can be compared: class, names of weights, and the shapes of their outputs for an
+    image. Weights' shapes are not, where structures were cut out."""
+    outputs = outputs_on_device(checkpoint.model)(image)
+    shapes = {name: values.shape for name, values in outputs.items()}
+    return type(checkpoint.model), set(checkpoint.model.state_dict()), shapes

@@ -84,6 +84,7 @@ def prune(
     memory: float | None = None,
     preset: str = "default",
     update: bool = True,
+    allow_custom: bool = False,
     restart: bool = False,
     format: str = "safetensors",
     on_stage: Callable[[str], None] = lambda stage: None,
@@ -114,6 +115,8 @@ def prune(
         preset: ``default``, or ``paper`` for the paper's own settings.
         update: whether SNOWS re-optimises the kept weights; without it they are the dense ones, or what a criterion
             with an update of its own (sparsegpt, obc, swap) makes of them.
+        allow_custom: make a smaller network also where no configuration of its class describes it; only this package
+            loads the result then.
         restart: begin anew where an earlier call was broken off.
         format: of the result: ``safetensors``, or ``packed``, which leaves out the zeros (see :func:`snows_hf.pack`).
         on_stage: called with a line of text when a new stage begins, and for each layer that is done.
@@ -133,7 +136,7 @@ def prune(
 
     subject = load_subject(run, model, revision, candidates, preset, pattern, settings)
     check_mask_labels(subject.config, subject.checkpoint)
-    keep = units_to_keep(subject, shares)
+    keep = units_to_keep(subject, shares, allow_custom)
     check_disk_and_masks(subject, folder)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     run = run.with_room()
@@ -157,7 +160,8 @@ def prune(
         report: dict[str, Any] = {"dense": measurer.accuracy("dense"), "masked": None, "pruned": None}
         teacher, dense = None, describe_size(subject.network, {}, flops)
         if keep:
-            subject, teacher, report["units"] = cut_units(run, subject, keep, images, labels)
+            subject, teacher, report["units"] = cut_units(run, subject, keep, images, labels, allow_custom)
+            report["custom"] = subject.checkpoint.custom
             chain, flops = subject.chain, count_flops(subject.chain, images[:1])
             measurer = Measurer(run, subject, evaluation, teacher)
         chosen = choose(run, subject, candidates, images, labels, flops, update)

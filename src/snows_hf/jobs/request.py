@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.names import Name, local_folder, split_revision
 from ..errors import ConfigError, DataError, MaskError, PatternError, SaveError
-from ..masks.criteria import CRITERIA, find_criterion
+from ..masks.criteria import SCORES, find_criterion
 from ..patterns import parse_candidates, split_structures
 from ..patterns.plan import at_initialisation, layer_patterns, order_for
 from ..runtime.files import check_file, check_output
@@ -66,8 +66,8 @@ def check_units(pattern: str, config: PruneConfig) -> None:
     Raises:
         ConfigError: no criterion of units, or settings that a smaller network cannot be made with.
     """
-    if config.units not in ("obs", *CRITERIA):
-        known = ", ".join(("obs", *sorted(CRITERIA)))
+    if config.units not in ("obs", *SCORES):
+        known = ", ".join(("obs", *SCORES))
         raise ConfigError(f"Criterion {config.units!r} of units: expected one of {known}.")
     if split_structures(pattern)[0] and config.targets != "dense":
         raise ConfigError(
@@ -93,15 +93,17 @@ def check_training(pattern: str | None, settings: dict[str, Any]) -> TrainConfig
     """The settings of a pruning at initialisation.
 
     Raises:
-        ConfigError: unknown or bad settings; no such criterion.
+        ConfigError: unknown or bad settings; no such criterion, or none that has scores, for structures.
         MaskError: no such mask file.
         PatternError: no pattern, or a cap below its sparsity.
     """
     config = TrainConfig().updated(**settings)
     if pattern is not None:
-        check_no_structures(pattern, "Pruning at initialisation")
         at_initialisation(pattern, config)
     check_mask(config.mask)
+    if pattern is not None and split_structures(pattern)[0] and config.mask not in SCORES:
+        fault = f"Mask criterion {Path(config.mask).name!r} has no scores that could be summed over units."
+        raise ConfigError(fault, f"For structures at initialisation, expected one of {', '.join(SCORES)}.")
     return config
 
 

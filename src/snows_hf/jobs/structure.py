@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import build_chain
+from ..adapters import Chain, build_chain
+from ..adapters.check import widened
+from ..adapters.outputs import outputs_of
 from ..adapters.widths import Width, cut, widths_of
-from ..errors import PatternError
+from ..errors import ConfigError, PatternError, one_line
+from ..hub.load import Checkpoint
 from ..hub.resize import Size, resized
 from ..masks.choices import fit_criterion, in_smaller_batches
 from ..masks.evidence import Evidence
 from ..masks.units import choose_units
-from ..method.streams import Teacher
+from ..method.streams import Teacher, holding
 from ..patterns import Full
 from ..runtime.journal import Record
 from ..runtime.memory import Images
@@ -26,12 +29,12 @@ UNITS = {"mlp": "units", "heads": "heads", "channels": "channels"}
 """What each structure is made of, in words."""
 
 
-def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, int]:
+def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: bool = False) -> dict[Width, int]:
     """The widths of the layers that are asked for, and how many units each keeps, once a share of each structure has
-    gone; what the model's configuration could not say is refused.
+    gone; what the model's configuration could not say is refused, unless it may be custom.
 
     Raises:
-        ConfigError: a smaller network that no configuration describes.
+        ConfigError: a smaller network that no configuration describes, or that a custom one is not either.
         PatternError: there is no such structure, or nothing of it would be left.
     """
     if not shares:
@@ -57,8 +60,36 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, 
                     f"A share from {1 / width.units:.2g} to {1 - 1 / width.units:.2g} leaves some.",
                 )
     first = {width: torch.arange(count) for width, count in keep.items()}
-    resized(subject.checkpoint, cut(subject.original, first), sizes_of(subject, keep))
+    smaller = resized(subject.checkpoint, cut(subject.original, first), sizes_of(subject, keep), allow_custom)
+    if smaller.custom:
+        check_custom(subject, smaller, first)
     return keep
+
+
+@torch.no_grad()
+def check_custom(subject: Subject, smaller: Checkpoint, kept: Mapping[Width, Tensor]) -> None:
+    """Makes sure that a custom network, whose modules were narrowed from outside, computes what the whole one does
+    where nothing reads the units that are gone.
+
+    Raises:
+        ConfigError: it does not, or does not run.
+    """
+    chain, name = subject.chain, f"A narrower {type(smaller.model).__name__}"
+    image = chain.image if chain.image is not None else subject.checkpoint.image()
+    noise = torch.randn((2, *image.shape[1:]), generator=torch.Generator().manual_seed(0))
+    with widened(subject.network), widened(smaller.model):
+        noise = noise.to(next(subject.network.parameters()))
+        with holding(chain, without_reading(chain, kept)):
+            expected = outputs_of(subject.network, noise)
+        try:
+            got = outputs_of(smaller.model, noise)
+        except Exception as error:  # a library's, of any type
+            fault = f"{name} cannot run: {type(error).__name__}: {one_line(error)}"
+            raise ConfigError(fault, "Its code depends on the old widths. Try zeros, such as 2:4.") from error
+    for output, values in expected.items():
+        if output not in got or not torch.allclose(got[output], values, rtol=1e-3, atol=1e-3 * float(values.std())):
+            fault = f"{name} computes other {output} than the whole one without the units."
+            raise ConfigError(fault, "Its code depends on the old widths. Try zeros, such as 2:4.")
 
 
 def sizes_of(subject: Subject, keep: Mapping[Width, int]) -> dict[str, Size]:
@@ -70,8 +101,24 @@ def sizes_of(subject: Subject, keep: Mapping[Width, int]) -> dict[str, Size]:
     return sizes
 
 
+def without_reading(chain: Chain, kept: Mapping[Width, Tensor]) -> dict[str, Tensor]:
+    """Copies of the weights that read the widths, with zeros for the units that are not ``kept``."""
+    weights = {slot.name: chain.weight(slot.name).detach().clone() for width in kept for slot in width.readers}
+    for width, units in kept.items():
+        gone = torch.ones(width.units, dtype=torch.bool).index_fill_(0, units, False)
+        for slot in width.readers:
+            columns = gone.repeat_interleave(slot.each)
+            weights[slot.name][:, slot.offset : slot.offset + len(columns)][:, columns] = 0
+    return weights
+
+
 def cut_units(
-    run: Run, subject: Subject, keep: Mapping[Width, int], images: Images, labels: Tensor | None
+    run: Run,
+    subject: Subject,
+    keep: Mapping[Width, int],
+    images: Tensor | Images,
+    labels: Tensor | None,
+    allow_custom: bool = False,
 ) -> tuple[Subject, Teacher, dict[str, Any]]:
     """The subject without the units that go, those left repaired; its teacher, the dense network; and what the report
     says of it. Chosen by an earlier run where there was one."""
@@ -92,7 +139,7 @@ def cut_units(
     kept = {width: found[f"kept {i}"] for i, width in enumerate(widths)}
     tensors = {name.removeprefix("tensor "): value for name, value in found.items() if name.startswith("tensor ")}
     original = {name: tensors.get(name, value.cpu()).to(value.dtype) for name, value in subject.original.items()}
-    checkpoint = resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep))
+    checkpoint = resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep), allow_custom)
     smaller = build_chain(checkpoint.model, images[:1])
     chosen = {group.name for group in subject.layers}
     layers = [group for _, group in smaller.groups() if group.name in chosen]

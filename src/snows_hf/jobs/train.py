@@ -7,7 +7,7 @@ is not the one to be trained.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..adapters import build_chain
-from ..adapters.base import Chain, chain_for
+from ..adapters.base import Chain
 from ..adapters.outputs import logits_of
+from ..adapters.widths import Width
 from ..data.images import CHUNK, ImageSource, check_labels, drawn, labelled_batches, open_images
 from ..data.names import Name, short_name
 from ..errors import ConfigError
@@ -34,7 +35,7 @@ from ..masks.choose import choose, split_by_fit
 from ..masks.collapse import find_collapse
 from ..masks.evidence import Evidence
 from ..method.augment import augmented
-from ..patterns import Masks, Pattern
+from ..patterns import Full, Masks, Pattern, split_structures
 from ..patterns.plan import at_initialisation
 from ..reports.describe import describe_data, share_of_zeros
 from ..runtime.device import describe_hardware
@@ -46,7 +47,8 @@ from .calibration import class_labels
 from .measure import check_classifier, measure, measuring, open_labelled
 from .prune import PruneResult, save
 from .request import check_request, check_training
-from .subject import weights_of
+from .structure import cut_units, units_to_keep
+from .subject import Subject, copy_of, weights_of
 from .training import fixed, seed_of, sgd, train_epoch
 
 
@@ -61,6 +63,7 @@ def train(
     eval_split: str = "test",
     device: str = "auto",
     revision: str | None = None,
+    allow_custom: bool = False,
     on_stage: Callable[[str], None] = lambda stage: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     **settings: Any,
@@ -71,7 +74,8 @@ def train(
         source: a name that timm knows (``resnet20_cifar``), or the folder or Hub id of a checkpoint, of which only the
             configuration is used.
         data: labelled images, all of which are held in memory.
-        pattern: ``"0.9"`` or ``"2:4"``; None trains the dense network.
+        pattern: ``"0.9"`` or ``"2:4"``; ``"mlp:0.5"`` and other structures, by the scores of the mask criterion summed
+            over each unit, which leave a smaller network; None trains the dense network.
         eval_data: labelled images on which accuracy is measured at the end; None measures nothing.
         **settings: by the names of :class:`~snows_hf.settings.TrainConfig`.
         others: as for :func:`snows_hf.prune`.
@@ -95,13 +99,20 @@ def train(
     chain = build_chain(network)
     if chosen_pattern is not None:
         split_by_fit(weights_of(chain), chosen_pattern)
+    subject = subject_of(checkpoint, chain, pattern or "dense", config)
+    keep = units_to_keep(subject, split_structures(pattern or "")[0], allow_custom)
     run.say(f"Reading the images of {data} ({data_split})")
     images, labels = read_examples(run, images_source, checkpoint, config)
     if config.warm_up_bn:
         run.say(f"Warming up batch norms on {config.warm_up_bn} batches")
         if not warm_up(network, images[: config.warm_up_bn * config.batch_size].split(config.batch_size), run.device):
             run.say("The network has no batch norm: there is nothing to warm up")
-    masks, facts = choose_masks(run, chain_for(chain, images[:1]), chosen_pattern, config, images, labels)
+    subject = subject.for_images(images[:1])
+    units: dict[str, Any] = {}
+    if keep:
+        subject, units = cut_at_random(run, subject, keep, images, labels, config, allow_custom)
+        checkpoint, network = subject.checkpoint, subject.network
+    masks, facts = choose_masks(run, subject.chain, chosen_pattern, config, images, labels)
     run.say(f"Training on {len(labels)} images")
     begun = time.perf_counter()
     losses = fit(run, network, images, labels, masks, config)
@@ -109,23 +120,55 @@ def train(
     accuracy = measure(run, "trained", measuring(network, checkpoint, evaluation), evaluation)
     network.to("cpu")
 
-    report = describe(checkpoint, masks, facts, config) | {
-        "source": short_name(source),
-        "pattern": str(chosen_pattern) if chosen_pattern is not None else None,
-        "images": len(labels),
-        "data": describe_data(data, data_split),
-        "eval_data": describe_data(eval_data, eval_split),
-        "accuracy": accuracy,
-        "losses": losses,
-        "training_seconds": training_seconds,
-        "seconds": time.perf_counter() - started,
-        "hardware": describe_hardware(run.device),
-    }
-    claims = claim(str(chosen_pattern), report["sparsity"], masks.values()) if masks else {"version": __version__}
+    title = pattern if keep else str(chosen_pattern)
+    report = (
+        describe(checkpoint, masks, facts, config)
+        | units
+        | {
+            "source": short_name(source),
+            "pattern": title if chosen_pattern is not None else None,
+            "images": len(labels),
+            "data": describe_data(data, data_split),
+            "eval_data": describe_data(eval_data, eval_split),
+            "accuracy": accuracy,
+            "losses": losses,
+            "training_seconds": training_seconds,
+            "seconds": time.perf_counter() - started,
+            "hardware": describe_hardware(run.device),
+        }
+    )
+    claims = claim(str(title), report["sparsity"], masks.values()) if masks else {"version": __version__}
     folder = Path(output) if output is not None else None
     if folder is not None:  # a licence of the configuration's is not one of these weights
         checkpoint = replace(checkpoint, folder=folder)
     return save(run, checkpoint, folder, report, claims)
+
+
+def subject_of(checkpoint: Checkpoint, chain: Chain, pattern: str, config: TrainConfig) -> Subject:
+    """An untrained network as what units are cut out of: by the mask criterion, and without a repair, since random
+    weights make nothing that is worth keeping."""
+    settings = PruneConfig(pattern, mask=config.mask, units=config.mask, repair=False, seed=config.seed)
+    layers = [group for _, group in chain.groups()]
+    return Subject(checkpoint, chain, settings, layers, copy_of(checkpoint.model))
+
+
+def cut_at_random(
+    run: Run,
+    subject: Subject,
+    keep: Mapping[Width, int],
+    images: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+    allow_custom: bool,
+) -> tuple[Subject, dict[str, Any]]:
+    """The smaller network, untrained, and what the report says of it."""
+    dense = sum(parameter.numel() for parameter in subject.network.parameters())
+    subject = replace(subject, original=copy_of(subject.network))  # with the batch norms' statistics as they are now
+    some = slice(0, config.criterion_samples)
+    smaller, _, units = cut_units(run, subject, keep, images[some], labels[some], allow_custom)
+    total = sum(parameter.numel() for parameter in smaller.network.parameters())
+    parameters = {"dense": dense, "total": total}
+    return smaller, {"units": units, "custom": smaller.checkpoint.custom, "parameters": parameters}
 
 
 def choose_masks(
@@ -135,7 +178,8 @@ def choose_masks(
     of them, which layers they have cut off and why, and whether the logits still depend on the images."""
     if pattern is None:
         return {}, {"criterion": {}, "collapse": {"layers": {}, "connected": True}}
-    run.say(f"Choosing masks by {Path(config.mask).name}")
+    if not isinstance(pattern, Full):
+        run.say(f"Choosing masks by {Path(config.mask).name}")
     settings = PruneConfig(str(pattern), mask=config.mask, seed=config.seed)
     some = slice(0, config.criterion_samples)
     evidence = Evidence(weights_of(chain), pattern, settings, chain, images[some], labels[some], run)

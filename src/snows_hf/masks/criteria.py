@@ -7,20 +7,21 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class Criterion:
-    """Where a criterion's function is, as ``module:function`` of :mod:`snows_hf.masks.scores`, and whether it reads
-    the labels of the calibration images."""
+    """Where a criterion's function is, as ``module:function`` of :mod:`snows_hf.masks.scores`, whether it reads the
+    labels of the calibration images, and whether it makes masks itself, without a score for each weight."""
 
     function: str
     labels: bool = False
+    whole: bool = False
 
 
 CRITERIA = {
     "magnitude": Criterion("magnitude:magnitude"),
     "random": Criterion("random:random"),
     "wanda": Criterion("wanda:wanda"),
-    "sparsegpt": Criterion("sparsegpt:sparsegpt"),
-    "obc": Criterion("obc:obc"),
-    "swap": Criterion("swap:swap"),
+    "sparsegpt": Criterion("sparsegpt:sparsegpt", whole=True),
+    "obc": Criterion("obc:obc", whole=True),
+    "swap": Criterion("swap:swap", whole=True),
     "grad-norm": Criterion("gradient:grad_norm", labels=True),
     "snip": Criterion("gradient:snip", labels=True),
     "grasp": Criterion("gradient:grasp", labels=True),
@@ -46,6 +47,10 @@ def find_criterion(name: str) -> Criterion:
         known = ", ".join(sorted(CRITERIA))
         raise ConfigError(f"Mask criterion {name!r}: expected one of {known}, or a safetensors file of booleans.")
     return CRITERIA[name]
+
+
+SCORES = tuple(sorted(name for name, criterion in CRITERIA.items() if not criterion.whole))
+"""Those with scores of weights, which can be summed over units."""
 
 
 def needs_labels(*names: str) -> bool:

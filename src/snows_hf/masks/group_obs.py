@@ -36,10 +36,15 @@ class Moments:
         return cls(mean, gram[:-1, :-1] / count - mean.outer(mean))
 
     def ridged(self) -> Tensor:
-        """C with the ridge on its diagonal."""
+        """C with the ridge on its diagonal: a higher one where sums in float32 have left nothing of small variances
+        around large means (pooled channels), and C would not be positive."""
         scale = self.covariance.diagonal().mean()
-        ridge = RIDGE * torch.where(scale > 0, scale, 1.0)
-        return self.covariance + ridge * torch.eye(len(self.mean), dtype=ridge.dtype, device=ridge.device)
+        ridge = RIDGE * torch.where(scale > 0, scale, 1.0) * torch.eye(len(self.mean)).to(self.covariance)
+        for _ in range(10):
+            if not torch.linalg.cholesky_ex(self.covariance + ridge).info:
+                break
+            ridge *= 10
+        return self.covariance + ridge
 
 
 def variance(W: Tensor, moments: Moments) -> float:

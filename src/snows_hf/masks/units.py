@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..adapters.widths import Slot, Width
-from ..errors import MaskError
 from ..patterns import Full
 from .criteria import find_criterion
 from .evidence import Evidence
@@ -31,9 +30,6 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
     Args:
         evidence: of the dense network, with images.
         keep: how many units each width keeps.
-
-    Raises:
-        MaskError: a criterion that has no scores of weights.
     """
     config, kept, tensors = evidence.config, dict[Width, Tensor](), dict[str, Tensor]()
     scores = {} if config.units == "obs" else scores_of(evidence, keep)
@@ -88,19 +84,20 @@ def repaired(evidence: Evidence, slot: Slot, moments: Moments, kept: Tensor) -> 
 
 
 def scores_of(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:
-    """A criterion's scores of the weights of each unit, summed, (units,).
+    """The scores of the weights of each unit, summed, (units,), by a criterion that has such (``SCORES``).
 
     Raises:
-        MaskError: a criterion without scores.
+        NumericsError: a score is no number.
     """
     chain, name = evidence.network, evidence.config.units
     names = dict.fromkeys(slot.name for width in keep for slot in (*width.makers, *width.readers))
     weights = {name: chain.weight(name).detach() for name in names}
     score: Score = resolve_name(f"{__package__}.scores.{find_criterion(name).function}")
     config = evidence.config.updated(mask=name)
-    scores = score(replace(evidence, weights=weights, pattern=Full(), config=config))
-    if isinstance(scores, Choice):
-        raise MaskError(f"Criterion {name!r} of units: expected obs, or one with scores of weights, as magnitude.")
+    evidence = replace(evidence, weights=weights, pattern=Full(), config=config)
+    found = score(evidence)
+    scores = dict(found.scores if isinstance(found, Choice) else found)
+    evidence.ranked(scores)  # which refuses those that are no numbers
     sums = {}
     for width in keep:
         each = (scores[slot.name].movedim(slot.dim, 0) for slot in (*width.makers, *width.readers))

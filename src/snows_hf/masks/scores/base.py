@@ -17,11 +17,13 @@ class Choice:
         masks: parameter name → bool mask (True: kept) of the parameter's shape.
         weights: full weights, zero where masked, of a criterion that updates what it keeps; empty for the others.
         facts: what the report should say about how it was decided.
+        scores: what the masks were ranked by, where a criterion has both scores and facts.
     """
 
     masks: dict[str, Tensor]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Score = Callable[[Evidence], dict[str, Tensor] | Choice]

@@ -86,12 +86,12 @@ Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def scored(diagonal: Callable[[Evidence], Diagonal], formula: Formula, evidence: Evidence) -> Choice:
-    """The masks by a formula, θ, g, H (m,) → scores (m,), and how far off the diagonal in it may be."""
+    """Masks and scores by a formula, θ, g, H (m,) → scores (m,), and how far off the diagonal in it may be."""
     g, H, variance = diagonal(evidence)
     scores = evidence.everything.scatter(formula(evidence.theta(), g, H))
     error = float(variance.sum().sqrt() / H.norm().clamp_min(1e-30))
     facts = {"probes": PROBES, "variance": float(variance.mean()), "relative_error": error}
-    return Choice(evidence.ranked(scores), facts=facts)
+    return Choice(evidence.ranked(scores), facts=facts, scores=scores)
 
 
 def _both(formula: Formula) -> tuple[Score, Score]:
