@@ -12,7 +12,7 @@ import typer
 
 from ..data.names import short_name
 from ..errors import SaveError, SnowsError
-from ..jobs.request import DEFAULT_DATA, check_pruning, check_request
+from ..jobs.request import DEFAULT_DATA, check_faster, check_pruning, check_request
 from ..runtime.files import check_output
 from ..settings import PruneConfig
 from .command import Call, with_options
@@ -29,9 +29,9 @@ MOVED = ("improved", "thinned_out")
 WHAT, IMAGES, RESULT = "What to prune", "Images", "Result"
 
 ALSO = (
-    "For more: --sparsity, --allocation, --layers, --k, --seed, --no-update, --config FILE; --data-split, "
-    "--eval-split; --format, --report, --push-to, --private, --restart; --revision, --dtype, --memory. The README "
-    "says what for."
+    "For more: --preset, --sparsity, --allocation, --layers, --k, --seed, --no-update, --config FILE, "
+    "--faster-batch; --data-split, --eval-split; --format, --report, --push-to, --private, --restart; --revision, "
+    "--dtype, --memory. The README says what for."
 )
 
 
@@ -47,10 +47,17 @@ def hidden(*names: str) -> Any:
 def prune(
     call: Call,
     model: Model,
-    pattern: Annotated[str, setting(PruneConfig, "pattern", panel=WHAT)],
-    preset: Annotated[
-        str, typer.Option(help="Settings to start from: default, or paper (Table 7).", rich_help_panel=WHAT)
-    ] = "default",
+    pattern: Annotated[str | None, setting(PruneConfig, "pattern", panel=WHAT)] = None,
+    faster: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of a pattern: how many times as fast as the dense model it should be here, 1.5 say. Whole "
+            "units go.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    faster_batch: Annotated[int, hidden()] = 1,
+    preset: Annotated[str, hidden()] = "default",
     data: Annotated[
         str,
         images_option(
@@ -85,10 +92,11 @@ def prune(
     **settings: Any,
 ) -> None:
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
+    asked = check_faster(pattern, faster, faster_batch, settings)
     if config is not None:
-        settings = read_settings(config, PruneConfig(pattern)) | settings
-    output = output or default_output(model, pattern)
-    check_pruning(pattern, preset, settings)
+        settings = read_settings(config, PruneConfig(asked)) | settings
+    output = output or default_output(model, asked if faster is None else f"{faster:g}x")
+    check_pruning(asked, preset, settings)
     check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     if push_to is not None:
         from ..runtime.remote import check_push

@@ -1,7 +1,7 @@
 """Structured pruning: units are chosen and cut out, and what is left is a smaller network of the same class, which the
 dense one teaches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from ..adapters import build_chain
 from ..adapters.widths import Width, cut, widths_of
 from ..errors import PatternError
-from ..hub.resize import Size, resized
+from ..hub.load import Checkpoint
+from ..hub.resize import Size, fields_for, resized
 from ..masks.choices import fit_criterion, in_smaller_batches
 from ..masks.evidence import Evidence
 from ..masks.units import choose_units
@@ -27,8 +28,7 @@ UNITS = {"mlp": "units", "heads": "heads", "channels": "channels"}
 
 
 def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, int]:
-    """The widths of the layers that are asked for, and how many units each keeps, once a share of each structure has
-    gone; what the model's configuration could not say is refused.
+    """:func:`counts_left`; what the model's configuration could not say is refused.
 
     Raises:
         ConfigError: a smaller network that no configuration describes.
@@ -36,8 +36,23 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, 
     """
     if not shares:
         return {}
+    keep = counts_left(subject, widths_asked_for(subject), shares)
+    resized_to_first(subject, keep)
+    return keep
+
+
+def widths_asked_for(subject: Subject) -> list[Width]:
+    """The widths that can be cut of the layers that are asked for."""
     chosen = {group.name for group in subject.layers}
-    widths = [width for width in widths_of(subject.chain) if width.name in chosen]
+    return [width for width in widths_of(subject.chain) if width.name in chosen]
+
+
+def counts_left(subject: Subject, widths: Sequence[Width], shares: Mapping[str, float]) -> dict[Width, int]:
+    """How many units each of the widths keeps that has units of a structure, once a share of these has gone.
+
+    Raises:
+        PatternError: there is no such structure, or nothing of it would be left.
+    """
     keep: dict[Width, int] = {}
     for structure, share in shares.items():
         own = [width for width in widths if width.kind == structure]
@@ -56,9 +71,26 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float]) -> dict[Width, 
                     f"{keep[width]} would be left.",
                     f"A share from {1 / width.units:.2g} to {1 - 1 / width.units:.2g} leaves some.",
                 )
-    first = {width: torch.arange(count) for width, count in keep.items()}
-    resized(subject.checkpoint, cut(subject.original, first), sizes_of(subject, keep))
     return keep
+
+
+def resized_to_first(subject: Subject, keep: Mapping[Width, int]) -> Checkpoint:
+    """A smaller network of the first units of each width: of the right shapes, but not one to use.
+
+    Raises:
+        ConfigError: no configuration describes it.
+    """
+    return resized(subject.checkpoint, cut(subject.original, first_units(keep)), sizes_of(subject, keep))
+
+
+def can_be_said(subject: Subject, keep: Mapping[Width, int]) -> bool:
+    """Whether a configuration describes the network with so many units; no weight is read."""
+    shapes = {name: tensor.to("meta") for name, tensor in subject.original.items()}
+    return fields_for(subject.checkpoint, cut(shapes, first_units(keep)), sizes_of(subject, keep)) is not None
+
+
+def first_units(keep: Mapping[Width, int]) -> dict[Width, Tensor]:
+    return {width: torch.arange(count) for width, count in keep.items()}
 
 
 def sizes_of(subject: Subject, keep: Mapping[Width, int]) -> dict[str, Size]:
@@ -76,6 +108,22 @@ def cut_units(
     """The subject without the units that go, those left repaired; its teacher, the dense network; and what the report
     says of it. Chosen by an earlier run where there was one."""
     chain, config = subject.chain, subject.config
+    checkpoint = cut_checkpoint(run, subject, keep, images, labels)
+    smaller = build_chain(checkpoint.model, images[:1])
+    chosen = {group.name for group in subject.layers}
+    layers = [group for _, group in smaller.groups() if group.name in chosen]
+    result = Subject(checkpoint, smaller, config, layers, copy_of(checkpoint.model))
+    checkpoint.model.to(chain.device, run.dtype)
+    facts = {width.name: {"kind": width.kind, "before": width.units, "after": count} for width, count in keep.items()}
+    return result, Teacher.of(chain, smaller, images[:1].to(run.dtype)), facts
+
+
+def cut_checkpoint(
+    run: Run, subject: Subject, keep: Mapping[Width, int], images: Images, labels: Tensor | None
+) -> Checkpoint:
+    """The checkpoint, on the CPU in its own types, without the units that go, those left repaired; the subject's
+    network, which is left as it is, computes in the run's type from here on."""
+    chain, config = subject.chain, subject.config
     subject.network.to(run.dtype)
     widths = list(keep)
     names = dict.fromkeys(slot.name for width in widths for slot in (*width.makers, *width.readers))
@@ -92,11 +140,4 @@ def cut_units(
     kept = {width: found[f"kept {i}"] for i, width in enumerate(widths)}
     tensors = {name.removeprefix("tensor "): value for name, value in found.items() if name.startswith("tensor ")}
     original = {name: tensors.get(name, value.cpu()).to(value.dtype) for name, value in subject.original.items()}
-    checkpoint = resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep))
-    smaller = build_chain(checkpoint.model, images[:1])
-    chosen = {group.name for group in subject.layers}
-    layers = [group for _, group in smaller.groups() if group.name in chosen]
-    result = Subject(checkpoint, smaller, config, layers, copy_of(checkpoint.model))
-    checkpoint.model.to(chain.device, run.dtype)
-    facts = {width.name: {"kind": width.kind, "before": width.units, "after": count} for width, count in keep.items()}
-    return result, Teacher.of(chain, smaller, images[:1].to(run.dtype)), facts
+    return resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep))
