@@ -18,7 +18,7 @@ from ..settings import PruneConfig
 from .command import Call, with_options
 from .hub import push_and_show
 from .options import Device, Model, Output, images_option, read_settings, setting
-from .sink import Sink, shown
+from .sink import Sink, shown, speed_in_words
 
 
 T = TypeVar("T")
@@ -167,7 +167,7 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
     for layer in report["dense_layers"]:
         sink.text(f"Left dense: {layer['name']} {tuple(layer['shape'])}: {layer['reason']}.")
     if report["update"]:
-        show_solves(sink, [*report["layers"], *report["later_sweeps"]])
+        show_solves(sink, [solved for solved in (*report["layers"], *report["later_sweeps"]) if "status" in solved])
     steps = {alone_of(report): "masked"} | ({"SNOWS": "pruned"} if report["update"] else {})
     if report["pruned"]:
         found = {"dense": report["dense"]} | {name: report[key] for name, key in steps.items()}
@@ -182,6 +182,8 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         chosen = [{"name": name, "own": shown(own)} for name, own in report["allocation"]["patterns"].items()]
         title = f"Allocation by sensitivity, counting {report['allocation']['budget']}"
         sink.table({"weights": "{name}", "pattern": "{own}"}, chosen, title)
+    if report["faster"]:
+        sink.text(speed_in_words(report["faster"]))
     if "units" in report:
         parameters, flops = report["parameters"], report["flops"]
         sink.text(

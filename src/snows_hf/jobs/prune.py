@@ -16,7 +16,7 @@ from ..data.names import Name
 from ..hub.card import write_card
 from ..hub.load import Checkpoint
 from ..hub.repack import pack_into
-from ..hub.save import claim, save_checkpoint
+from ..hub.save import claim, claim_of_speed, save_checkpoint
 from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
 from ..masks.choose import load_masks
 from ..masks.evidence import Evidence
@@ -202,6 +202,7 @@ def prune(
             "seconds": time.perf_counter() - started,
         }
         claims = claim(report["pattern"], report["sparsity"], map(subject.network.get_parameter, chosen.choice.masks))
+        claims |= claim_of_speed(report["faster"])
         result = save(run, subject.checkpoint, folder, finite(report), claims, packed=format == "packed")
         if left_out := result.report.get("left_out"):
             run.say(f"Left out, since they are links to files elsewhere: {', '.join(left_out)}")
