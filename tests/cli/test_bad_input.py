@@ -34,7 +34,7 @@ def write(path: Path, content: str | bytes) -> Path:
 class Fault:
     """Options of ``prune`` (made in the test's own folder) and the parts that the message must have.
 
-    Options override a good command's. ``expected`` may name ``{tmp}``.
+    Options override a good command's, None leaves one out. ``expected`` may name ``{tmp}``.
     """
 
     name: str
@@ -47,7 +47,9 @@ def fails(run, tmp_path: Path, fault: Fault) -> None:
     options = {"pattern": "2:4", "data": DIGITS, "samples": 16, "k": 0, "output": "out"} | fault.options(tmp_path)
     model = options.pop("model", VIT)
     before = sorted(tmp_path.rglob("*"))
-    result = run("prune", model, *(word for name, value in options.items() for word in (f"--{name}", value)))
+    result = run(
+        "prune", model, *(w for name, value in options.items() if value is not None for w in (f"--{name}", value))
+    )
     assert result.code == 1
     assert result.out == ""
     assert "Traceback" not in result.err
@@ -75,6 +77,14 @@ SETTINGS = [
     setting("expected at most one pattern of zeros, got 2:4 and 0.5", pattern="mlp:0.5+2:4+0.5"),
     setting("Criterion 'best' of units", pattern="mlp:0.5", set="units=best"),
     setting("Criterion 'swap' of units", pattern="mlp:0.5", set="units=swap"),
+    setting("Neither a pattern nor a speed is given", pattern=None),
+    setting("--faster 1.5 chooses the pattern itself, and --pattern 2:4 is given besides", faster=1.5),
+    *(setting("expected a number above 1", pattern=None, faster=text) for text in (1, 0.5, -2, "nan", "inf")),
+    setting("--faster-batch = 0: expected at least 1", pattern=None, faster=1.5, faster_batch=0),
+    setting("--faster-batch 8 goes with --faster, which is not given", faster_batch=8),
+    setting("makes no zeros, which sparsity is about", pattern=None, faster=1.5, sparsity=0.5),
+    setting("makes no zeros, which permute is about", pattern=None, faster=1.5, set="permute=true"),
+    setting("Targets 'cascaded'", pattern=None, faster=1.5, set="targets=cascaded"),
     *(setting("between 0 and 1", pattern=text) for text in ("1.2", "0", "1", "-0.5", "nan", "inf")),
     *(setting("expected N:M (2:4, 1:4), a fraction", pattern=text) for text in ("half", "", "2:4:8", "2/4", "-2:4")),
     setting("Setting k = -1: expected a whole number ≥ 0", k=-1),
@@ -380,6 +390,9 @@ LAYERS = [
     ("no unit left", lambda tmp: {"pattern": "mlp:0.999"}, "has 96 units, and 0 would be left."),
     ("no head goes", lambda tmp: {"pattern": "heads:0.1"}, "has 4 heads, and 4 would be left."),
     ("no config", lambda tmp: {"model": RESNET, "pattern": "channels:0.5"}, "no configuration says channels of"),
+    ("no smaller one", lambda tmp: {"model": RESNET, "pattern": None, "faster": 1.5}, "cannot be made smaller, which --faster is about: its channels could be cut, but no configuration says so"),  # noqa: E501
+    ("nothing to cut", lambda tmp: {"pattern": None, "faster": 1.5, "layers": "*.fc1"}, "it has no units that could be cut"),  # noqa: E501
+    ("too fast", lambda tmp: {"pattern": None, "faster": 1000}, "--faster 1000: no smaller model that its configuration can say is so fast here; the fastest that was measured is "),  # noqa: E501
     ("unknown layer", lambda tmp: {"layers": "blocks.*"}, "--layers 'blocks.*' matches no prunable layer"),
     ("mask: garbage", lambda tmp: {"mask": write(tmp / "m.safetensors", b"x")}, "Mask file {tmp}/m.safetensors cannot"),  # noqa: E501
     ("mask: none", mask_file(), "Mask file {tmp}/m.safetensors holds no mask"),

@@ -61,6 +61,9 @@ TRAIN = ["train", "resnet20_cifar", "--data", DIGITS, "--output", "o"]
 REFUSALS = [
     ([*PRUNE, "--pattern", "4:2"], "0 < N < M"),
     ([*PRUNE, "--pattern", "1.5"], "between 0 and 1"),
+    (PRUNE, "Neither a pattern nor a speed"),
+    ([*PRUNE, "--faster", 1], "expected a number above 1"),
+    ([*NM, "--faster", 1.5], "chooses the pattern itself"),
     ([*PRUNE, "--pattern", "1:4,2:4", "--sparsity", 0.9], "have 0.75"),
     ([*SET], "Add --sparsity"),
     ([*SET, "--sparsity", 0.6, "--allocation", "uniform"], "Allocation 'uniform' takes one pattern"),

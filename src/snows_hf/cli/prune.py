@@ -12,13 +12,13 @@ import typer
 
 from ..data.names import short_name
 from ..errors import SaveError, SnowsError
-from ..jobs.request import DEFAULT_DATA, check_pruning, check_request
+from ..jobs.request import DEFAULT_DATA, check_faster, check_pruning, check_request
 from ..runtime.files import check_output
 from ..settings import PruneConfig
 from .command import Call, with_options
 from .hub import push_and_show
 from .options import Device, Model, Output, images_option, read_settings, setting
-from .sink import CUSTOM, Sink, shown
+from .sink import CUSTOM, Sink, shown, speed_in_words
 
 
 T = TypeVar("T")
@@ -29,9 +29,9 @@ MOVED = ("improved", "thinned_out")
 WHAT, IMAGES, RESULT = "What to prune", "Images", "Result"
 
 ALSO = (
-    "For more: --sparsity, --allocation, --layers, --k, --seed, --no-update, --allow-custom, --config FILE; "
-    "--data-split, --eval-split; --format, --report, --push-to, --private, --restart; --revision, --dtype, --memory. "
-    "The README says what for."
+    "For more: --preset, --sparsity, --allocation, --layers, --k, --seed, --no-update, --allow-custom, --config FILE, "
+    "--faster-batch; --data-split, --eval-split; --format, --report, --push-to, --private, --restart; --revision, "
+    "--dtype, --memory. The README says what for."
 )
 
 
@@ -47,10 +47,17 @@ def hidden(*names: str) -> Any:
 def prune(
     call: Call,
     model: Model,
-    pattern: Annotated[str, setting(PruneConfig, "pattern", panel=WHAT)],
-    preset: Annotated[
-        str, typer.Option(help="Settings to start from: default, or paper (Table 7).", rich_help_panel=WHAT)
-    ] = "default",
+    pattern: Annotated[str | None, setting(PruneConfig, "pattern", panel=WHAT)] = None,
+    faster: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of a pattern: how many times as fast as the dense model it should be here, 1.5 say. Whole "
+            "units go.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    faster_batch: Annotated[int, hidden()] = 1,
+    preset: Annotated[str, hidden()] = "default",
     data: Annotated[
         str,
         images_option(
@@ -86,10 +93,11 @@ def prune(
     **settings: Any,
 ) -> None:
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
+    asked = check_faster(pattern, faster, faster_batch, settings)
     if config is not None:
-        settings = read_settings(config, PruneConfig(pattern)) | settings
-    output = output or default_output(model, pattern)
-    check_pruning(pattern, preset, settings)
+        settings = read_settings(config, PruneConfig(asked)) | settings
+    output = output or default_output(model, asked if faster is None else f"{faster:g}x")
+    check_pruning(asked, preset, settings)
     check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     if push_to is not None:
         from ..runtime.remote import check_push
@@ -160,7 +168,7 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
     for layer in report["dense_layers"]:
         sink.text(f"Left dense: {layer['name']} {tuple(layer['shape'])}: {layer['reason']}.")
     if report["update"]:
-        show_solves(sink, [*report["layers"], *report["later_sweeps"]])
+        show_solves(sink, [solved for solved in (*report["layers"], *report["later_sweeps"]) if "status" in solved])
     steps = {alone_of(report): "masked"} | ({"SNOWS": "pruned"} if report["update"] else {})
     if report["pruned"]:
         found = {"dense": report["dense"]} | {name: report[key] for name, key in steps.items()}
@@ -175,6 +183,8 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         chosen = [{"name": name, "own": shown(own)} for name, own in report["allocation"]["patterns"].items()]
         title = f"Allocation by sensitivity, counting {report['allocation']['budget']}"
         sink.table({"weights": "{name}", "pattern": "{own}"}, chosen, title)
+    if report["faster"]:
+        sink.text(speed_in_words(report["faster"]))
     if "units" in report:
         parameters, flops = report["parameters"], report["flops"]
         sink.text(

@@ -10,7 +10,7 @@ from ..jobs.request import check_report
 from ..runtime.files import check_file
 from .command import Call, with_options
 from .options import DataSplit, Device, Drawn, Model, Revision, images_option, model_argument
-from .sink import Sink, shown
+from .sink import Sink, shown, speed_in_words
 
 
 @with_options()
@@ -47,6 +47,8 @@ def inspect(
         f"{result['architecture']} ({result['library']}): {pattern}, {100 * result['sparsity']:.1f} % of the prunable "
         f"weights are zero."
     )
+    if result["faster"]:
+        call.sink.text(f"It says of itself: {speed_in_words(result['faster'])} `snows-hf bench` measures it.")
     for reason in dict.fromkeys(result["never_pruned"].values()):
         names = [name for name, own in result["never_pruned"].items() if own == reason]
         call.sink.text(f"Never pruned, since {reason}: {shortened(names)}.")

@@ -142,6 +142,14 @@ def by(accuracy: Mapping[str, Any]) -> str:
     return "" if method == "classifier" else f", {method}"
 
 
+def speed_in_words(faster: Mapping[str, Any]) -> str:
+    """What was measured of a model that was to be so many times as fast, for people."""
+    return (
+        f"{faster['measured']:.2f} times as fast as the dense model on {faster['hardware']}, with {faster['batch']} "
+        f"image{'s' if faster['batch'] != 1 else ''} at a time in {faster['dtype']}; asked for: {faster['asked']:.4g}."
+    )
+
+
 def cell(show: Column, row: Mapping[str, Any]) -> str:
     if callable(show):
         return show(row)

@@ -46,25 +46,34 @@ def resized(
         ConfigError: no configuration of its class builds a model with tensors of these shapes, or, of a custom one, it
             cannot be narrowed to them.
     """
+    fields = fields_for(checkpoint, state, sizes)
+    if fields is None and allow_custom:
+        return _narrowed(checkpoint, state)
+    if fields is None:
+        what = " and ".join(f"{name} of {size.after} in place of {size.before}" for name, size in sizes.items())
+        raise ConfigError(
+            f"{type(checkpoint.model).__name__}: no configuration says {what}.",
+            "Stock libraries could not load the result. Try another share, such as 0.5, zeros, such as 2:4, or "
+            "--allow-custom, which makes a model that only this package loads.",
+        )
+    model = built(checkpoint, fields)
+    assert model is not None
+    model.load_state_dict(dict(state), assign=True)
+    _with_constants_of(checkpoint.model, model)
+    model.eval().requires_grad_(True)
+    return replace(checkpoint, model=model, config=with_fields(checkpoint, fields))
+
+
+def fields_for(checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size]) -> Fields | None:
+    """What the configuration must say for a model with tensors of the shapes of ``state``, of which nothing else is
+    read; None where there is nothing that it could say."""
     shapes = {name: tensor.shape for name, tensor in state.items()}
     for fields in candidates(checkpoint, sizes):
         with torch.device("meta"):
             trial = built(checkpoint, fields)
         if trial is not None and shapes == {name: tensor.shape for name, tensor in trial.state_dict().items()}:
-            model = built(checkpoint, fields)
-            assert model is not None
-            model.load_state_dict(dict(state), assign=True)
-            _with_constants_of(checkpoint.model, model)
-            model.eval().requires_grad_(True)
-            return replace(checkpoint, model=model, config=with_fields(checkpoint, fields))
-    if allow_custom:
-        return _narrowed(checkpoint, state)
-    what = " and ".join(f"{name} of {size.after} in place of {size.before}" for name, size in sizes.items())
-    raise ConfigError(
-        f"{type(checkpoint.model).__name__}: no configuration says {what}.",
-        "Stock libraries could not load the result. Try another share, such as 0.5, zeros, such as 2:4, or "
-        "--allow-custom, which makes a model that only this package loads.",
-    )
+            return fields
+    return None
 
 
 def _narrowed(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Checkpoint:

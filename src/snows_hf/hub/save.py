@@ -22,6 +22,16 @@ REPORT_FILE = "snows_config.json"
 DATA = {"name": str, "split": str}
 ACCURACY = {"top1": float, "top5": float, "images": int, "method": [str, None]}
 FIDELITY = {"images": int, "outputs": dict, "agreement": [float, None], "divergence": [float, None]}
+FASTER = {
+    "asked": float,
+    "measured": float,
+    "batch": int,
+    "dtype": str,
+    "hardware": str,
+    "choices": list,
+    "timed": list,
+}
+SPEED = {key: FASTER[key] for key in ("asked", "measured", "batch", "dtype", "hardware")}
 RETRAINING = {
     "epochs": int, "images": int, "data": DATA, "eval_data": [DATA, None], "before": [ACCURACY, None],
     "after": [ACCURACY, None],
@@ -33,6 +43,7 @@ REPORT = {
     "parameters": {"total": int, "nonzero": int}, "flops": {"dense": float, "pruned": float}, "bytes": int,
     "seconds": float, "hardware": str, "name": [str, None], "finetune": [RETRAINING, None],
     "task": [str, None], "tower": [str, None], "fidelity": [{"masked": FIDELITY, "pruned": FIDELITY}, None],
+    "faster": [FASTER, None],
 }  # fmt: skip
 """Keys of a report and their types; a list names alternatives. What lies deeper its readers check."""
 
@@ -108,6 +119,19 @@ def claim(pattern: str, sparsity: float, weights: Iterable[Tensor]) -> dict[str,
     of what was pruned, and the number of ``weights`` that the pattern binds, all of which a report must name."""
     count = sum(weight.numel() for weight in weights)
     return {"version": __version__, "pattern": pattern, "sparsity": round(sparsity, 6), "weights": count}
+
+
+def claim_of_speed(faster: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What config.json says besides of a model that was to be so many times as fast, of what its report says; weights
+    prove none of it."""
+    return {} if faster is None else {"faster": {key: faster[key] for key in SPEED}}
+
+
+def speed_of(claimed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How many times as fast as the dense one a model should be (``asked``), and was when it was made (``measured``),
+    as a config.json claims; None where it claims nothing of the kind."""
+    said = claimed.get("faster")
+    return {key: said[key] for key in SPEED} if isinstance(said, dict) and is_a(said, SPEED) else None
 
 
 def claims_of(config: Mapping[str, Any]) -> dict[str, Any]:

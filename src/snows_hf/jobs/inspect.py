@@ -12,7 +12,7 @@ from ..adapters import Group, build_chain
 from ..data.names import Name
 from ..errors import PatternError
 from ..hub.load import load
-from ..hub.save import REPORT_FILE, claims_of
+from ..hub.save import REPORT_FILE, claims_of, speed_of
 from ..patterns import NM, Unstructured, parse_candidates
 from ..patterns.plan import Candidate
 from ..reports.describe import share_of_zeros, summary, zeros_of
@@ -31,7 +31,8 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
     Returns:
         ``pattern`` (claimed in config.json, else the tightest common N:M that all sparse layers follow, else None),
         ``pattern_ok`` (all layers that were pruned follow it, there are some, and they have as many weights and zeros
-        as config.json claims), ``sparsity`` over all prunable weights, ``architecture``, ``library``, ``layers`` with
+        as config.json claims), ``faster`` (the speed that config.json claims, which nothing here proves, else None),
+        ``sparsity`` over all prunable weights, ``architecture``, ``library``, ``layers`` with
         name, shape, sparsity, pattern and pattern_ok (both None where dense), ``never_pruned``, the Linear and Conv2d
         layers that no pruning reaches, with the reason, and ``operations`` (each a k of Eq. 3) if asked for. Which
         layers were pruned snows_config.json says, as far as it agrees with config.json: see :func:`bound_by`. Where
@@ -73,6 +74,7 @@ def inspect(source: Name, operations: bool = False, revision: str | None = None)
         "architecture": type(checkpoint.model).__name__,
         "pattern": title,
         "pattern_ok": bool(holds) and all(holds.values()),
+        "faster": speed_of(claimed),
         "sparsity": share_of_zeros(weights.values()),
         "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
         "layers": [described(group) for group in groups],

@@ -16,7 +16,7 @@ from ..data.names import Name
 from ..hub.card import write_card
 from ..hub.load import Checkpoint
 from ..hub.repack import pack_into
-from ..hub.save import claim, save_checkpoint
+from ..hub.save import claim, claim_of_speed, save_checkpoint
 from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
 from ..masks.choose import load_masks
 from ..masks.evidence import Evidence
@@ -36,8 +36,9 @@ from ..runtime.journal import digest_of
 from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
 from .calibration import calibrate, first_pass
+from .faster import check_can_be_smaller, choose_pattern
 from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
-from .request import DEFAULT_DATA, check_pruning, check_request, find_dtype
+from .request import DEFAULT_DATA, check_faster, check_pruning, check_request, find_dtype
 from .structure import cut_units, units_to_keep
 from .subject import Subject, copy_of, load_subject, restore_untouched
 
@@ -71,8 +72,10 @@ class Chosen:
 
 def prune(
     model: Name,
-    pattern: str,
+    pattern: str | None = None,
     *,
+    faster: float | None = None,
+    faster_batch: int = 1,
     data: Name | None = None,
     data_split: str = "train",
     eval_data: Name | None = None,
@@ -99,7 +102,11 @@ def prune(
     Args:
         model: Hub id or folder, of transformers or timm.
         pattern: ``"2:4"``, ``"1:4"``, any ``"N:M"`` (N kept of M), a fraction of zeros such as ``"0.7"``, or a set of
-            which each layer gets one, such as ``"1:4,2:4,dense"``, with ``sparsity`` for all together.
+            which each layer gets one, such as ``"1:4,2:4,dense"``, with ``sparsity`` for all together; or structures
+            (``"mlp:0.5"``), alone or with ``+`` before one of the above.
+        faster: in place of a pattern, how many times as fast as the dense model the result should be on this device,
+            above 1: the structures that reach this, as measured, at the least loss are found (faster.py).
+        faster_batch: images at a time for which that holds.
         data: calibration images: Hub data set (``@REVISION`` may follow), image folder or folder of parquet. Labels
             are read only if the mask criterion needs them.
         data_split: split of ``data``.
@@ -128,15 +135,18 @@ def prune(
     """
     started = time.perf_counter()
     data, folder = data or DEFAULT_DATA, Path(output) if output is not None else None
+    pattern = check_faster(pattern, faster, faster_batch, allow_custom, settings)
     candidates = layer_patterns(check_pruning(pattern, preset, settings))
-    shares, _ = split_structures(pattern)
     check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     told = {"on_stage": on_stage, "on_progress": on_progress}
     run = Run.begin(device, reproducible=True, dtype=find_dtype(dtype), memory=memory, **told)
 
     subject = load_subject(run, model, revision, candidates, preset, pattern, settings)
     check_mask_labels(subject.config, subject.checkpoint)
-    keep = units_to_keep(subject, shares, allow_custom)
+    if faster is None:
+        keep = units_to_keep(subject, split_structures(pattern)[0], allow_custom)
+    else:
+        check_can_be_smaller(subject)
     check_disk_and_masks(subject, folder)
     evaluation = open_images(eval_data, eval_split) if eval_data is not None else None
     run = run.with_room()
@@ -149,6 +159,8 @@ def prune(
     flops, labels = first_pass(subject.chain, calibration, subject.checkpoint)
     subject, permuted, ordered = permute(run, subject, images[:2], candidates)
     description |= ordered | {"dtype": dtype, "device": run.device.type, "update": update, "processes": processes()}
+    if faster is not None:
+        description["settings"] |= {"pattern": f"--faster {faster} --faster-batch {faster_batch}"}
 
     with run.recorded(folder, description, restart) as run:
         if folder is not None:
@@ -156,8 +168,13 @@ def prune(
         resumed = len(run.journal.names()) > 1  # the description of the run is always there
         chain = place(run, subject.chain, images[:2], subject.config.offload)
         subject = replace(subject, chain=chain)
+        report: dict[str, Any] = {"faster": None}
+        if faster is not None:
+            pattern, report["faster"] = choose_pattern(run, subject, faster, faster_batch, images, labels)
+            subject = replace(subject, config=subject.config.updated(pattern=pattern))
+            keep = units_to_keep(subject, split_structures(pattern)[0], allow_custom)
         measurer = Measurer(run, subject, evaluation)
-        report: dict[str, Any] = {"dense": measurer.accuracy("dense"), "masked": None, "pruned": None}
+        report |= {"dense": measurer.accuracy("dense"), "masked": None, "pruned": None}
         teacher, dense = None, describe_size(subject.network, {}, flops)
         if keep:
             subject, teacher, report["units"] = cut_units(run, subject, keep, images, labels, allow_custom)
@@ -189,6 +206,7 @@ def prune(
             "seconds": time.perf_counter() - started,
         }
         claims = claim(report["pattern"], report["sparsity"], map(subject.network.get_parameter, chosen.choice.masks))
+        claims |= claim_of_speed(report["faster"])
         result = save(run, subject.checkpoint, folder, finite(report), claims, packed=format == "packed")
         if left_out := result.report.get("left_out"):
             run.say(f"Left out, since they are links to files elsewhere: {', '.join(left_out)}")

@@ -6,7 +6,8 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,52 @@ def check_pruning(pattern: str, preset: str, settings: dict[str, Any]) -> PruneC
     check_mask(asked.mask)
     check_units(pattern, asked)
     return asked
+
+
+ANY_STRUCTURE = "mlp:0.5"
+"""Stands for the pattern that ``faster`` will choose: settings are the same for all that name structures alone."""
+
+OF_ZEROS = ("allocation", "budget", "gradual", "permute", "sparsity")
+"""Settings that say where zeros go."""
+
+
+def check_faster(
+    pattern: str | None, faster: float | None, batch: int, allow_custom: bool, settings: Mapping[str, Any]
+) -> str:
+    """The pattern of a prune; where the user says instead how many times as fast the model should be, one that stands
+    for it (:data:`ANY_STRUCTURE`).
+
+    Raises:
+        ConfigError: both of them or none, no such speed, no such batch, settings of zeros, or custom models.
+    """
+    how = "As in --pattern 2:4, or --faster 1.5."
+    if faster is None:
+        if pattern is None:
+            raise ConfigError("Neither a pattern nor a speed is given: what should be pruned is not said.", how)
+        if batch != 1:
+            raise ConfigError(f"--faster-batch {batch} goes with --faster, which is not given.", "Leave it out.")
+        return pattern
+    if pattern is not None:
+        raise ConfigError(
+            f"--faster {faster} chooses the pattern itself, and --pattern {pattern} is given besides.",
+            "Leave out one of the two.",
+        )
+    if not (isinstance(faster, int | float) and 1 < faster < math.inf):
+        raise ConfigError(
+            f"--faster {faster}: expected a number above 1, so many times as fast as the dense model.",
+            "--faster 1.5 makes a model that takes two thirds of the time.",
+        )
+    check_count("--faster-batch", batch)
+    if allow_custom:
+        raise ConfigError(
+            "--faster finds what a configuration can say, and --allow-custom is given besides.",
+            "Leave it out, or say a --pattern.",
+        )
+    if own := [name for name in OF_ZEROS if name in settings]:
+        raise ConfigError(
+            f"--faster removes whole units and makes no zeros, which {', '.join(own)} is about.", "Leave it out."
+        )
+    return ANY_STRUCTURE
 
 
 def check_no_structures(pattern: str, what: str) -> None:

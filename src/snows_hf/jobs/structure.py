@@ -1,7 +1,7 @@
 """Structured pruning: units are chosen and cut out, and what is left is a smaller network of the same class, which the
 dense one teaches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..adapters.outputs import outputs_of
 from ..adapters.widths import Width, cut, widths_of
 from ..errors import ConfigError, PatternError, one_line
 from ..hub.load import Checkpoint
-from ..hub.resize import Size, resized
+from ..hub.resize import Size, fields_for, resized
 from ..masks.choices import fit_criterion, in_smaller_batches
 from ..masks.evidence import Evidence
 from ..masks.units import choose_units
@@ -30,8 +30,7 @@ UNITS = {"mlp": "units", "heads": "heads", "channels": "channels"}
 
 
 def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: bool = False) -> dict[Width, int]:
-    """The widths of the layers that are asked for, and how many units each keeps, once a share of each structure has
-    gone; what the model's configuration could not say is refused, unless it may be custom.
+    """:func:`counts_left`; what the model's configuration could not say is refused, unless it may be custom.
 
     Raises:
         ConfigError: a smaller network that no configuration describes, or that a custom one is not either.
@@ -39,8 +38,25 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: b
     """
     if not shares:
         return {}
+    keep = counts_left(subject, widths_asked_for(subject), shares)
+    smaller = resized_to_first(subject, keep, allow_custom)
+    if smaller.custom:
+        check_custom(subject, smaller, first_units(keep))
+    return keep
+
+
+def widths_asked_for(subject: Subject) -> list[Width]:
+    """The widths that can be cut of the layers that are asked for."""
     chosen = {group.name for group in subject.layers}
-    widths = [width for width in widths_of(subject.chain) if width.name in chosen]
+    return [width for width in widths_of(subject.chain) if width.name in chosen]
+
+
+def counts_left(subject: Subject, widths: Sequence[Width], shares: Mapping[str, float]) -> dict[Width, int]:
+    """How many units each of the widths keeps that has units of a structure, once a share of these has gone.
+
+    Raises:
+        PatternError: there is no such structure, or nothing of it would be left.
+    """
     keep: dict[Width, int] = {}
     for structure, share in shares.items():
         own = [width for width in widths if width.kind == structure]
@@ -59,10 +75,6 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: b
                     f"{keep[width]} would be left.",
                     f"A share from {1 / width.units:.2g} to {1 - 1 / width.units:.2g} leaves some.",
                 )
-    first = {width: torch.arange(count) for width, count in keep.items()}
-    smaller = resized(subject.checkpoint, cut(subject.original, first), sizes_of(subject, keep), allow_custom)
-    if smaller.custom:
-        check_custom(subject, smaller, first)
     return keep
 
 
@@ -90,6 +102,26 @@ def check_custom(subject: Subject, smaller: Checkpoint, kept: Mapping[Width, Ten
         if output not in got or not torch.allclose(got[output], values, rtol=1e-3, atol=1e-3 * float(values.std())):
             fault = f"{name} computes other {output} than the whole one without the units."
             raise ConfigError(fault, "Its code depends on the old widths. Try zeros, such as 2:4.")
+
+
+def resized_to_first(subject: Subject, keep: Mapping[Width, int], allow_custom: bool = False) -> Checkpoint:
+    """A smaller network of the first units of each width: of the right shapes, but not one to use.
+
+    Raises:
+        ConfigError: no configuration describes it.
+    """
+    state = cut(subject.original, first_units(keep))
+    return resized(subject.checkpoint, state, sizes_of(subject, keep), allow_custom)
+
+
+def can_be_said(subject: Subject, keep: Mapping[Width, int]) -> bool:
+    """Whether a configuration describes the network with so many units; no weight is read."""
+    shapes = {name: tensor.to("meta") for name, tensor in subject.original.items()}
+    return fields_for(subject.checkpoint, cut(shapes, first_units(keep)), sizes_of(subject, keep)) is not None
+
+
+def first_units(keep: Mapping[Width, int]) -> dict[Width, Tensor]:
+    return {width: torch.arange(count) for width, count in keep.items()}
 
 
 def sizes_of(subject: Subject, keep: Mapping[Width, int]) -> dict[str, Size]:
@@ -123,6 +155,27 @@ def cut_units(
     """The subject without the units that go, those left repaired; its teacher, the dense network; and what the report
     says of it. Chosen by an earlier run where there was one."""
     chain, config = subject.chain, subject.config
+    checkpoint = cut_checkpoint(run, subject, keep, images, labels, allow_custom)
+    smaller = build_chain(checkpoint.model, images[:1])
+    chosen = {group.name for group in subject.layers}
+    layers = [group for _, group in smaller.groups() if group.name in chosen]
+    result = Subject(checkpoint, smaller, config, layers, copy_of(checkpoint.model))
+    checkpoint.model.to(chain.device, run.dtype)
+    facts = {width.name: {"kind": width.kind, "before": width.units, "after": count} for width, count in keep.items()}
+    return result, Teacher.of(chain, smaller, images[:1].to(run.dtype)), facts
+
+
+def cut_checkpoint(
+    run: Run,
+    subject: Subject,
+    keep: Mapping[Width, int],
+    images: Tensor | Images,
+    labels: Tensor | None,
+    allow_custom: bool = False,
+) -> Checkpoint:
+    """The checkpoint, on the CPU in its own types, without the units that go, those left repaired; the subject's
+    network, which is left as it is, computes in the run's type from here on."""
+    chain, config = subject.chain, subject.config
     subject.network.to(run.dtype)
     widths = list(keep)
     names = dict.fromkeys(slot.name for width in widths for slot in (*width.makers, *width.readers))
@@ -139,11 +192,4 @@ def cut_units(
     kept = {width: found[f"kept {i}"] for i, width in enumerate(widths)}
     tensors = {name.removeprefix("tensor "): value for name, value in found.items() if name.startswith("tensor ")}
     original = {name: tensors.get(name, value.cpu()).to(value.dtype) for name, value in subject.original.items()}
-    checkpoint = resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep), allow_custom)
-    smaller = build_chain(checkpoint.model, images[:1])
-    chosen = {group.name for group in subject.layers}
-    layers = [group for _, group in smaller.groups() if group.name in chosen]
-    result = Subject(checkpoint, smaller, config, layers, copy_of(checkpoint.model))
-    checkpoint.model.to(chain.device, run.dtype)
-    facts = {width.name: {"kind": width.kind, "before": width.units, "after": count} for width, count in keep.items()}
-    return result, Teacher.of(chain, smaller, images[:1].to(run.dtype)), facts
+    return resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep), allow_custom)

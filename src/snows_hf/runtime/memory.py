@@ -101,6 +101,15 @@ class Images:
     def __len__(self) -> int:
         return sum(size for size, _ in self._chunks)
 
+    def first(self, count: int) -> "Images":
+        """The first ones alone, on the same shelf; nothing is copied."""
+        found, left = Images(self.shelf), count
+        for size, kept in self._chunks:
+            if left > 0:
+                found._chunks.append((min(size, left), kept))
+            left -= size
+        return found
+
     def split(self, size: int) -> Iterator[Tensor]:
         """All images in order, ``size`` at a time."""
         return (self[start : start + size] for start in range(0, len(self), size))
