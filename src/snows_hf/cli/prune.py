@@ -93,7 +93,7 @@ def prune(
     **settings: Any,
 ) -> None:
     """Prune a checkpoint one-shot and save it as an ordinary checkpoint."""
-    asked = check_faster(pattern, faster, faster_batch, settings)
+    asked = check_faster(pattern, faster, faster_batch, allow_custom, settings)
     if config is not None:
         settings = read_settings(config, PruneConfig(asked)) | settings
     output = output or default_output(model, asked if faster is None else f"{faster:g}x")
