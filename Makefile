@@ -1,4 +1,4 @@
-.PHONY: demo test quality style clean
+.PHONY: demo test test-all quality style clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +10,9 @@ demo: $(VENV)/.package
 	$(BIN)/snows-hf demo
 
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
+
+test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 quality: $(VENV)/.dev

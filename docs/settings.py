@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from snows_hf.settings import (
     N_M,
+    N_M_OF,
     PRESETS,
     FinetuneConfig,
     PruneConfig,
@@ -48,7 +49,8 @@ def presets() -> Iterator[str]:
             values = (f"`{json.dumps(s[name])}`" if name in s else "" for s in families.values())
             yield f"| `{name}` | {' | '.join(values)} |"
     also = " and ".join(f"`{name}` = `{json.dumps(value)}`" for name, value in N_M.items())
-    yield f"\nWith N:M patterns, preset `default` sets {also} besides."
+    rest = "; ".join(f"{family}: `{n}` = `{json.dumps(v)}`" for family, own in N_M_OF.items() for n, v in own.items())
+    yield f"\nWith N:M patterns, preset `default` sets {also} besides ({rest})."
 
 
 lines = (line for config in (PruneConfig, SolverConfig, FinetuneConfig, TrainConfig) for line in table(config))

@@ -361,6 +361,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 N_M: dict[str, Any] = {"mask": "swap", "gradual": 0.0}
 """By default, wherever a pattern has groups within which weights can be swapped."""
 
+N_M_OF: dict[str, dict[str, Any]] = {"vit": {"mask": "sparsegpt"}}
+"""What is otherwise, by family: swaps of wide layers take longer than all the rest, and SNOWS ends where it does from
+SparseGPT's masks (docs/results.md)."""
+
 
 STRUCTURED: dict[str, dict[str, Any]] = {
     "vit": {"sweeps": 0, "joint_steps": 20, "emphasis": 3.0, "augment": True, "average": 10, "patience": 10},
@@ -379,7 +383,7 @@ def preset(name: str, family: str, pattern: str) -> PruneConfig:
         raise ConfigError(f"Preset {name!r}: expected one of {', '.join(PRESETS)}.")
     settings = PRESETS[name].get(family, {})
     if name == "default" and re.search(r"\d:\d", pattern):
-        settings = settings | N_M
+        settings = settings | N_M | N_M_OF.get(family, {})
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
     if name == "default" and structures:
         zeros = len(structures) < len(pattern.split("+"))

@@ -21,7 +21,7 @@ from snows_hf.patterns import NM
 from snows_hf.settings import FinetuneConfig, PruneConfig, TrainConfig
 
 
-QUICK = ("--data", DIGITS, "--samples", 64, "--k", 1)
+QUICK = ("--data", DIGITS, "--samples", 64, "--k", 1, "--mask", "sparsegpt")
 MEASURED = (*QUICK, "--eval-data", DIGITS)
 
 

@@ -22,7 +22,7 @@ from snows_hf.runtime.run import Progress
 
 
 QUICK = {"data": str(DIGITS), "samples": 32, "k": 1}
-JOINT = QUICK | {"layer_steps": 1, "joint_steps": 6, "batch_size": 16}
+JOINT = QUICK | {"mask": "sparsegpt", "layer_steps": 1, "joint_steps": 6, "batch_size": 16}
 WORK = ".out.snows-work"
 
 
@@ -56,6 +56,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return weights(folder / "out")
 
 
+@pytest.mark.slow
 def test_broken_off_again_and_again(joint: bytes, tmp_path: Path) -> None:
     """Between layers, and between the steps of the joint solve."""
     said: list[str] = []
@@ -111,6 +112,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_killed_twice(run, elsewhere: Path, one_thread: None) -> None:
     for layers in (3, 9):
         broken_off("--eval-data", DIGITS, after_layers=layers)
@@ -156,6 +158,7 @@ def test_masks_of_layers_are_not_chosen_again(elsewhere: Path) -> None:
     assert weights(Path("out")) == weights(Path("whole"))
 
 
+@pytest.mark.slow
 def test_killed_while_masks_are_chosen(run, elsewhere: Path, one_thread: None) -> None:
     broken_off("--mask", "swap", records="choice-layer")
     kept = len(records_of_masks())
@@ -165,6 +168,7 @@ def test_killed_while_masks_are_chosen(run, elsewhere: Path, one_thread: None) -
     assert weights(Path("out")) == weights(Path("whole"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_masks_are_chosen_says_what_is_kept(run, elsewhere: Path) -> None:
     code, error = broken_off("--mask", "swap", "--no-update", records="choice-layer", by=signal.SIGINT)
     assert code == 130 and "Traceback" not in error
@@ -189,7 +193,7 @@ def test_what_is_different_is_refused(run, elsewhere: Path, tmp_path: Path) -> N
         (command_line("--k", 2, model=model), "settings.k was 1 and is 2"),
         (command_line("--seed", 1, model=model), "calibration images was"),
         (command_line("--dtype", "float64", model=model), "dtype was 'float32' and is 'float64'"),
-        (command_line("--mask", "wanda", model=model), "settings.mask was 'swap' and is 'wanda'"),
+        (command_line("--mask", "wanda", model=model), "settings.mask was 'sparsegpt' and is 'wanda'"),
         (command_line(model=other), "model was"),
     ):
         result = run(*options)

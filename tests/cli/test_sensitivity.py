@@ -9,7 +9,7 @@ from embedded import DIGITS, RESNET, VIT, tensors_of, write_tensors
 from snows_hf.patterns import NM
 
 
-QUICK = ("--data", DIGITS, "--samples", 32, "--k", 1, "--json")
+QUICK = ("--data", DIGITS, "--samples", 32, "--k", 1, "--mask", "sparsegpt", "--json")
 
 
 def test_every_layer_its_own_n_m_proven_by_inspect(run) -> None:

@@ -23,7 +23,7 @@ from snows_hf.data.images import describe_rows, image_batches, open_images
 from snows_hf.errors import ConfigError, MemoryLimitError
 
 
-QUICK = {"data": str(DIGITS), "samples": 16, "k": 1}
+QUICK = {"data": str(DIGITS), "samples": 16, "k": 1, "mask": "sparsegpt"}
 
 
 @pytest.fixture(autouse=True)

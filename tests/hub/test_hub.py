@@ -25,7 +25,7 @@ from snows_hf import evaluate, push
 from snows_hf.errors import LoadError
 
 
-QUICK = ("--pattern", "2:4", "--data", "me/digits", "--samples", 32, "--k", 0)
+QUICK = ("--pattern", "2:4", "--data", "me/digits", "--samples", 32, "--k", 0, "--mask", "sparsegpt")
 NO_REPORT = """
 from importlib import import_module
 from snows_hf.cli import main

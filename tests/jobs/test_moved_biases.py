@@ -51,6 +51,7 @@ def divergence(source: Path, pruned: nn.Module, dense: nn.Module) -> float:
     return float(F.kl_div(p, d, log_target=True, reduction="batchmean"))
 
 
+@pytest.mark.slow
 def test_a_prune_that_is_broken_off_gives_the_same_bits(tmp_path: Path) -> None:
     class BrokenOffError(Exception):
         pass

@@ -56,6 +56,7 @@ def test_obs_keeps_more_than_magnitude(tmp_path: Path) -> None:
     assert found["obs"] < found["ridge"] < found["magnitude"]
 
 
+@pytest.mark.slow
 def test_a_prune_that_is_broken_off_gives_the_same_bits(tmp_path: Path) -> None:
     class BrokenOffError(Exception):
         pass

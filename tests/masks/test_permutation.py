@@ -113,6 +113,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_the_same(name):
     case = next(case for case in CASES if case.name == name)

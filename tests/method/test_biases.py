@@ -103,6 +103,7 @@ def test_targets_are_those_of_the_dense_biases(network, targets):
         assert {**first.to_dict(), "seconds": 0} == {**second.to_dict(), "seconds": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradual", [0.0, 0.5])
 def test_a_run_that_is_broken_off_gives_the_same_bits(gradual, tmp_path: Path):
     class StopError(Exception):

@@ -146,6 +146,7 @@ def test_a_network_comes_to_the_pattern(network, pattern):
     assert {p.total for p in seen} == {len(layers) + 2}
 
 
+@pytest.mark.slow
 def test_thinning_out_ends_better_than_the_mask_of_the_dense_network():
     """The loss of all operations on images that judge, after as many joint steps."""
     gradual = prune(tiny.cifar_resnet(), NM(1, 4), count=200, gradual=0.5, joint_steps=12)[-1]
@@ -153,6 +154,7 @@ def test_thinning_out_ends_better_than_the_mask_of_the_dense_network():
     assert gradual.loss_pruned < fixed.loss_pruned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_run_that_is_broken_off_gives_the_same_bits(stop, tmp_path: Path):
     class StopError(Exception):

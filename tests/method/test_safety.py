@@ -171,6 +171,7 @@ def test_activations_that_do_not_fit_move_in_parts() -> None:
         torch.testing.assert_close(tensor, parts.state_dict()[key])
 
 
+@pytest.mark.slow
 def test_what_is_halved_stays_so_after_a_run_that_was_broken_off(tmp_path: Path) -> None:
     def run(stop_at: int | None, journal: Journal) -> nn.Module:
         model = tiny.cifar_resnet()
@@ -199,6 +200,7 @@ def test_what_is_halved_stays_so_after_a_run_that_was_broken_off(tmp_path: Path)
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_single_images_that_do_not_fit_are_solved_with_a_smaller_k() -> None:
     model, said = tiny.cifar_resnet(), list[str]()
     chain = tiny.hungry(build_chain(model), last_operation(model), fits=0)
@@ -216,6 +218,7 @@ def test_single_images_that_do_not_fit_are_solved_with_a_smaller_k() -> None:
     assert all(report.loss_pruned <= report.loss_start for report in reports)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "joint_steps", "remedy"), [(0, 0, r"Give --device cpu"), (None, 2, r"Set joint_steps to 0")]
 )
