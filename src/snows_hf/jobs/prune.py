@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters import Chain
 from ..adapters.flops import count_flops
 from ..adapters.offload import Whole, place
 from ..data.images import ImageSource, open_images
@@ -23,10 +24,11 @@ from ..masks.evidence import Evidence
 from ..masks.permutation import order_channels
 from ..masks.scores.base import Choice
 from ..method.cascade import prune_chain
+from ..method.estimate import MORE, estimated_seconds, in_words
 from ..method.fitting import find_batches
 from ..method.records import LayerReport
 from ..method.streams import Teacher, holding, moved
-from ..patterns import NM, Pattern, split_structures
+from ..patterns import NM, Masks, Pattern, split_structures
 from ..patterns.plan import Candidate, by_sensitivity, layer_patterns, one_pattern, order_for
 from ..reports.describe import describe_data, describe_layers, describe_run, describe_size, finite
 from ..runtime.device import describe_hardware
@@ -35,6 +37,7 @@ from ..runtime.files import check_output, whole_folder
 from ..runtime.journal import digest_of
 from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
+from ..settings import PruneConfig
 from .calibration import calibrate, first_pass
 from .faster import check_can_be_smaller, choose_pattern
 from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
@@ -318,10 +321,20 @@ def solve(
     config = find_batches(run, chain, images[:2], chosen.begin.masks, subject.config)
     run.say(f"Pruning {len(subject.layers)} layers to {config.pattern}")
     begin = chosen.begin
+    tell_estimate(run, chain, images, begin.masks, config)
     reports = prune_chain(chain, images, begin.masks, config, run, begin.weights, chosen.final, teacher)
     for name in restore_untouched(subject.network, subject.original, moving):
         run.say(f"{name}: weights beyond the range of {subject.original[name].dtype} became its largest number")
     return replace(subject, config=config), reports
+
+
+def tell_estimate(run: Run, chain: Chain, images: Images, masks: Masks, config: PruneConfig) -> None:
+    """Says how long the layers will take, before the work begins; not of one that goes on, nor of shared work."""
+    if processes() > 1 or any(name.startswith("layer-") for name in run.journal.names()):
+        return
+    seconds = estimated_seconds(chain, images[:MORE], len(images), masks, config)
+    if seconds is not None:
+        run.say(f"The layers will take about {in_words(seconds)} on this machine")
 
 
 def describe(

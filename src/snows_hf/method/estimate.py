@@ -1,0 +1,97 @@
+"""How long the solves of a prune will take, from a few steps that are timed on the very model."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..adapters import Chain, State, frozen
+from ..patterns import Masks
+from ..settings import PruneConfig
+from .objective import ActiveWeights, KStepObjective, Segment
+from .streams import masked_operations, split_images, whole_network
+
+
+FEW, MORE = 4, 12
+"""Images of the two steps that are timed of a layer: what a step takes grows evenly with its images."""
+
+WORTH_SAYING = 2.0
+"""Seconds that all images take through the network, from which on an estimate is worth the time that it takes."""
+
+
+def estimated_seconds(chain: Chain, images: Tensor, count: int, masks: Masks, config: PruneConfig) -> float | None:
+    """Seconds that all solves of a prune and its streams take, if no layer ends early; None where it is not long.
+
+    Args:
+        chain: of the network, with the weights that it has now.
+        images: preprocessed (n, 3, h, w), a dozen or more.
+        count: of all calibration images.
+        masks: of the weights that are pruned.
+    """
+    start: State = (images[: min(MORE, len(images))].to(chain.device),)
+    size, todo = len(start[0]), set(masked_operations(chain, masks))
+    with frozen(chain.model), torch.no_grad():
+        chain(start)
+        stream = 2 * config.sweeps * count / size * timed(chain, lambda: chain(start))
+    if stream < WORTH_SAYING * 2 * config.sweeps or not todo:
+        return None
+    known: dict[tuple[object, ...], float] = {}
+    total = stream
+    with frozen(chain.model):
+        for index, operation, state in chain.walk(start, stop=max(todo) + 1):
+            if index in todo and operation.group is not None and config.sweeps:
+                segment = Segment.cut(chain, index, config.k)
+                shapes = tuple(tuple(chain.weight(name).shape) for name in operation.group.parameters)
+                key = (operation.group.kind, shapes, segment.stop - segment.start)
+                if key not in known:
+                    known[key] = solve_seconds(segment, state, count, masks, config)
+                total += config.sweeps * known[key]
+        if config.joint_steps:
+            total += solve_seconds(whole_network(chain, masks), start, count, masks, config, config.joint_steps)
+    return total
+
+
+def solve_seconds(
+    segment: Segment, state: State, count: int, masks: Masks, config: PruneConfig, steps: int | None = None
+) -> float:
+    """Of one group: so many ``steps``, or as many as the settings give a layer, each on one batch."""
+    *batches, judge = split_images(count, config.batch_size, config.held_out)
+    most = config.solver.passes * len(batches)
+    steps = min(most, config.layer_steps or most) if steps is None else steps
+    batch, judges = batches[0].stop - batches[0].start, judge.stop - judge.start
+    few, more = min(FEW, len(state[0])), len(state[0])
+    (step, _), (step_more, value) = (step_seconds(segment, state, n, masks, config) for n in (few, more))
+    each = (step_more - step) / max(more - few, 1)
+    judging = judges * value / more * (2 if config.solver.average else 1)
+    return steps * (max(step_more, step_more + each * (batch - more)) + judging)
+
+
+def step_seconds(segment: Segment, state: State, n: int, masks: Masks, config: PruneConfig) -> tuple[float, float]:
+    """A Newton step on the first n images of a state, with all the products that it may take, and one value."""
+    chain, part = segment.chain, tuple(tensor[:n] for tensor in state)
+    active = ActiveWeights.of(segment.group, masks, chain.device, config.biases)
+    objective, w = KStepObjective(segment, active, part, config), active.within(chain)
+    value = timed(chain, lambda: objective.value(w))
+    started = time.perf_counter()
+    local = objective.expand(w)
+    precondition = local.preconditioner or (lambda r: r)
+    expand = time.perf_counter() - started
+    product = timed(chain, lambda: precondition(local.product(local.gradient)))
+    return expand + config.solver.cg_max_iter * product + 2 * value, value
+
+
+def timed(chain: Chain, work: Callable[[], object]) -> float:
+    """Seconds that it takes, on the chain's device."""
+    started = time.perf_counter()
+    work()
+    if chain.device.type == "cuda":
+        torch.cuda.synchronize(chain.device)
+    return time.perf_counter() - started
+
+
+def in_words(seconds: float) -> str:
+    """Of a time that is known roughly."""
+    if seconds < 90:
+        return f"{max(round(seconds, -1), 10):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

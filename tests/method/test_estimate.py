@@ -1,0 +1,37 @@
+"""Times that are told before the work begins."""
+
+import pytest
+import tiny
+
+from snows_hf.adapters import build_chain
+from snows_hf.method import estimate
+from snows_hf.method.cascade import prune_chain
+from snows_hf.method.estimate import estimated_seconds, in_words
+
+
+def test_short_work_is_not_estimated():
+    model = tiny.transformers_vit()
+    masks = tiny.magnitude_masks(model)
+    assert estimated_seconds(build_chain(model), tiny.images(12), 24, masks, tiny.config()) is None
+
+
+@pytest.mark.parametrize("joint_steps", [0, 3])
+def test_an_estimate_is_of_the_size_of_the_truth(monkeypatch, joint_steps):
+    """No layer ends early here. What other programs do at the same time is why the bounds are wide."""
+    monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
+    model, images = tiny.transformers_vit(), tiny.images(48)
+    masks, chain = tiny.magnitude_masks(model), build_chain(model)
+    settings = {"batch_size": 16, "patience": 99, "joint_steps": joint_steps, "cg_rtol": 0.0, "preconditioner": "gram"}
+    config = tiny.config(**settings)
+    seconds = estimated_seconds(chain, images, len(images), masks, config)
+    assert seconds is not None
+    took = sum(report.seconds for report in prune_chain(chain, images, masks, config))
+    assert took / 4 < seconds < 4 * took
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.1, "10 seconds"), (44, "40 seconds"), (100, "2 minutes"), (2400, "40 minutes"), (9000, "2.5 hours")],
+)
+def test_times_in_words_are_rough(seconds, text):
+    assert in_words(seconds) == text
