@@ -391,7 +391,7 @@ LAYERS = [
     ("no head goes", lambda tmp: {"pattern": "heads:0.1"}, "has 4 heads, and 4 would be left."),
     ("no config", lambda tmp: {"model": RESNET, "pattern": "channels:0.5"}, "no configuration says channels of"),
     ("no smaller one", lambda tmp: {"model": RESNET, "pattern": None, "faster": 1.5}, "cannot be made smaller, which --faster is about: its channels could be cut, but no configuration says so"),  # noqa: E501
-    ("nothing to cut", lambda tmp: {"pattern": None, "faster": 1.5, "layers": "*.fc1"}, "it has no units that could be cut"),  # noqa: E501
+    ("nothing to cut", lambda tmp: {"pattern": None, "faster": 1.5, "layers": "*.fc2"}, "it has no units that could be cut"),  # noqa: E501
     ("too fast", lambda tmp: {"pattern": None, "faster": 1000}, "--faster 1000: no smaller model that its configuration can say is so fast here; the fastest that was measured is "),  # noqa: E501
     ("unknown layer", lambda tmp: {"layers": "blocks.*"}, "--layers 'blocks.*' matches no prunable layer"),
     ("mask: garbage", lambda tmp: {"mask": write(tmp / "m.safetensors", b"x")}, "Mask file {tmp}/m.safetensors cannot"),  # noqa: E501

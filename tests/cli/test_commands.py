@@ -64,6 +64,7 @@ def test_prune_as_json(run, model: Path, layers: int) -> None:
     assert [layer["name"] for layer in found["layers"]] == [layer["name"] for layer in report["layers"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "relaxed"), [("1:4", "2:4"), ("0.8", "0.6")])
 def test_a_cnn_comes_to_its_masks_gradually(run, pattern, relaxed) -> None:
     """Fewer than half of the weights; the report, the card, the page and the weights tell the same."""
@@ -90,7 +91,7 @@ def test_a_cnn_comes_to_its_masks_gradually(run, pattern, relaxed) -> None:
 
 def test_channels_in_another_order_are_the_same_network(run) -> None:
     """The dense model's accuracy is measured after its channels were put in order."""
-    options = ("prune", VIT, "--pattern", "2:4", "--mask", "magnitude", *MEASURED, "--json", "--no-update")
+    options = ("prune", VIT, "--pattern", "2:4", *MEASURED, "--mask", "magnitude", "--json", "--no-update")
     plain = json.loads(run(*options, "--output", "plain").out)
     report = json.loads(run(*options, "--set", "permute=true", "--output", "out").out)
     assert plain["permuted"] == {} and report["dense"] == plain["dense"]
@@ -114,7 +115,7 @@ def test_channels_in_another_order_are_the_same_network(run) -> None:
 def test_prune_for_people(run) -> None:
     result = run("prune", VIT, "--pattern", "2:4", *MEASURED, "--output", "out")
     assert result.code == 0
-    for text in ("2:4 on 597 images", "dense", "swap alone", "SNOWS", "50.0 % zeros", "Saved to out"):
+    for text in ("2:4 on 597 images", "dense", "sparsegpt alone", "SNOWS", "50.0 % zeros", "Saved to out"):
         assert text in result.out
     assert "Loading" in result.err
     assert "\n\n" not in result.err

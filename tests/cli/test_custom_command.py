@@ -161,6 +161,7 @@ def test_the_card_says_how_to_load_it(library: str, results: dict[str, Path]) ->
     assert found["model"](found["checkpoint"].image()) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_every_command_takes_it(run, library: str, results: dict[str, Path]) -> None:
     folder, dense = results[library], results[library].parent / "model"

@@ -51,6 +51,7 @@ def check_refused(run, model: Path, words: str) -> None:
     assert not Path("out").exists() and not Path("maps.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "windows"),
     [

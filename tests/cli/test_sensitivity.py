@@ -51,7 +51,7 @@ def test_every_layer_its_own_n_m_proven_by_inspect(run) -> None:
 def test_sparsities_of_each_layers_own(run) -> None:
     reports = {}
     for allocation in ("uniform", "global", "sensitivity"):
-        options = ("--pattern", 0.8, "--allocation", allocation, "--no-update", *QUICK)
+        options = ("--pattern", 0.8, "--allocation", allocation, "--no-update", *QUICK, "--mask", "magnitude")
         result = run("prune", RESNET, *options, "--output", allocation)
         assert result.code == 0, result.err
         reports[allocation] = json.loads(result.out)

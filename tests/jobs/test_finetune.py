@@ -237,6 +237,7 @@ def pruned_by_others(folder: Path) -> Path:
     return write_tensors(copy_of(RESNET, folder), tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, pattern, claimed", [(pruned_at_initialisation, "2:4", "2:4"), (trained_dense, None, None),
                                (dense, None, None), (pruned_by_others, "2:4", None)]

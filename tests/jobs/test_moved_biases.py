@@ -23,6 +23,7 @@ QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 160, "k": 2, "layer_ste
 QUICK |= {"biases": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [VIT, RESNET], ids=["vit", "resnet"])
 def test_moved_biases_are_saved(source: Path, tmp_path: Path) -> None:
     """Stock transformers reads them; whatever is neither a pruned weight nor its bias keeps its bits."""

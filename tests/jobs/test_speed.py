@@ -100,6 +100,7 @@ def test_bench_says_what_is_missing() -> None:
         bench(str(VIT), batch_sizes=[4, 0])
 
 
+@pytest.mark.slow
 def test_timing_the_same_network_twice() -> None:
     model = load(str(VIT)).model
     layers = ["vit.layers.0.mlp.fc1", "vit.layers.0.mlp.fc2"]

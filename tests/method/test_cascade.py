@@ -264,6 +264,7 @@ def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
     assert joint.loss_pruned < joint.loss_start
 
 
+@pytest.mark.slow
 def test_augmented_images_teach_and_never_judge():
     settings = {"joint_steps": 4, "average": 3}
     plain, augmented, again = (

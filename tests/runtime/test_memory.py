@@ -201,7 +201,7 @@ def test_factors_shrink_before_batches_do():
     run = tiny.prune(tiny.cifar_resnet(), 40, preconditioner="gram", factor_entries=2**8)
     assert {report.status for report in run.reports} == {"improved"}
 
-    model = tiny.randomised(ResNet(BasicBlock, [1, 1, 1, 1], channels=(64, 64, 64, 64), num_classes=3), 0)
+    model = tiny.randomised(ResNet(BasicBlock, [1, 1, 1, 1], channels=(32, 32, 32, 32), num_classes=3), 0)
     masks, said = tiny.magnitude_masks(model), []
     chain, images = build_chain(model), tiny.images(2)
     settings = tiny.config(preconditioner="gram", joint_steps=2, batch_size=4)
@@ -239,6 +239,7 @@ def test_a_budget_that_the_libraries_exceed_is_refused():
     assert room(1000.0) > 900e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [VIT, RESNET])
 def test_an_offloaded_model_gives_the_same_bits(model: Path):
     """On the CPU, where nothing has to move: by the same way. Other devices: benchmarks/other_device.py."""

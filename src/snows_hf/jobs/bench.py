@@ -10,7 +10,6 @@ from typing import Any
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from ..adapters.outputs import outputs_of
 from ..data.names import Name
@@ -204,5 +203,7 @@ def versus(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, Any]:
 
 def time_ms(run: Callable[[], Any], seconds: float = SECONDS) -> float:
     """Median time of a run in milliseconds, the device's work included."""
+    from torch.utils.benchmark import Timer  # loads what looks for compilers, and warns of them
+
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return 1000 * timer.adaptive_autorange(min_run_time=seconds, max_run_time=4 * seconds).median
