@@ -231,6 +231,11 @@ class PruneConfig(Settings):
             )
         return self
 
+    def steps_of_a_layer(self, batches: int) -> int:
+        """Most Newton steps that a layer takes in one sweep, each on one of so many batches."""
+        most = self.solver.passes * batches
+        return min(most, self.layer_steps or most)
+
     @property
     def gradual_steps(self) -> int:
         """Joint steps with masks that thin out, where the pattern has them."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .objective import ActiveWeights, KStepObjective, Segment
 from .streams import masked_operations, split_images, whole_network
 
 
+T = TypeVar("T")
+
 FEW, MORE = 4, 12
 """Images of the two steps that are timed of a layer: what a step takes grows evenly with its images."""
 
@@ -22,25 +25,26 @@ WORTH_SAYING = 2.0
 
 def estimated_seconds(chain: Chain, images: Tensor, count: int, masks: Masks, config: PruneConfig) -> float | None:
     """Seconds that all solves of a prune and its streams take, if no layer ends early; None where it is not long.
+    Streams are the dense network's and the pruned one's, once through all layers in every sweep.
 
     Args:
         chain: of the network, with the weights that it has now.
-        images: preprocessed (n, 3, h, w), a dozen or more.
+        images: preprocessed (n, 3, h, w), ``MORE`` of them where there are as many.
         count: of all calibration images.
         masks: of the weights that are pruned.
     """
-    start: State = (images[: min(MORE, len(images))].to(chain.device),)
-    size, todo = len(start[0]), set(masked_operations(chain, masks))
+    start: State = (images.to(chain.device),)
+    todo = set(masked_operations(chain, masks)) if config.sweeps else set[int]()
     with frozen(chain.model), torch.no_grad():
         chain(start)
-        stream = 2 * config.sweeps * count / size * timed(chain, lambda: chain(start))
-    if stream < WORTH_SAYING * 2 * config.sweeps or not todo:
+        one_pass = count / len(images) * timed(chain, lambda: chain(start))[1]
+    if one_pass < WORTH_SAYING:
         return None
     known: dict[tuple[object, ...], float] = {}
-    total = stream
+    total = 2 * config.sweeps * one_pass
     with frozen(chain.model):
-        for index, operation, state in chain.walk(start, stop=max(todo) + 1):
-            if index in todo and operation.group is not None and config.sweeps:
+        for index, operation, state in chain.walk(start, stop=max(todo, default=-1) + 1):
+            if index in todo and operation.group is not None:
                 segment = Segment.cut(chain, index, config.k)
                 shapes = tuple(tuple(chain.weight(name).shape) for name in operation.group.parameters)
                 key = (operation.group.kind, shapes, segment.stop - segment.start)
@@ -57,8 +61,7 @@ def solve_seconds(
 ) -> float:
     """Of one group: so many ``steps``, or as many as the settings give a layer, each on one batch."""
     *batches, judge = split_images(count, config.batch_size, config.held_out)
-    most = config.solver.passes * len(batches)
-    steps = min(most, config.layer_steps or most) if steps is None else steps
+    steps = config.steps_of_a_layer(len(batches)) if steps is None else steps
     batch, judges = batches[0].stop - batches[0].start, judge.stop - judge.start
     few, more = min(FEW, len(state[0])), len(state[0])
     (step, _), (step_more, value) = (step_seconds(segment, state, n, masks, config) for n in (few, more))
@@ -72,22 +75,20 @@ def step_seconds(segment: Segment, state: State, n: int, masks: Masks, config: P
     chain, part = segment.chain, tuple(tensor[:n] for tensor in state)
     active = ActiveWeights.of(segment.group, masks, chain.device, config.biases)
     objective, w = KStepObjective(segment, active, part, config), active.within(chain)
-    value = timed(chain, lambda: objective.value(w))
-    started = time.perf_counter()
-    local = objective.expand(w)
+    _, value = timed(chain, lambda: objective.value(w))
+    local, expand = timed(chain, lambda: objective.expand(w))
     precondition = local.preconditioner or (lambda r: r)
-    expand = time.perf_counter() - started
-    product = timed(chain, lambda: precondition(local.product(local.gradient)))
+    _, product = timed(chain, lambda: precondition(local.product(local.gradient)))
     return expand + config.solver.cg_max_iter * product + 2 * value, value
 
 
-def timed(chain: Chain, work: Callable[[], object]) -> float:
-    """Seconds that it takes, on the chain's device."""
+def timed(chain: Chain, work: Callable[[], T]) -> tuple[T, float]:
+    """What it gives, and the seconds that it takes on the chain's device."""
     started = time.perf_counter()
-    work()
+    result = work()
     if chain.device.type == "cuda":
         torch.cuda.synchronize(chain.device)
-    return time.perf_counter() - started
+    return result, time.perf_counter() - started
 
 
 def in_words(seconds: float) -> str:

@@ -105,8 +105,7 @@ class Layers:
         active = ActiveWeights.of(group, self.masks, self.chain.device, self.config.biases)
         state = get_state(self.run.journal, task.record, self.chain.device) if joint else None
         done = state.result.steps if state else 0
-        most = self.config.solver.passes * judge
-        steps = min(most, self.config.layer_steps or most) if task.steps is None else task.steps
+        steps = self.config.steps_of_a_layer(judge) if task.steps is None else task.steps
         self.run.tell(STAGE, place, self.total, group.name)
         # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
         order = [(task.first + i, (place * steps + i) % judge) for i in range(done, steps)]
