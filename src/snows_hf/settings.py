@@ -188,6 +188,9 @@ class PruneConfig(Settings):
     """Calibration images, held-out ones included."""
     batch_size: Annotated[int, Ge(1)] = 256
     """Images per Newton step."""
+    curvature_size: Annotated[int, Ge(0)] = 0
+    """Images of a step's batch on which curvature products are taken, others in each step (Byrd et al., 2011); value
+    and gradient are of all. 0: all of them."""
     held_out: Annotated[Number, Gt(0), Lt(1)] = 0.1
     """Share of the calibration images that only judge the steps."""
     targets: Literal["dense", "cascaded"] = "dense"

@@ -453,3 +453,46 @@ def test_sums_of_half_precision_are_made_in_single(dtype: torch.dtype):
     objective = KStepObjective(Segment.cut(chain, 0, 0), active, (x,), tiny.config(weighting="relative"), [y + 1])
     value = objective.value(active.within(chain).detach())
     assert value == pytest.approx(float((y + 1 - y).float().square().mean() / (y + 1).float().var()), rel=1e-3)
+
+
+@pytest.mark.parametrize("network", [tiny.transformers_vit, tiny.cifar_resnet])
+@pytest.mark.parametrize(("size", "turn"), [(2, 0), (2, 2), (3, 1), (7, 0)])
+def test_curvature_of_a_part_beside_value_and_gradient_of_all(network, size, turn):
+    """Seven images: value and gradient are the batch's, and products those of each fourth, third or second image, in
+    which operations weigh as in the batch."""
+    model = network()
+    chain, masks, images = build_chain(model), tiny.magnitude_masks(model), tiny.images(7)
+    index = next(i for i, group in chain.groups() if set(group.parameters) & set(masks))
+    state: tuple[Tensor, ...] = (images,)
+    with frozen(model):
+        for operation in chain.operations[:index]:
+            state = operation.run(state)
+        segment, settings = Segment.cut(chain, index, 3), tiny.config(preconditioner="gram", weighting="relative")
+        active = ActiveWeights.of(segment.group, masks, torch.device("cpu"))
+        w, targets = 1.1 * active.within(chain), segment.outputs(state)
+        p = torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype)
+        whole = KStepObjective(segment, active, state, settings, targets)
+        parted = KStepObjective(segment, active, state, settings.updated(curvature_size=size), targets, turn=turn)
+        count = -(-7 // size)
+        own = slice(turn % count, None, count)
+        alone = KStepObjective(segment, active, tuple(t[own] for t in state), settings, [y[own] for y in targets])
+        alone.weights = [c * 7 / len(images[own]) for c in whole.weights]
+        expected, found, of_part = whole.expand(w), parted.expand(w), alone.expand(w)
+    assert found.value == pytest.approx(expected.value, rel=1e-12)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.product(p), of_part.product(p), rtol=1e-9, atol=1e-12)
+
+
+def test_the_preconditioner_of_a_part_knows_the_inputs_of_all():
+    """At K = 0, where nothing is estimated, it is that of the whole batch."""
+    layer = nn.Linear(12, 7).double().requires_grad_(False)
+    operation = Operation("linear", lambda s: (layer(s[0]),), Group("linear", ("weight",), "linear"))
+    segment = Segment.cut(Chain(layer, [operation], "test"), 0, 0)
+    active = ActiveWeights(tiny.nm_masks(layer, ("weight",), 2, 4))
+    x, w = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).double(), torch.ones(42).double()
+    sizes = [0, 10]
+    whole, parted = (
+        KStepObjective(segment, active, (x,), tiny.config(preconditioner="gram", curvature_size=size)).expand(w)
+        for size in sizes
+    )
+    torch.testing.assert_close(parted.preconditioner(w), whole.preconditioner(w), rtol=1e-6, atol=0)

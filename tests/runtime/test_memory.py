@@ -129,14 +129,14 @@ def test_bytes_per_image_do_not_depend_on_the_images_and_grow_with_k():
     model = tiny.cifar_resnet()
     run = tiny.prune(model)
     chain = build_chain(model)
-    sizes = [bytes_per_image(chain, tiny.images(2), run.masks, run.config.updated(k=k)) for k in (0, 2, 8)]
+    sizes = [sum(bytes_per_image(chain, tiny.images(2), run.masks, run.config.updated(k=k))) for k in (0, 2, 8)]
     assert 0 < sizes[0] < sizes[1] < sizes[2]
 
 
 def test_batches_shrink_to_the_budget():
     run, said = tiny.prune(tiny.cifar_resnet()), []
     chain, images = build_chain(run.dense), tiny.images(2)
-    each = bytes_per_image(chain, images, run.masks, run.config)
+    each = sum(bytes_per_image(chain, images, run.masks, run.config))
 
     def fitted(left: int, **changes: object) -> int:
         settings = run.config.updated(batch_size=250, **changes)
@@ -160,7 +160,7 @@ def test_criteria_fit_into_the_budget_and_choose_the_same(mask):
     images = Images(Shelf(limit=0))
     images.append(given.images)
     everything = dict(given.everything.masks)
-    each = bytes_per_image(given.network, given.images[:2], everything, given.config.updated(joint_steps=1))
+    each = sum(bytes_per_image(given.network, given.images[:2], everything, given.config.updated(joint_steps=1)))
     run = Run(left=2 * int(OVERHEAD * each * 3) + 2, on_stage=said.append)
     fitted = fit_criterion(replace(given, images=images, run=run))
     assert (fitted.config.batch_size < 8) == needs_labels(mask) == bool(said)

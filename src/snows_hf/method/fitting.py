@@ -56,7 +56,7 @@ def fit_batches(
         free = int(0.8 * torch.cuda.mem_get_info(chain.device)[0])
     else:
         free = (available() // local_processes() if run.left is None else run.left) // 2
-    each = bytes_per_image(chain, images, masks, config)
+    graph, targets = bytes_per_image(chain, images, masks, config)
     if config.solver.preconditioner == "gram":
         groups = [{n: masks[n] for n in group.parameters if n in masks} for _, group in chain.groups()]
         groups = [masks] if config.joint_steps else groups
@@ -73,15 +73,20 @@ def fit_batches(
             run.say(f"Preconditioner in blocks of {factors() / 1e9:.2g} GB in all, to fit into memory")
             config = config.updated(factor_entries=entries)
         free -= factors()
-    fitting = sharing * int(free / (OVERHEAD * max(each, 1)))
-    if fitting >= config.batch_size:
-        return config
+    each = OVERHEAD * max(graph + targets, 1)
+    fitting = sharing * int(free / each)
     if fitting < 1:
         raise ConfigError(
-            f"One image needs {OVERHEAD * each / 1e9:.2f} GB at K = {config.k}, and {free / 1e9:.2f} GB are there for "
-            "it.",
+            f"One image needs {each / 1e9:.2f} GB at K = {config.k}, and {free / 1e9:.2f} GB are there for it.",
             "Give more --memory, or a smaller --k.",
         )
+    part = config.curvature_size or config.batch_size
+    if fitting >= part:  # of the others in a batch only targets are there all the time
+        fitting += sharing * int((free - part / sharing * each) / (OVERHEAD * max(targets, 1)))
+    elif config.curvature_size:
+        config = config.updated(curvature_size=fitting)
+    if fitting >= config.batch_size:
+        return config
     run.say(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
     return config.updated(batch_size=fitting)
 
@@ -91,27 +96,29 @@ def groups_of(chain: Chain, weight: str) -> int:
     return getattr(chain.model.get_submodule(weight.rpartition(".")[0]), "groups", 1)
 
 
-def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig) -> int:
-    """Most that a product of any layer's objective needs in memory per image of a batch: what its graphs keep, and of
-    every output the target, residual, tangent and cotangent. ``images`` holds two."""
+def bytes_per_image(chain: Chain, images: Tensor, masks: Masks, config: PruneConfig) -> tuple[int, int]:
+    """Most that a product of any layer's objective needs in memory per image: what its graphs keep, with every
+    output's residual, tangent and cotangent; and what the targets need. ``images`` holds two."""
     start: State = (images.to(chain.device),)
-    plain = config.updated(preconditioner="none", gradual=0.0)
+    plain = config.updated(preconditioner="none", gradual=0.0, curvature_size=0)
 
     def kept(segment: Segment, state: State) -> tuple[int, list[Tensor]]:
         active = ActiveWeights.of(segment.group, masks, chain.device, config.biases)
         objective = KStepObjective(segment, active, state, plain)
         return saved_bytes(lambda: objective.expand(active.within(chain))), list(objective.targets)
 
-    def per_image(segment: Segment, state: State) -> int:
+    def per_image(segment: Segment, state: State) -> tuple[int, int]:
         (two, outputs), (one, _) = kept(segment, state), kept(segment, tuple(tensor[:1] for tensor in state))
-        return two - one + 4 * sum(output[0].nbytes for output in outputs)
+        targets = sum(output[0].nbytes for output in outputs)
+        return two - one + 3 * targets, targets
 
     todo = masked_operations(chain, masks)
     with frozen(chain.model):
         if config.joint_steps:  # its graph holds all others
             return per_image(whole_network(chain, masks), start)
-        return max(
+        needs = [
             per_image(Segment.cut(chain, index, config.k), state)
             for index, _, state in chain.walk(start, stop=todo[-1] + 1)
             if index in todo
-        )
+        ]
+        return max(graph for graph, _ in needs), max(targets for _, targets in needs)

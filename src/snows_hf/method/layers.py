@@ -107,8 +107,9 @@ class Layers:
         done = state.result.steps if state else 0
         steps = self.config.steps_of_a_layer(judge) if task.steps is None else task.steps
         self.run.tell(STAGE, place, self.total, group.name)
-        # Layers that do not get to all batches begin where the layer before them ended: all images have a part.
-        order = [(task.first + i, (place * steps + i) % judge) for i in range(done, steps)]
+        # Layers that do not get to all images begin where the layer before them ended: all images have a part.
+        first, turn = task.first if joint else place * steps, place * steps
+        order = [(first + i, (turn + i) % judge) for i in range(done, steps)]
         batches = Batches(task.segment, self.dense, active, streams, self.config, order, self.teacher)
         held_out = batches.objective(judge)
         masked = None

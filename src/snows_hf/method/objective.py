@@ -5,17 +5,18 @@ entries, so that no operation outweighs another by size and λ means the same fo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
 from ..adapters.base import Chain, Group, State
-from ..runtime.distributed import Share, whole
+from ..runtime.distributed import Share, processes, whole
 from ..settings import PruneConfig
 from .newton import Expansion
-from .preconditioner import Bias, recorded, row_preconditioner
+from .preconditioner import Bias, mean_grams, recorded, row_preconditioner
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class KStepObjective:
         share: which images of the batch ``state`` and ``targets`` hold; value and expansion are those of the whole
             batch. None: all of them.
         autocast: matrix products and convolutions of the segment, and of its derivatives, are in bfloat16.
+        turn: whose turn it is among the parts of the batch from which curvature is taken (``config.curvature_size``).
     """
 
     def __init__(
@@ -126,9 +128,11 @@ class KStepObjective:
         targets: Sequence[Tensor | None] | None = None,
         share: Share | None = None,
         autocast: bool = False,
+        turn: int = 0,
     ) -> None:
         self.segment, self.active, self.state, self.solver = segment, active, state, config.solver
-        self.share, self.autocast = share or whole(len(state[0])), autocast
+        self.share, self.autocast, self.turn = share or whole(len(state[0])), autocast, turn
+        self.count = -(-self.share.total // max(config.curvature_size or self.share.total, processes()))
         if targets is None:
             with torch.no_grad():
                 targets = segment.outputs(state)
@@ -160,8 +164,36 @@ class KStepObjective:
         return sum(squares, start=torch.zeros((), device=outputs[0].device))
 
     def expand(self, w: Tensor) -> Expansion:
-        """Value, gradient and curvature product at w (Eq. 4, 5, 7), on graphs that are built once and kept."""
+        """Value, gradient and curvature product at w (Eq. 4, 5, 7): value and gradient of the whole batch, part by
+        part, products on one part alone, whose graphs are built once and kept (Byrd et al., 2011, section 2)."""
         w = w.detach().requires_grad_()
+        if self.count == 1:
+            return self._expand(w)
+        parts, grams = [self._part(place) for place in range(self.count)], dict[str, Tensor]()
+        value, gradient = 0.0, torch.zeros_like(w)
+        for part in parts:
+            with recorded(self.segment.chain, self.active.weights) as seen:
+                loss = part._loss(part._outputs(w))
+            share = part.share.total / self.share.total
+            value += share * float(part.share.sum(loss.detach()))
+            gradient += share * grad(loss, w)[0]
+            if self.solver.preconditioner == "gram":
+                own = mean_grams(seen, self.active.weights, part.share, self.active.biases, self.count)
+                grams = {name: share * g + grams.get(name, 0.0) for name, g in own.items()}
+        local = parts[self.turn % self.count]._expand(w, grams)
+        return replace(local, value=value, gradient=self.share.sum(gradient))
+
+    def _part(self, place: int) -> "KStepObjective":
+        """Of the batch's images each ``count``-th, from ``place`` on: on average its loss is that of the batch."""
+        part, own = copy(self), slice((place - self.share.start) % self.count, None, self.count)
+        part.share = self.share.every(self.count, place)
+        part.state, part.targets = tuple(tensor[own] for tensor in self.state), [y[own] for y in self.targets]
+        part.weights = [c * (self.share.total / part.share.total) for c in self.weights]
+        return part
+
+    def _expand(self, w: Tensor, grams: Mapping[str, Tensor] | None = None) -> Expansion:
+        """:meth:`expand` at w, which wants its gradient, on graphs of all images; the preconditioner's Gram matrices
+        may come from more images than these."""
         with recorded(self.segment.chain, self.active.weights) as seen:
             outputs = self._outputs(w)
         total, loss = self.share.sum, self._loss(outputs)
@@ -172,7 +204,7 @@ class KStepObjective:
         if self.solver.preconditioner == "gram":
             model, given = self.segment.chain.model, (self.solver.damping, self.share, self.solver.factor_entries)
             biases = {weight: Bias.of(model, weight, name) for weight, name in self.active.biases.items()}
-            precondition = row_preconditioner(self.active.masks, seen, moving, *given, biases)
+            precondition = row_preconditioner(self.active.masks, seen, moving, *given, biases, grams)
         if self.solver.curvature == "hessian":
             return hessian_expansion(loss, w, total, precondition)
 

@@ -7,7 +7,7 @@ Kronecker factors of Martens and Grosse (2015), with the diagonal of the output 
 each row it is factorised exactly; at K = 0 it is the Hessian itself, and conjugate gradients need one iteration.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -87,16 +87,38 @@ def gram(module: nn.Module, x: Tensor, constant: bool = False) -> Tensor | None:
     return total
 
 
-def sampled(mask: Tensor, z: Tensor, share: Share) -> tuple[slice, float]:
+def sampled(mask: Tensor, z: Tensor, share: Share, parts: int = 1) -> tuple[slice, float]:
     """Images of this process from which a layer's Gram matrix is estimated, evenly spread over the whole batch, and
     what the sum over them is to be multiplied by.
 
-    ``z`` is the layer's output: all of it but rows and images are positions, each with an input of its own.
+    ``z`` is the layer's output: all of it but rows and images are positions, each with an input of its own. There are
+    so many ``parts`` from which the estimate is made.
     """
     positions = z[0].numel() // len(mask)
-    wanted = max(MIN_IMAGES, -(-SAMPLES * mask[0].numel() // positions))
+    wanted = -(-max(MIN_IMAGES, -(-SAMPLES * mask[0].numel() // positions)) // parts)
     stride = max(1, share.total // wanted)
     return slice(-share.start % stride, None, stride), share.total / len(range(0, share.total, stride))
+
+
+Seen = Mapping[str, tuple[nn.Module, Tensor, Tensor]]
+"""What :func:`recorded` noted."""
+
+
+def mean_grams(
+    seen: Seen, masks: Mapping[str, Tensor], share: Share, biases: Container[str], parts: int = 1
+) -> dict[str, Tensor]:
+    """:func:`gram` of what each layer reads, per image of a batch, or of one of so many ``parts`` of it; with a
+    constant where there are ``biases``. Modules that have none are left out."""
+    means = dict[str, Tensor]()
+    for name, mask in masks.items():
+        module, *both = seen[name]
+        # Windows of attention come in the place of images, an image's one after the other.
+        x, z = (tensor.unflatten(0, (share.stop - share.start, -1)) for tensor in both)
+        images, scale = sampled(mask, z, share, parts)
+        g = gram(module, x[images].flatten(0, 1), constant=name in biases)
+        if g is not None:
+            means[name] = share.sum(g * (share.weight * scale / share.total))
+    return means
 
 
 class Bias(NamedTuple):
@@ -151,12 +173,13 @@ class RowPreconditioner:
 
 def row_preconditioner(
     masks: Mapping[str, Tensor],
-    seen: Mapping[str, tuple[nn.Module, Tensor, Tensor]],
+    seen: Seen,
     outputs: Sequence[tuple[float, Tensor]],
     damping: float,
     share: Share,
     entries: int = FACTOR_ENTRIES,
     biases: Mapping[str, Bias] | None = None,
+    grams: Mapping[str, Tensor] | None = None,
 ) -> RowPreconditioner | None:
     """The preconditioner of a group, or None where a module is neither Linear nor plain Conv2d.
 
@@ -167,25 +190,20 @@ def row_preconditioner(
         damping: λ.
         entries: most numbers in the factors of one parameter.
         biases: those that move, by their weights.
+        grams: of what the weights' layers read, per image, if it comes from more images than these.
     """
     biases = biases or {}
     moving = {bias.name for bias in biases.values()}
-    weights, grams = [name for name in masks if name not in moving], {}
-    for name in weights:
-        module, *both = seen[name]
-        # Windows of attention come in the place of images, an image's one after the other.
-        x, z = (tensor.unflatten(0, (share.stop - share.start, -1)) for tensor in both)
-        images, scale = sampled(masks[name], z, share)
-        g = gram(module, x[images].flatten(0, 1), constant=name in biases)
-        if g is None:
-            return None
-        grams[name] = share.sum(g * (share.weight * scale))
+    weights = {name: mask for name, mask in masks.items() if name not in moving}
+    grams = grams or mean_grams(seen, weights, share, biases)
+    if len(grams) < len(weights):
+        return None
     f, u = [o for _, o in outputs], cotangents(outputs, share)
     sensitivities = torch.autograd.grad(f, [seen[name][2] for name in weights], u, retain_graph=True)
     starts = dict(zip(masks, accumulate((int(mask.sum()) for mask in masks.values()), initial=0), strict=False))
     factors: list[tuple[Rows | WithBiases, list[slice]]] = []
     for name, cotangent in zip(weights, sensitivities, strict=True):
-        (module, _, z), mask, g = seen[name], masks[name], grams[name]
+        (module, _, z), mask, g = seen[name], masks[name], grams[name] * share.total
         b = mean_square(module, cotangent, share, g.dtype)
         if name not in biases:
             rows = factorised(mask, g, b, damping, entries)

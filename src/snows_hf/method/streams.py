@@ -155,7 +155,7 @@ class Batches:
             source = self.streams.dense[index].get()
         targets = self.targets(send_to_device(source, self.segment.chain.device))
         autocast = self.config.autocast and step is not None
-        return KStepObjective(self.segment, self.active, pruned, self.config, targets, part, autocast)
+        return KStepObjective(self.segment, self.active, pruned, self.config, targets, part, autocast, step or 0)
 
     @torch.no_grad()
     def targets(self, state: State) -> Sequence[Tensor | None]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch.distributed
@@ -71,6 +71,11 @@ class Share:
     stop: int
     weight: float = 1.0
     alone: bool = True
+
+    def every(self, count: int, place: int) -> "Share":
+        """This process's share of each ``count``-th image of the batch, from ``place`` on: there must be one."""
+        before = [len(range(place, end, count)) for end in (self.total, self.start, self.stop)]
+        return replace(self, total=before[0], start=before[1], stop=before[2])
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Σ tensor over the processes, see :func:`together`, the same on all; half precision is summed in float32."""
