@@ -22,7 +22,7 @@ from snows_hf.method.newton import Expansion, Step, newton_step, step_along
 from snows_hf.method.objective import KStepObjective, Segment
 from snows_hf.method.preconditioner import RowPreconditioner
 from snows_hf.method.streams import masked_operations
-from snows_hf.settings import PruneConfig, SolverConfig, preset
+from snows_hf.settings import PruneConfig, SolverConfig, settings_for
 
 
 Stepper = Callable[[KStepObjective, Tensor, SolverConfig], Step | None]
@@ -117,7 +117,7 @@ def trace(
         batch.solver = replace(batch.solver, curvature=curvature, preconditioner=preconditioner)
         batch.autocast = autocast
     w = judge.active.within(setting.chain)
-    config = replace(preset("default", setting.chain.family, "2:4").solver, **(OURS | changes))
+    config = replace(settings_for("standard", setting.chain.family, "2:4").solver, **(OURS | changes))
     start, found = judge.value(w), [(0.0, 1.0)]
     began = time.process_time()
     if least_squares:

@@ -28,7 +28,7 @@ from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.patterns import Masks, parse_pattern
 from snows_hf.runtime.device import describe_hardware, find_device
 from snows_hf.runtime.run import Run
-from snows_hf.settings import PruneConfig, preset
+from snows_hf.settings import PruneConfig, settings_for
 
 
 VIT_TI = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
@@ -77,7 +77,7 @@ def run(name: str, n: int, pattern: str, device: torch.device, **settings: float
     model = ViTForImageClassification(ViTConfig(num_labels=1000, **MODELS[name])).eval().to(device)
     chain = build_chain(model)
     weights = {p: chain.weight(p).detach() for _, group in chain.groups() for p in group.parameters}
-    config = preset("default", chain.family, pattern).updated(samples=n, **settings)
+    config = settings_for("standard", chain.family, pattern).updated(samples=n, **settings)
     images = smooth_images(n)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

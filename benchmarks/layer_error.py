@@ -20,7 +20,7 @@ from snows_hf.masks.choose import choose, split_by_fit
 from snows_hf.masks.evidence import Evidence, matrix
 from snows_hf.masks.scores.obc import damped, refit
 from snows_hf.patterns import Masks, parse_pattern
-from snows_hf.settings import preset
+from snows_hf.settings import settings_for
 
 
 CRITERIA = ["magnitude", "wanda", "sparsegpt", "obc", "swap"]
@@ -54,7 +54,7 @@ def main() -> None:
     for text in arguments.pattern:
         pattern = parse_pattern(text)
         weights = {n: everything[n] for n in split_by_fit(everything, pattern)[0]}
-        config = preset("default", chain.family, text)
+        config = settings_for("standard", chain.family, text)
         evidence = Evidence(weights, pattern, config, chain, images)
         grams = {n: damped(H) for n, H in evidence.grams()}
         for mask in arguments.criteria:

@@ -42,7 +42,7 @@ PRUNES: list[tuple[str, str, dict[str, Any]]] = [
     (VIT, "0.7", {"joint_steps": 4}),
     (VIT, "0.7", {"allocation": "sensitivity", "repair_steps": 1}),
     (VIT, "1:4,2:4,dense", {"sparsity": 0.5, "repair_steps": 1}),
-    (VIT, "2:4", {"preset": "paper"}),
+    (VIT, "2:4", {"effort": "paper"}),
     (VIT, "2:4", {"dtype": "float64", "memory": 8.0}),
     (VIT, "2:4", {"dtype": "bfloat16"}),
     (CNN, "2:4", {"joint_steps": 2}),

@@ -32,7 +32,7 @@ from snows_hf.masks.choose import choose_masks
 from snows_hf.method.cascade import prune_chain
 from snows_hf.method.streams import split_images
 from snows_hf.patterns import parse_pattern
-from snows_hf.settings import PruneConfig, preset
+from snows_hf.settings import PruneConfig, settings_for
 
 
 # width, depth, images, most products per step
@@ -43,7 +43,7 @@ APPLIED = ["vit_large_patch16_224", "vit_huge_patch14_224", "vit_giant_patch14_2
 
 
 def settings(images: int, products: int) -> PruneConfig:
-    config = preset("default", "vit", "2:4")
+    config = settings_for("standard", "vit", "2:4")
     return config.updated(samples=images, cg_max_iter=products, patience=1000, min_gain=0.0, cg_rtol=0.0)
 
 
@@ -135,7 +135,7 @@ def rest(found: dict[str, Any]) -> float:
 def applied(
     name: str, chain: Chain, images: int, gpus: int, a: float, c: float, rates: argparse.Namespace
 ) -> list[str]:
-    config = preset("default", "vit", "2:4").updated(samples=images)
+    config = settings_for("standard", "vit", "2:4").updated(samples=images)
     flops, states = operations_of(chain, 224, "meta")
     layers = works(chain, flops, config.k)
     batch, steps, products = config.batch_size, config.layer_steps, config.solver.cg_max_iter

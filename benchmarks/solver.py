@@ -24,7 +24,7 @@ from snows_hf.method.newton import NewtonState, newton
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
 from snows_hf.method.streams import masked_operations, split_images
 from snows_hf.patterns import Masks, parse_pattern
-from snows_hf.settings import PruneConfig, preset
+from snows_hf.settings import PruneConfig, settings_for
 
 
 OURS = {"passes": 5, "cg_max_iter": 20, "min_gain": 0.0}
@@ -59,7 +59,7 @@ class Setting:
         x = calibration_images(open_images(data, "train"), images, seed, checkpoint.preprocess)
         weights = {p: chain.weight(p).detach() for _, group in chain.groups() for p in group.parameters}
         masks = choose_masks(weights, parse_pattern(pattern), "magnitude")
-        k = preset("paper", chain.family, pattern).k if k is None else k
+        k = settings_for("paper", chain.family, pattern).k if k is None else k
         return cls(chain, x.contiguous(memory_format=torch.channels_last), masks, k)
 
     def objectives(self, index: int, batch_size: int) -> list[KStepObjective]:
@@ -85,7 +85,7 @@ def compare(setting: Setting, index: int, limit: float) -> list[str]:
     plain = plain_newton([as_loss(batch) for batch in batches], w, table_7, limit)
     goal = judge.value(plain.w)
 
-    solver = replace(preset("default", chain.family, "2:4").solver, **OURS)
+    solver = replace(settings_for("standard", chain.family, "2:4").solver, **OURS)
     *batches, judge = setting.objectives(index, BATCH_SIZE)
     trace: list[tuple[float, float]] = []
     started = time.process_time()

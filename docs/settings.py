@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 
 from snows_hf.settings import (
+    EFFORTS,
     N_M,
     N_M_OF,
-    PRESETS,
     FinetuneConfig,
     PruneConfig,
     Settings,
@@ -26,7 +26,7 @@ Made by `python docs/settings.py` from `src/snows_hf/settings.py`: do not edit.
 
 `--set NAME=VALUE` sets any of these on the command line (`prune` and `sensitivity`: PruneConfig and SolverConfig,
 `finetune`: FinetuneConfig, `train`: TrainConfig), a line `NAME: VALUE` in the YAML file of `prune --config`, and a
-keyword of the functions of the same names in Python, where `null` is None. What counts: the preset, over it the file,
+keyword of the functions of the same names in Python, where `null` is None. What counts: the effort, over it the file,
 over it `--set`, over it a setting's own option.
 """
 
@@ -42,16 +42,16 @@ def table(config: type[Settings]) -> Iterator[str]:
         yield f"| `{name}` | {expected_of(field)} | {default} | {meaning} |"
 
 
-def presets() -> Iterator[str]:
-    for preset, families in PRESETS.items():
-        yield f"\n## Preset `{preset}`\n\n| setting | {' | '.join(families)} |\n|---|{'---|' * len(families)}"
+def efforts() -> Iterator[str]:
+    for effort, families in EFFORTS.items():
+        yield f"\n## Effort `{effort}`\n\n| setting | {' | '.join(families)} |\n|---|{'---|' * len(families)}"
         for name in dict.fromkeys(name for settings in families.values() for name in settings):
             values = (f"`{json.dumps(s[name])}`" if name in s else "" for s in families.values())
             yield f"| `{name}` | {' | '.join(values)} |"
     also = " and ".join(f"`{name}` = `{json.dumps(value)}`" for name, value in N_M.items())
     rest = "; ".join(f"{family}: `{n}` = `{json.dumps(v)}`" for family, own in N_M_OF.items() for n, v in own.items())
-    yield f"\nWith N:M patterns, preset `default` sets {also} besides ({rest})."
+    yield f"\nWith N:M patterns, all but `paper` set {also} besides ({rest})."
 
 
 lines = (line for config in (PruneConfig, SolverConfig, FinetuneConfig, TrainConfig) for line in table(config))
-sys.stdout.write("\n".join([HEAD.rstrip("\n"), *lines, *presets()]) + "\n")
+sys.stdout.write("\n".join([HEAD.rstrip("\n"), *lines, *efforts()]) + "\n")

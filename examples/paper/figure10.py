@@ -13,7 +13,7 @@ from functools import partial
 from common import each_layer, layer_arguments, number, table, timed_newton
 from solver import Setting
 
-from snows_hf.settings import preset
+from snows_hf.settings import settings_for
 
 
 CAPS = (5, 10, 50, 100, 500)
@@ -21,7 +21,7 @@ SOLVERS = {"paper": ("none", "hessian"), "ours": ("gram", "gauss-newton")}
 
 
 def measured(setting: Setting, index: int, which: str, cap: int, limit: float) -> dict[str, float]:
-    config = preset("paper" if which == "paper" else "default", setting.chain.family, "2:4")
+    config = settings_for("paper" if which == "paper" else "default", setting.chain.family, "2:4")
     solver = replace(config.solver, cg_max_iter=cap)
     clock = timed_newton(setting, index, solver, limit, config.batch_size, *SOLVERS[which])
     start = clock.trace[0][1]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from snows_hf.method.newton import armijo
 from snows_hf.method.objective import KStepObjective
-from snows_hf.settings import preset
+from snows_hf.settings import settings_for
 
 
 METHODS = ("ours", "newton", "fisher")
@@ -72,7 +72,7 @@ def fisher(setting: Setting, index: int, limit: float) -> Clock:
     clock = Clock.start(limit)
     held_out, w = Judge(judge, clock), judge.active.within(setting.chain)
     held_out.value(w)
-    solver = preset("paper", setting.chain.family, "2:4").solver
+    solver = settings_for("paper", setting.chain.family, "2:4").solver
     for batch in cycle(batches):
         gradients = sample_gradients(batch, w)
         delta, g = fisher_direction(gradients, DAMPING), gradients.mean(0)
@@ -86,7 +86,7 @@ def fisher(setting: Setting, index: int, limit: float) -> Clock:
 
 def measured(setting: Setting, index: int, method: str, limit: float) -> dict[str, float]:
     family = setting.chain.family
-    theirs, ours = preset("paper", family, "2:4"), preset("default", family, "2:4")
+    theirs, ours = settings_for("paper", family, "2:4"), settings_for("standard", family, "2:4")
     if method == "fisher":
         clock = fisher(setting, index, limit)
     elif method.startswith("sgd"):

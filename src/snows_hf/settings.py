@@ -1,5 +1,5 @@
 """Settings: each is one field, which is its check, its option, its key in a YAML file and its row in docs/settings.md;
-and the paper's presets (Table 7)."""
+and what of it an effort decides; the paper's own settings (Table 7) are one."""
 
 import re
 from collections.abc import Callable
@@ -193,9 +193,9 @@ class PruneConfig(Settings):
     and gradient are of all. 0: all of them."""
     held_out: Annotated[Number, Gt(0), Lt(1)] = 0.1
     """Share of the calibration images that only judge the steps."""
-    targets: Literal["dense", "cascaded"] = "dense"
-    """What layers are fitted to: ``dense`` (the dense network's own activations) or ``cascaded`` (the paper's: the
-    dense layers run on the pruned network's activations)."""
+    targets: Literal["dense", "cascaded", "halfway"] = "dense"
+    """What layers are fitted to: ``dense`` (the dense network's own activations), ``cascaded`` (the paper's: the dense
+    layers run on the pruned network's activations) or ``halfway`` between them; what judges is dense then."""
     weighting: Literal["mean", "relative"] = "mean"
     """Of the operations in Eq. 3: ``mean`` (mean squared errors) or ``relative`` (these over the variance of their
     targets)."""
@@ -344,17 +344,27 @@ _PAPER |= {"damping": 1e-4, "cg_rtol": 0.0, "backtrack": 0.9, "max_backtracks": 
 _PAPER_CNN = {**_PAPER, "cg_atol": 1e-3, "cg_max_iter": 1000, "passes": 3, "samples": 3000}
 _PAPER_VIT = {**_PAPER, "cg_atol": 5e-4, "cg_max_iter": 500, "passes": 1, "samples": 5000}
 
+_VIT: dict[str, Any] = {"k": 5, "weighting": "relative", "batch_size": 512, "curvature_size": 32, "passes": 8}
+_VIT |= {"targets": "halfway", "biases": True}
 _CNN: dict[str, Any] = {"weighting": "relative", "cg_max_iter": 5, "layer_steps": 4, "joint_steps": 60}
 _CNN |= {"gradual": 1 / 3, "emphasis": 3.0, "augment": True, "average": 10, "patience": 10, "min_gain": 0.002}
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # What measured best here (docs/results.md).
-    "default": {
-        "vit": {"k": 5, "weighting": "relative", "batch_size": 128, "cg_max_iter": 5, "passes": 2, "layer_steps": 8},
-        "cifar_resnet": {"k": 40, **_CNN},
-        "resnet": {"k": 30, **_CNN},
-        "mobilenet": {"k": 60, **_CNN},
+
+def _convolutional(**changes: Any) -> dict[str, dict[str, Any]]:
+    return {
+        family: {"k": k, **_CNN, **changes}
+        for family, k in {"cifar_resnet": 40, "resnet": 30, "mobilenet": 60}.items()
+    }
+
+
+EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
+    # What measured best here in its time (docs/results.md).
+    "quick": {
+        "vit": {**_VIT, "k": 2, "batch_size": 128, "layer_steps": 1, "cg_max_iter": 1},
+        **_convolutional(joint_steps=15),
     },
+    "standard": {"vit": {**_VIT, "layer_steps": 1, "cg_max_iter": 3}, **_convolutional()},
+    "best": {"vit": {**_VIT, "layer_steps": 3, "cg_max_iter": 5}, **_convolutional(joint_steps=120)},
     # Table 7, and what A.1.3 and the paper's own code add to it.
     "paper": {
         "vit": {**_PAPER_VIT, "k": 3},
@@ -363,7 +373,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mobilenet": {**_PAPER_CNN, "k": 60, "samples": 1000},
     },
 }
-"""Settings by preset and family of architectures."""
+"""Settings by effort and family of architectures."""
 
 
 N_M: dict[str, Any] = {"mask": "swap", "gradual": 0.0}
@@ -380,20 +390,23 @@ STRUCTURED: dict[str, dict[str, Any]] = {
 """By default, by family, where units go and nothing else: what reads them is repaired already, and no layer by itself
 does better; all together do."""
 
+OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
+"""By default, wherever units go: of a smaller network no activations are between two."""
 
-def preset(name: str, family: str, pattern: str) -> PruneConfig:
-    """The settings of a preset for a family and a pattern.
+
+def settings_for(effort: str, family: str, pattern: str) -> PruneConfig:
+    """The settings of an effort for a family and a pattern.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: there is no such effort.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"Preset {name!r}: expected one of {', '.join(PRESETS)}.")
-    settings = PRESETS[name].get(family, {})
-    if name == "default" and re.search(r"\d:\d", pattern):
+    if effort not in EFFORTS:
+        raise ConfigError(f"Effort {effort!r}: expected one of {', '.join(EFFORTS)}.")
+    settings = EFFORTS[effort].get(family, {})
+    if effort != "paper" and re.search(r"\d:\d", pattern):
         settings = settings | N_M | N_M_OF.get(family, {})
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
-    if name == "default" and structures:
+    if effort != "paper" and structures:
         zeros = len(structures) < len(pattern.split("+"))
-        settings = settings | ({} if zeros else STRUCTURED.get(family, {})) | {"biases": True}
+        settings = settings | ({} if zeros else STRUCTURED.get(family, {})) | OF_STRUCTURES
     return PruneConfig(pattern).updated(**settings)

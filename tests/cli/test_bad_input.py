@@ -96,7 +96,7 @@ SETTINGS = [
     setting("expected one of float32", dtype="int8"),
     setting("expected one of float32", dtype="float16"),
     setting("Device 'tpu': expected auto, cpu or cuda", device="tpu"),
-    setting("Preset 'fast': expected one of default, paper", preset="fast"),
+    setting("Effort 'fast': expected one of quick, standard, best, paper", effort="fast"),
     setting("Setting memory = nan: expected a number of GB above 0", memory="nan"),
     setting("Setting memory = inf: expected", memory="inf"),
     setting("Setting seed = 99999999999999999999: expected a whole number ≥ 0", seed="99999999999999999999"),

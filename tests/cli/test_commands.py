@@ -295,8 +295,8 @@ def test_other_solver_types(run, dtype: str) -> None:
     assert {tensor.dtype for tensor in tensors_of(Path("out")).values()} == {torch.float32}
 
 
-def test_paper_preset_on_top_of_options(run) -> None:
-    options = ("--preset", "paper", *QUICK, "--layers", "*0.mlp.fc2", "--json")
+def test_the_papers_settings_with_options_over_them(run) -> None:
+    options = ("--effort", "paper", *QUICK, "--layers", "*0.mlp.fc2", "--json")
     settings = json.loads(run("prune", VIT, "--pattern", "2:4", *options).out)["settings"]
     assert (settings["k"], settings["samples"], settings["solver"]["curvature"]) == (1, 64, "hessian")
 

@@ -77,7 +77,7 @@ REFUSALS = [
     ([*NM, "--set", "damping=much"], "Setting damping = 'much': expected a number ≥ 0"),
     ([*NM, "--config", "no.yaml"], "Settings file no.yaml cannot be read"),
     ([*NM, "--k", -1], "Setting k = -1"),
-    ([*NM, "--preset", "fast"], "Preset 'fast'"),
+    ([*NM, "--effort", "fast"], "Effort 'fast'"),
     ([*NM, "--device", "tpu"], "Device 'tpu'"),
     ([*NM, "--dtype", "int8"], "dtype 'int8'"),
     ([*NM, "--format", "zip"], "Format 'zip'"),
@@ -140,11 +140,11 @@ def test_the_help_of_prune_is_short_and_names_the_rest(run) -> None:
 
 
 def test_precedence_of_settings(run, elsewhere: Path) -> None:
-    """Preset, below the file, below --set, below an option of its own."""
+    """Effort, below the file, below --set, below an option of its own."""
     Path("s.yaml").write_text("k: 1\nsamples: 9\nseed: 3\nbeta: 1e-4\n")
     options = ["--config", "s.yaml", "--set", "samples=8", "--set", "seed=4", "--seed", 5, "--set", "cg_max_iter=2"]
     result = run("prune", VIT, "--pattern", "2:4", "--data", DIGITS, *options, "--output", "o", "--json", "--quiet")
     assert result.code == 0, result.err
     made = json.loads(result.out)["settings"]
     assert (made["k"], made["samples"], made["seed"]) == (1, 8, 5)
-    assert (made["solver"]["beta"], made["solver"]["cg_max_iter"], made["solver"]["passes"]) == (1e-4, 2, 2)
+    assert (made["solver"]["beta"], made["solver"]["cg_max_iter"], made["solver"]["passes"]) == (1e-4, 2, 8)

@@ -9,7 +9,9 @@ from torch import nn
 
 from snows_hf.adapters import build_chain, frozen
 from snows_hf.method.cascade import prune_chain
-from snows_hf.method.streams import split_images
+from snows_hf.method.objective import ActiveWeights, Segment
+from snows_hf.method.streams import Batches, Streams, split_images
+from snows_hf.runtime.memory import Shelf
 from snows_hf.runtime.run import Progress, Run
 
 
@@ -86,6 +88,30 @@ def test_both_kinds_of_targets_agree_on_the_first_layer_and_differ_later(network
     for name in first.parameters:
         assert torch.equal(dense.pruned.get_parameter(name), cascaded.pruned.get_parameter(name))
     assert dense.reports[-1].loss_start != cascaded.reports[-1].loss_start
+
+
+def test_targets_halfway_are_the_mean_of_both_and_the_judge_sees_the_dense():
+    chain, images = build_chain(tiny.transformers_vit()), tiny.images(6)
+    index, group = next((i, group) for i, group in chain.groups() if group.kind == "mlp3")
+    segment = Segment.cut(chain, index, 3)
+    masks = {name: torch.ones_like(chain.weight(name), dtype=torch.bool) for name in group.parameters}
+    active = ActiveWeights.of(group, masks, torch.device("cpu"))
+    with torch.no_grad(), frozen(chain.model):
+        state = next(state for i, _, state in chain.walk((images,)) if i == index)
+        pruned = tuple(tensor + 0.1 for tensor in state)
+        shelf = Shelf()
+        kept = [[shelf.keep(each)] * 2 for each in (state, pruned)]
+        streams = Streams(shelf, *kept, [slice(0, 6)] * 2)
+
+        def targets(kind: str, step: int | None = 0) -> list[torch.Tensor]:
+            config = tiny.config(targets=kind)
+            return list(Batches(segment, {}, active, streams, config, [(0, 0)]).objective(0, step).targets)
+
+        dense, cascaded, halfway = map(targets, ("dense", "cascaded", "halfway"))
+    for found, one, other in zip(halfway, dense, cascaded, strict=True):
+        torch.testing.assert_close(found, (one + other) / 2)
+        assert not torch.equal(one, other)
+    assert all(map(torch.equal, targets("halfway", step=None), dense))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

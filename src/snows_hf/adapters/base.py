@@ -168,7 +168,7 @@ def register(*classes: type[nn.Module], family: str) -> Callable[[Builder], Buil
     """Decorator: ``builder(model)`` cuts models of these classes (exact or derived) into operations, where their graph
     does not say how, or there is none.
 
-    ``family`` picks their settings in :data:`snows_hf.settings.PRESETS`.
+    ``family`` picks their settings in :data:`snows_hf.settings.EFFORTS`.
     """
 
     def add(builder: Builder) -> Builder:

@@ -12,7 +12,7 @@ from .trace import Graph, kind
 
 
 FAMILIES = {"CifarResNet": "cifar_resnet"}
-"""Settings (snows_hf.settings.PRESETS) of classes that the graph does not tell."""
+"""Settings (snows_hf.settings.EFFORTS) of classes that the graph does not tell."""
 
 
 def traced_chain(model: nn.Module, image: Tensor, substitutes: Mapping[str, Callable[..., Tensor]]) -> Chain:

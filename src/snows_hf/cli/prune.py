@@ -29,7 +29,7 @@ MOVED = ("improved", "thinned_out")
 WHAT, IMAGES, RESULT = "What to prune", "Images", "Result"
 
 ALSO = (
-    "For more: --preset, --sparsity, --allocation, --layers, --k, --seed, --no-update, --allow-custom, --config FILE, "
+    "For more: --effort, --sparsity, --allocation, --layers, --k, --seed, --no-update, --allow-custom, --config FILE, "
     "--faster-batch; --data-split, --eval-split; --format, --report, --push-to, --private, --restart; --revision, "
     "--dtype, --memory. The README says what for."
 )
@@ -57,7 +57,7 @@ def prune(
         ),
     ] = None,
     faster_batch: Annotated[int, hidden()] = 1,
-    preset: Annotated[str, hidden()] = "default",
+    effort: Annotated[str, hidden()] = "standard",
     data: Annotated[
         str,
         images_option(
@@ -97,7 +97,7 @@ def prune(
     if config is not None:
         settings = read_settings(config, PruneConfig(asked)) | settings
     output = output or default_output(model, asked if faster is None else f"{faster:g}x")
-    check_pruning(asked, preset, settings)
+    check_pruning(asked, effort, settings)
     check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     if push_to is not None:
         from ..runtime.remote import check_push

@@ -37,7 +37,7 @@ from ..runtime.files import check_output, whole_folder
 from ..runtime.journal import digest_of
 from ..runtime.memory import Images
 from ..runtime.run import Progress, Run
-from ..settings import PruneConfig
+from ..settings import PruneConfig, settings_for
 from .calibration import calibrate, first_pass
 from .faster import check_can_be_smaller, choose_pattern
 from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
@@ -88,7 +88,7 @@ def prune(
     dtype: str = "float32",
     revision: str | None = None,
     memory: float | None = None,
-    preset: str = "default",
+    effort: str = "standard",
     update: bool = True,
     allow_custom: bool = False,
     restart: bool = False,
@@ -122,7 +122,8 @@ def prune(
         revision: of the model on the Hub.
         memory: budget of main memory for this process, in GB. Batches are made small enough for it, and activations
             beyond a quarter of it rest on disk. None: half of what is free for each of the two.
-        preset: ``default``, or ``paper`` for the paper's own settings.
+        effort: ``quick``, ``standard`` or ``best``, of the time that the weights' steps take, or ``paper`` for the
+            paper's own settings.
         update: whether SNOWS re-optimises the kept weights; without it they are the dense ones, or what a criterion
             with an update of its own (sparsegpt, obc, swap) makes of them.
         allow_custom: make a smaller network also where no configuration of its class describes it; only this package
@@ -131,7 +132,7 @@ def prune(
         format: of the result: ``safetensors``, or ``packed``, which leaves out the zeros (see :func:`snows_hf.pack`).
         on_stage: called with a line of text when a new stage begins, and for each layer that is done.
         on_progress: called with a :class:`~snows_hf.runtime.run.Progress` as a stage goes on.
-        **settings: changes to the preset, by the names of PruneConfig and SolverConfig.
+        **settings: changes to the effort, by the names of PruneConfig and SolverConfig.
 
     Raises:
         SnowsError: bad settings, model, data or output; see snows_hf.errors.
@@ -139,12 +140,12 @@ def prune(
     started = time.perf_counter()
     data, folder = data or DEFAULT_DATA, Path(output) if output is not None else None
     pattern = check_faster(pattern, faster, faster_batch, allow_custom, settings)
-    candidates = layer_patterns(check_pruning(pattern, preset, settings))
+    candidates = layer_patterns(check_pruning(pattern, effort, settings))
     check_request(data, data_split, eval_data, eval_split, output, device, dtype=dtype, memory=memory, format=format)
     told = {"on_stage": on_stage, "on_progress": on_progress}
     run = Run.begin(device, reproducible=True, dtype=find_dtype(dtype), memory=memory, **told)
 
-    subject = load_subject(run, model, revision, candidates, preset, pattern, settings)
+    subject = load_subject(run, model, revision, candidates, effort, pattern, settings)
     check_mask_labels(subject.config, subject.checkpoint)
     if faster is None:
         keep = units_to_keep(subject, split_structures(pattern)[0], allow_custom)
@@ -193,7 +194,8 @@ def prune(
             fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", chosen.choice.masks)
         reports: list[LayerReport] = []
         if update:
-            subject, reports = solve(run, subject, chosen, images, teacher)
+            quick = settings_for("quick", chain.family, pattern).updated(**settings) if effort != "quick" else None
+            subject, reports = solve(run, subject, chosen, images, teacher, quick)
             report["pruned"] = measurer.accuracy("pruned")
             moving = moved(chain, chosen.choice.masks, subject.config.biases)
             fidelity["pruned"] = measurer.fidelity("pruned", moving)
@@ -307,9 +309,15 @@ def choose(
 
 
 def solve(
-    run: Run, subject: Subject, chosen: Chosen, images: Images, teacher: Teacher | None = None
+    run: Run,
+    subject: Subject,
+    chosen: Chosen,
+    images: Images,
+    teacher: Teacher | None = None,
+    quick: PruneConfig | None = None,
 ) -> tuple[Subject, list[LayerReport]]:
-    """Algorithm 3 on the dense network, which is pruned, and in the checkpoint's own types, when it is done.
+    """Algorithm 3 on the dense network, which is pruned, and in the checkpoint's own types, when it is done. How long
+    it will take is said before, with what the ``quick`` settings would take.
 
     Returns:
         The subject with the batches that fitted into memory, and what happened to each layer.
@@ -321,20 +329,30 @@ def solve(
     config = find_batches(run, chain, images[:2], chosen.begin.masks, subject.config)
     run.say(f"Pruning {len(subject.layers)} layers to {config.pattern}")
     begin = chosen.begin
-    tell_estimate(run, chain, images, begin.masks, config)
+    tell_estimate(run, chain, images, begin.masks, config, quick)
     reports = prune_chain(chain, images, begin.masks, config, run, begin.weights, chosen.final, teacher)
     for name in restore_untouched(subject.network, subject.original, moving):
         run.say(f"{name}: weights beyond the range of {subject.original[name].dtype} became its largest number")
     return replace(subject, config=config), reports
 
 
-def tell_estimate(run: Run, chain: Chain, images: Images, masks: Masks, config: PruneConfig) -> None:
+LONG = 300.0
+"""Seconds from which on a prune is told what a quick one would take."""
+
+
+def tell_estimate(
+    run: Run, chain: Chain, images: Images, masks: Masks, config: PruneConfig, quick: PruneConfig | None
+) -> None:
     """Says how long the layers will take, before the work begins; not of one that goes on, nor of shared work."""
     if processes() > 1 or any(name.startswith("layer-") for name in run.journal.names()):
         return
-    seconds = estimated_seconds(chain, images[:MORE], len(images), masks, config)
-    if seconds is not None:
-        run.say(f"The layers will take about {in_words(seconds)} on this machine")
+    some, count = images[:MORE], len(images)
+    seconds = estimated_seconds(chain, some, count, masks, config)
+    if seconds is None:
+        return
+    less = estimated_seconds(chain, some, count, masks, quick) if quick is not None and seconds > LONG else None
+    instead = f"; with --effort quick about {in_words(less)}" if less is not None and less < seconds / 2 else ""
+    run.say(f"The layers will take about {in_words(seconds)} on this machine{instead}")
 
 
 def describe(

@@ -19,7 +19,7 @@ from ..patterns import parse_candidates, split_structures
 from ..patterns.plan import at_initialisation, layer_patterns, order_for
 from ..runtime.files import check_file, check_output
 from ..runtime.launch import check_device, check_memory
-from ..settings import PruneConfig, TrainConfig, check_seed, preset as preset_for
+from ..settings import PruneConfig, TrainConfig, check_seed, settings_for
 
 
 if TYPE_CHECKING:
@@ -38,15 +38,15 @@ DTYPES = ("float32", "float64", "bfloat16")
 FORMATS = ("safetensors", "packed")
 
 
-def check_pruning(pattern: str, preset: str, settings: dict[str, Any]) -> PruneConfig:
-    """The settings of a prune, but for those that the preset has for a family of architectures.
+def check_pruning(pattern: str, effort: str, settings: dict[str, Any]) -> PruneConfig:
+    """The settings of a prune, but for those that the effort has for a family of architectures.
 
     Raises:
         ConfigError: unknown or bad settings, or that do not go together; no such criterion.
         MaskError: no such mask file.
         PatternError: no pattern.
     """
-    asked = preset_for(preset, "", pattern).updated(**settings)
+    asked = settings_for(effort, "", pattern).updated(**settings)
     order_for(asked, layer_patterns(asked))
     check_mask(asked.mask)
     check_units(pattern, asked)
@@ -122,7 +122,7 @@ def check_units(pattern: str, config: PruneConfig) -> None:
         )
 
 
-def check_sensitivity(patterns: str, preset: str, settings: dict[str, Any]) -> None:
+def check_sensitivity(patterns: str, effort: str, settings: dict[str, Any]) -> None:
     """
     Raises:
         ConfigError: unknown or bad settings, no such criterion, or masks from a file.
@@ -130,7 +130,7 @@ def check_sensitivity(patterns: str, preset: str, settings: dict[str, Any]) -> N
     """
     check_no_structures(patterns, "A sensitivity")
     parse_candidates(patterns)
-    mask = preset_for(preset, "", patterns).updated(**settings).mask
+    mask = settings_for(effort, "", patterns).updated(**settings).mask
     if mask.endswith(".safetensors"):
         raise ConfigError("A mask file says one sparsity for each layer; a sensitivity needs a mask criterion.")
     check_mask(mask)

@@ -33,7 +33,7 @@ def sensitivity(
     device: str = "auto",
     dtype: str = "float32",
     revision: str | None = None,
-    preset: str = "default",
+    effort: str = "standard",
     on_stage: Callable[[str], None] = lambda stage: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     **settings: Any,
@@ -57,7 +57,7 @@ def sensitivity(
     """
     started = time.perf_counter()
     settings = {"samples": IMAGES, **settings}
-    check_sensitivity(patterns, preset, settings)
+    check_sensitivity(patterns, effort, settings)
     # A layer is measured by itself: a share of zeros is its own.
     candidates: list[Candidate] = [
         replace(candidate, scope="layer") if isinstance(candidate, Unstructured) else candidate
@@ -68,7 +68,7 @@ def sensitivity(
     run = Run.begin(device, dtype=find_dtype(dtype), on_stage=on_stage, on_progress=on_progress)
     data = data or DEFAULT_DATA
 
-    subject = load_subject(run, model, revision, candidates, preset, patterns, settings)
+    subject = load_subject(run, model, revision, candidates, effort, patterns, settings)
     config = subject.config
     check_mask_labels(config, subject.checkpoint)
     calibration = calibrate(run, open_images(data, data_split), config, subject.checkpoint)

@@ -17,7 +17,7 @@ from ..hub.load import Checkpoint, buffers_follow_weights, load
 from ..masks.choose import split_by_fit
 from ..patterns.plan import Candidate
 from ..runtime.run import Run
-from ..settings import PruneConfig, preset as preset_for
+from ..settings import PruneConfig, settings_for
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def load_subject(
     model: Name,
     revision: str | None,
     candidates: Sequence[Candidate],
-    preset: str,
+    effort: str,
     pattern: str,
     settings: dict[str, Any],
 ) -> Subject:
     """Loads a model, and finds the layers that are asked for, of which each of the candidates must fit some; the
-    settings are changes to what the preset has for the model's family.
+    settings are changes to what the effort has for the model's family.
 
     Raises:
         SnowsError: no such model, no adapter for it, no such layer, or a pattern that fits none.
@@ -135,7 +135,7 @@ def load_subject(
     checkpoint = load_told(run, model, revision)
     chain = build_chain(checkpoint.model, checkpoint.image())
     tell_dense(run, chain)
-    config = preset_for(preset, chain.family, pattern).updated(**settings)
+    config = settings_for(effort, chain.family, pattern).updated(**settings)
     layers = select_layers(chain, config.layers)
     subject = Subject(checkpoint, chain, config, layers, copy_of(checkpoint.model))
     for candidate in candidates:

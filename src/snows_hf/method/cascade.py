@@ -88,7 +88,7 @@ def sweep(layers: Layers, number: int, streams: Streams) -> list[LayerReport]:
     def advance(operation: Operation, streams: Streams) -> Streams:
         if layers.teacher is not None:
             streams.advance(theirs[operation.name], "dense", chain.device)
-        elif layers.config.targets == "dense":
+        elif layers.config.targets != "cascaded":
             with holding(chain, {**layers.dense, **before}):
                 streams.advance(operation, "dense", chain.device)
         streams.advance(operation, "pruned", chain.device)

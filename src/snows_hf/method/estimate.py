@@ -63,23 +63,32 @@ def solve_seconds(
     *batches, judge = split_images(count, config.batch_size, config.held_out)
     steps = config.steps_of_a_layer(len(batches)) if steps is None else steps
     batch, judges = batches[0].stop - batches[0].start, judge.stop - judge.start
+    part = min(config.curvature_size or batch, batch)
     few, more = min(FEW, len(state[0])), len(state[0])
-    (step, _), (step_more, value) = (step_seconds(segment, state, n, masks, config) for n in (few, more))
+    (step, _, _), (step_more, slope, value) = (step_seconds(segment, state, n, masks, config) for n in (few, more))
     each = (step_more - step) / max(more - few, 1)
-    judging = judges * value / more * (2 if config.solver.average else 1)
-    return steps * (max(step_more, step_more + each * (batch - more)) + judging)
+    learning = max(step_more, step_more + each * (part - more)) + 2 * batch * value / more
+    if part < batch:
+        learning += batch * slope / more
+    return steps * (learning + judges * value / more * (2 if config.solver.average else 1))
 
 
-def step_seconds(segment: Segment, state: State, n: int, masks: Masks, config: PruneConfig) -> tuple[float, float]:
-    """A Newton step on the first n images of a state, with all the products that it may take, and one value."""
+def step_seconds(
+    segment: Segment, state: State, n: int, masks: Masks, config: PruneConfig
+) -> tuple[float, float, float]:
+    """On the first n images of a state: an expansion with all the products that a step may take, a gradient alone, and
+    a value."""
     chain, part = segment.chain, tuple(tensor[:n] for tensor in state)
     active = ActiveWeights.of(segment.group, masks, chain.device, config.biases)
-    objective, w = KStepObjective(segment, active, part, config), active.within(chain)
+    objective = KStepObjective(segment, active, part, config.updated(curvature_size=0))
+    halved = KStepObjective(segment, active, part, config.updated(curvature_size=-(-n // 2)))
+    w = active.within(chain)
     _, value = timed(chain, lambda: objective.value(w))
+    _, both = timed(chain, lambda: halved.expand(w))
     local, expand = timed(chain, lambda: objective.expand(w))
     precondition = local.preconditioner or (lambda r: r)
     _, product = timed(chain, lambda: precondition(local.product(local.gradient)))
-    return expand + config.solver.cg_max_iter * product + 2 * value, value
+    return expand + config.solver.cg_max_iter * product, max(both - expand / 2, value), value
 
 
 def timed(chain: Chain, work: Callable[[], T]) -> tuple[T, float]:

@@ -1,7 +1,8 @@
 """Two streams of activations side by side: what the dense network computes, and what the network pruned so far does.
 
 The first gives the targets, the second enters each layer. With dense targets every layer also repairs what earlier
-ones broke; with cascaded targets (the paper's) the dense layer runs on the pruned stream.
+ones broke; with cascaded targets (the paper's) the dense layer runs on the pruned stream. What earlier layers broke
+is partly of these very images, and to make up for it fits others less: halfway between both is less of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,6 +130,11 @@ class Teacher:
         return [output if same else None for output, same in zip(outputs, alike, strict=True)]
 
 
+def halfway(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The mean of two outputs, where there are two."""
+    return None if one is None or other is None else torch.lerp(one, other, 0.5)
+
+
 @dataclass(frozen=True)
 class Batches:
     """The objectives of one layer, each made when its turn comes and freed after. ``dense`` stand in for the model's
@@ -151,9 +157,11 @@ class Batches:
         source = pruned
         if self.config.augment and joint and step is not None:  # elsewhere what comes in is not images
             source = pruned = (augmented(pruned[0], 1000 * self.config.seed + step, part),)
-        elif self.config.targets == "dense":
+        elif self.config.targets != "cascaded":
             source = self.streams.dense[index].get()
         targets = self.targets(send_to_device(source, self.segment.chain.device))
+        if self.config.targets == "halfway" and not joint and step is not None:
+            targets = list(map(halfway, targets, self.targets(pruned)))
         autocast = self.config.autocast and step is not None
         return KStepObjective(self.segment, self.active, pruned, self.config, targets, part, autocast, step or 0)
 
