@@ -259,7 +259,7 @@ def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
 def test_mutated_files_are_refused_or_read() -> None:
     """The whole of the fuzz benchmark, on fewer files."""
     script = ROOT / "benchmarks" / "fuzz_packed.py"
-    run = subprocess.run([sys.executable, script, "--files", "400"], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, script, "--files", "150"], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
