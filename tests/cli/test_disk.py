@@ -53,15 +53,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("when", "name"),
-    [
-        ("Pruning", "out"),
-        ("Saving", "."),
-        pytest.param("Pruning", ".", marks=pytest.mark.slow),
-        pytest.param("Saving", "out", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["out", "."])
+@pytest.mark.parametrize("when", ["Pruning", "Saving"])
 @pytest.mark.parametrize("small_disk", ["2400k"], indirect=True)
 def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name: str, whole: bytes) -> None:
     """What was finished is kept, and when there is room again the same call gives the result."""

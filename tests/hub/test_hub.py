@@ -577,7 +577,7 @@ def marked(scenario: Scenario) -> Any:
     return pytest.param(scenario, id=scenario.__name__, marks=getattr(scenario, "pytestmark", ()))
 
 
-@pytest.mark.parametrize("chosen", map(marked, SCENARIOS))
+@pytest.mark.parametrize("chosen", [marked(scenario) for scenario in SCENARIOS])
 def test_scenario(chosen: Scenario, model: Path, tmp_path: Path) -> None:
     with fill(Hub(), model).running() as hub:
         chosen(hub, Machine(hub, tmp_path), model)
