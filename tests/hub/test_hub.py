@@ -251,18 +251,20 @@ def a_report_that_fails_is_no_reason_not_to_push(hub: Hub, machine: Machine, mod
 
 
 @scenario
-def interrupted_upload(hub: Hub, machine: Machine, model: Path) -> None:
-    hub.fail("PUT", "/lfs/", "drop")
+def an_upload_that_is_not_taken(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("PUT", "/lfs/", 400)  # at once, where the client tries again what breaks off
     machine("push", model, "me/new").fails_with("Model me/new cannot be pushed", "repeat it")
     assert hub.repositories["models", "me/new"].files == {".gitattributes": b""}
 
 
 @scenario
 @pytest.mark.slow
-def an_upload_that_was_interrupted_is_repeated(hub: Hub, machine: Machine, model: Path) -> None:
-    interrupted_upload(hub, machine, model)
+def interrupted_upload(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("PUT", "/lfs/", "drop")
     folder = copy_of(model, machine.place / "folder")
+    machine("push", folder, "me/new").fails_with("Model me/new cannot be pushed", "repeat it")
     repository = hub.repositories["models", "me/new"]
+    assert repository.files == {".gitattributes": b""}
     hub.heal()
     (folder / "notes.docx").write_bytes(b"private")
     assert "notes.docx" in machine("push", folder, "me/new").succeeds().out
