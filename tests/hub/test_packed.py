@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import warm
-from conftest import Pruned
-from embedded import DIGITS, VIT, copy_of, edit_config, pruned, tensors_of
+from embedded import DIGITS, VIT, Pruned, copy_of, edit_config, pruned, tensors_of
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

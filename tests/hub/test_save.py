@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import Pruned, pruned
-from embedded import EMBEDDED, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
+from embedded import EMBEDDED, RESNET, VIT, Pruned, copy_of, edit_config, pruned, tensors_of, write_tensors
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import save_file

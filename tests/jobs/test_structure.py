@@ -82,11 +82,7 @@ def whole() -> nn.Module:
     return train(VIT, DIGITS, **UNTRAINED).model
 
 
-QUICK_SCORES = {"magnitude", "snip", "synflow", "hp"}
-"""One of the weights alone, of gradients, of what passes through, and of second derivatives."""
-
-
-@pytest.mark.parametrize("mask", [m if m in QUICK_SCORES else pytest.param(m, marks=pytest.mark.slow) for m in SCORES])
+@pytest.mark.parametrize("mask", SCORES)
 def test_an_untrained_network_is_cut_by_every_criterion_with_scores(mask: str, whole: nn.Module) -> None:
     result = train(VIT, DIGITS, "mlp:0.5", mask=mask, **UNTRAINED)
     name = "vit.layers.0.mlp.fc1.weight"
