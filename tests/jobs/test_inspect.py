@@ -137,11 +137,13 @@ def pruned_twice(folder: Path, tmp_path: Path) -> Path:
     return pruned(folder, "1:4", source=pruned(tmp_path / "before", "2:4"), layers=("*fc2",))
 
 
-HONEST = [lists_of_patterns, few_zeros, masks_of_some, trained]
-SLOWLY = [shares_of_each_layer, some_layers, widths_that_do_not_fit, trained_by_groups, retrained, pruned_twice]
+HONEST = [
+    lists_of_patterns, shares_of_each_layer, some_layers, widths_that_do_not_fit, few_zeros, masks_of_some, trained,
+    trained_by_groups, retrained, pruned_twice,
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [*HONEST, *(pytest.param(make, marks=pytest.mark.slow) for make in SLOWLY)])
+@pytest.mark.parametrize("make", HONEST)
 def test_honest_results_hold(make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "m", tmp_path)
     found = inspect(folder)
