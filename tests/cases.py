@@ -4,10 +4,11 @@ Nothing is left at a value that hides a mistake: norms, their running statistics
 embeddings are all random.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
 from timm.layers import BlurPool2d, RmsNorm
 from timm.models._efficientnet_builder import decode_arch_def
@@ -285,3 +286,18 @@ CASES = [
     Case("timm-convnext-convolutions", partial(timm_convnext, conv_mlp=True, stem_type="overlap_tiered"), 64),
     Case("timm-convnextv2", partial(timm_convnext, use_grn=True, ls_init_value=None, head_norm_first=True), 64),
 ]
+
+BY_NAME = {case.name: case for case in CASES}
+
+REPRESENTATIVES = {
+    *("transformers-vit", "timm-vit", "transformers-dinov2", "timm-vit-dinov2", "transformers-clip"),
+    *("timm-vit-siglip", "transformers-beit-position-biases", "timm-beit", "transformers-swin", "timm-swin-padded"),
+    *("transformers-convnext", "timm-convnextv2", "transformers-resnet-bottleneck", "timm-resnet-basic"),
+    *("cifar-resnet8", "timm-mobilenet-skip"),
+}
+"""One variant of each family in each library."""
+
+
+def variants(names: Iterable[str] = BY_NAME) -> list:
+    """Names of cases as parameters of a test: those that represent no family are for ``make test-all``."""
+    return [name if name in REPRESENTATIVES else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -1,6 +1,8 @@
 """Fixtures for all tests."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,41 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: several tests run side by side
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_loaded_is_no_garbage() -> None:
+    """Libraries and traced models stay: collections, which every step back for want of memory asks for, take a tenth
+    of the time without looking through them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_trace_for_each_architecture() -> Iterator[None]:
+    from traces import shared  # which loads torch
+
+    from snows_hf.adapters import trace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "exported", shared(trace.exported))
+        yield
+
+
+@pytest.fixture
+def own_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is traced, for tests of the traces themselves."""
+    from snows_hf.adapters import trace
+
+    monkeypatch.setattr(trace, "exported", trace.exported.__wrapped__)
+
+
+@pytest.fixture(scope="session")
+def small_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of the embedded ViT, for tests that only look at what happens to a checkpoint."""
+    from embedded import two_blocks_of_vit  # which loads torch
+
+    return two_blocks_of_vit(tmp_path_factory.mktemp("small") / "vit_digits")
 
 
 @pytest.fixture(scope="session")

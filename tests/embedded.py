@@ -1,6 +1,7 @@
 """The checkpoints and images that come with the package, copies to damage, and what pruning makes of them."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from importlib.resources import files
@@ -32,8 +33,8 @@ class Pruned:
 
 
 def pruned(source: Path, folder: Path, **settings: Any) -> Pruned:
-    """``source`` pruned to 2:4 with few images, a cheap mask and a small K, saved to ``folder``."""
-    quick = {"data": str(DIGITS), "samples": 32, "k": 1, "mask": "sparsegpt"}
+    """``source`` pruned to 2:4 with few images, a cheap mask, a small K and few steps, saved to ``folder``."""
+    quick = {"data": str(DIGITS), "samples": 32, "k": 1, "mask": "sparsegpt", "layer_steps": 2, "joint_steps": 2}
     return Pruned(source, folder, prune(str(source), "2:4", output=folder, **quick | settings).report)
 
 
@@ -47,6 +48,12 @@ def edit_config(folder: Path, name: str = "config.json", /, **changes: Any) -> P
     config = json.loads((folder / name).read_text()) | changes
     (folder / name).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     return folder
+
+
+def two_blocks_of_vit(folder: Path) -> Path:
+    """A copy of the ViT less its last two blocks: half the work, where the accuracy does not matter."""
+    kept = {name: tensor for name, tensor in tensors_of(VIT).items() if not re.search(r"\.layer\.[23]\.", name)}
+    return edit_config(write_tensors(copy_of(VIT, folder), kept), num_hidden_layers=2)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

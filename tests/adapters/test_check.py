@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES
+from cases import BY_NAME, variants
 from embedded import DIGITS, VIT
 from torch import nn
 from transformers import ViTForImageClassification
@@ -20,7 +20,6 @@ from snows_hf.jobs.attention import attention_maps
 from snows_hf.jobs.sensitivity import sensitivity
 
 
-BY_NAME = {case.name: case for case in CASES}
 BLOCKS = {
     "transformers-vit": "vit.layers.1.",
     "timm-vit": "blocks.1.",
@@ -79,7 +78,7 @@ def broken_vit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", variants(BLOCKS))
 def test_what_is_the_model_passes_and_is_left_as_it_was(name: str, dtype: torch.dtype) -> None:
     chain = build(name, dtype)
     model = chain.model.train()
@@ -96,7 +95,7 @@ def classes_of(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", variants(BLOCKS))
 def test_a_block_that_is_missing_is_seen_in_any_type(name: str, dtype: torch.dtype) -> None:
     case, chain = BY_NAME[name], build(name, dtype)
     check_chain(chain, case.images(2, dtype))

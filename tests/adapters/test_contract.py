@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import BY_NAME, Case, variants
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
@@ -65,9 +65,9 @@ def build(case: Case) -> Built:
     return Built(case, model, chain, images, states[:-1], [state[0] for state in states[1:]])
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+@pytest.fixture(params=variants())
 def built(request: pytest.FixtureRequest) -> Built:
-    return build(request.param)
+    return build(BY_NAME[request.param])
 
 
 def parameters(chain: Chain) -> list[str]:
@@ -171,9 +171,9 @@ def test_names_are_unique(built: Built) -> None:
     assert len(set(groups)) == len(groups)
 
 
-@pytest.mark.parametrize("name", ["transformers-vit", "timm-swin", "timm-resnet-deep-stem"])
-def test_a_chain_that_is_made_again_is_the_same(name: str) -> None:
-    case = next(case for case in CASES if case.name == name)
+@pytest.mark.parametrize("name", variants(["transformers-vit", "timm-swin", "timm-resnet-deep-stem"]))
+def test_a_chain_that_is_made_again_is_the_same(name: str, own_traces: None) -> None:
+    case = BY_NAME[name]
     first, second = (build_chain(case.model(), case.images(1)) for _ in range(2))
     assert [(o.name, o.group, o.layers) for o in first.operations] == [
         (o.name, o.group, o.layers) for o in second.operations
@@ -212,7 +212,7 @@ def test_chain_runs_with_gradients_and_the_models_own_settings(built: Built) -> 
 
 
 def test_frozen_puts_everything_back() -> None:
-    model = next(case for case in CASES if case.name == "timm-resnet-squeeze-excitation").model().train()
+    model = BY_NAME["timm-resnet-squeeze-excitation"].model().train()
     model.layer1.eval()
     model.fc.requires_grad_(False)
     modes = [module.training for module in model.modules()]

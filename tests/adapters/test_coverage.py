@@ -9,13 +9,13 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SAMPLE = (
     ("timm", "test_vit"),
-    ("timm", "test_mambaout"),
     ("timm", "test_efficientnet"),
-    ("timm", "levit_128s"),
-    ("transformers", "PvtV2ForImageClassification"),
     ("headless", "Dinov2Backbone"),
     ("two towers", "CLIPModel"),
-    ("dense", "SegformerForSemanticSegmentation"),
+    pytest.param("timm", "test_mambaout", marks=pytest.mark.slow),
+    pytest.param("timm", "levit_128s", marks=pytest.mark.slow),
+    pytest.param("transformers", "PvtV2ForImageClassification", marks=pytest.mark.slow),
+    pytest.param("dense", "SegformerForSemanticSegmentation", marks=pytest.mark.slow),
 )
 
 

@@ -13,6 +13,9 @@ from torch.autograd import grad
 from snows_hf.adapters import Chain, build_chain, frozen
 
 
+pytestmark = pytest.mark.usefixtures("own_traces")
+
+
 LAYERS = {
     "padded": nn.Conv2d(4, 6, 3, padding=1),
     "strided, uneven": nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cases import CASES
+from cases import BY_NAME, variants
 
 from snows_hf.adapters import Chain, build_chain
 
@@ -17,9 +17,9 @@ KINDS = ("qkv", "proj", "mlp0", "mlp3", "depthwise", "pointwise")
 """Kinds that mean the same. What was ``downsample`` is named by what it computes, as are convolutions of 1 x 1."""
 
 
-@pytest.fixture(scope="module", params=SAID)
+@pytest.fixture(scope="module", params=variants(SAID))
 def both(request: pytest.FixtureRequest) -> tuple[list[list], Chain]:
-    case = next(case for case in CASES if case.name == request.param)
+    case = BY_NAME[request.param]
     return SAID[case.name], build_chain(case.model(), case.images(1))
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
-from cases import CASES, randomised, timm_mobilenet, timm_resnet, timm_vit, transformers_vit
+from cases import BY_NAME, randomised, timm_mobilenet, timm_resnet, timm_vit, transformers_vit
 from timm.layers import ScaledStdConv2d, StdConv2d, SwiGLU
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.beit import Beit
@@ -34,6 +34,9 @@ from snows_hf.adapters.check import check_chain
 from snows_hf.adapters.cifar_resnet import CifarResNet
 from snows_hf.adapters.cut import HEAD, SHARED, STANDARDISED, STEM
 from snows_hf.errors import AdapterError
+
+
+pytestmark = pytest.mark.usefixtures("own_traces")
 
 
 @pytest.fixture
@@ -302,7 +305,7 @@ def without(operations: list[Operation], name: str) -> list[Operation]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_chain_that_is_not_its_model_is_refused(dtype: torch.dtype) -> None:
-    case = next(case for case in CASES if case.name == "cifar-resnet8")
+    case = BY_NAME["cifar-resnet8"]
     model = case.model(dtype)
     right = build_chain(model, case.images(1))
     check_chain(right, case.images(2, dtype))
@@ -312,7 +315,7 @@ def test_a_chain_that_is_not_its_model_is_refused(dtype: torch.dtype) -> None:
 
 
 def test_a_chain_of_nan_is_refused() -> None:
-    case = next(case for case in CASES if case.name == "cifar-resnet8")
+    case = BY_NAME["cifar-resnet8"]
     model = case.model()
     right = build_chain(model, case.images(1))
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, randomised, timm_vit
+from cases import BY_NAME, Case, randomised, timm_vit, variants
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from transformers import OwlViTConfig, OwlViTForObjectDetection
@@ -18,7 +18,9 @@ from snows_hf.errors import AdapterError
 from snows_hf.method.preconditioner import gram, recorded
 
 
-BY_NAME = {case.name: case for case in CASES}
+pytestmark = pytest.mark.usefixtures("own_traces")
+
+
 KINDS = [
     *("timm-vit", "transformers-beit-position-biases", "timm-vit-map", "timm-swin-padded", "timm-deit-distilled"),
     *("timm-resnet-squeeze-excitation", "timm-mobilenet-skip", "cifar-resnet8", "timm-convnextv2"),
@@ -42,7 +44,7 @@ def states_of(chain: Chain, images: Tensor) -> list[State]:
     return states
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", variants(KINDS))
 @pytest.mark.parametrize("part", [slice(0, 1), slice(3, 5), slice(0, 5, 2)], ids=["one", "two", "every second"])
 def test_states_of_some_images_are_a_part_of_the_states_of_all(name: str, part: slice) -> None:
     chain, states = build(BY_NAME[name])
@@ -55,7 +57,7 @@ def test_states_of_some_images_are_a_part_of_the_states_of_all(name: str, part: 
         torch.testing.assert_close(chain.results_of(images[part]), expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", variants(KINDS))
 def test_nothing_in_a_state_is_a_constant_or_unread(name: str) -> None:
     """Other images make another tensor of each, and what is not a number there is none in the results."""
     case = BY_NAME[name]
@@ -71,21 +73,21 @@ def test_nothing_in_a_state_is_a_constant_or_unread(name: str) -> None:
             assert any(result.isnan().any() for result in broken), (place, i)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", [*KINDS, "timm-beit", "transformers-swin-padded"])
-def test_a_chain_follows_its_model_to_another_type(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", variants([*KINDS, "timm-beit", "transformers-swin-padded"]))
+def test_a_chain_follows_its_model_to_another_type(name: str) -> None:
     """Constants of the graph, such as masks of windows, go with it. It is as close to the truth, in float64, as the
     model in that type."""
     case = BY_NAME[name]
     chain = build_chain(case.model(), case.images(1))
-    chain.model.to(dtype)
-    images = case.images(4, dtype)
-    with torch.no_grad(), frozen(chain.model):
-        expected, got = outputs_of(chain.model, images)["logits"], chain.logits(images)
-        truth = outputs_of(chain.model.double(), images.double())["logits"]
-    assert got.dtype == expected.dtype == dtype
-    rounding = max((expected - truth).abs().max(), 1e-12 * truth.abs().max())
-    assert (got - truth).abs().max() <= 2 * rounding
+    for dtype in (torch.float64, torch.bfloat16):
+        chain.model.to(dtype)
+        images = case.images(4, dtype)
+        with torch.no_grad(), frozen(chain.model):
+            expected, got = outputs_of(chain.model, images)["logits"], chain.logits(images)
+            truth = outputs_of(chain.model.double(), images.double())["logits"]
+        assert got.dtype == expected.dtype == dtype
+        rounding = max((expected - truth).abs().max(), 1e-12 * truth.abs().max())
+        assert (got - truth).abs().max() <= 2 * rounding, dtype
 
 
 class Function(nn.Module):

@@ -4,15 +4,27 @@ import json
 from pathlib import Path
 
 import pytest
-from embedded import DIGITS, RESNET, VIT
+from embedded import DIGITS, RESNET
 from PIL import Image
 
 
-def test_attention(run) -> None:
-    pruning = ("prune", VIT, "--pattern", "1:8", "--data", DIGITS, "--samples", 8, "--no-update", "--output", "mask")
+def test_attention(run, small_vit: Path) -> None:
+    pruning = (
+        "prune",
+        small_vit,
+        "--pattern",
+        "1:8",
+        "--data",
+        DIGITS,
+        "--samples",
+        8,
+        "--no-update",
+        "--output",
+        "mask",
+    )
     assert run(*pruning).code == 0
     options = ("--data", DIGITS, "--images", 2, "--samples", 5)
-    result = run("attention", VIT, "mask", VIT, *options, "--output", "maps.png", "--json")
+    result = run("attention", small_vit, "mask", small_vit, *options, "--output", "maps.png", "--json")
     assert result.code == 0
     report = json.loads(result.out)
     first, mask, same = report["models"]
@@ -27,7 +39,7 @@ def test_attention(run) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
     assert sorted(path.name for path in Path().iterdir()) == ["maps.png", "mask"]
 
-    people = run("attention", VIT, "mask", *options, "--output", "again.png")
+    people = run("attention", small_vit, "mask", *options, "--output", "again.png")
     assert people.code == 0
     assert f"{mask['last']['correlation']:.3f}" in people.out
     assert "Saved to again.png" in people.out

@@ -392,7 +392,6 @@ LAYERS = [
     ("no config", lambda tmp: {"model": RESNET, "pattern": "channels:0.5"}, "no configuration says channels of"),
     ("no smaller one", lambda tmp: {"model": RESNET, "pattern": None, "faster": 1.5}, "cannot be made smaller, which --faster is about: its channels could be cut, but no configuration says so"),  # noqa: E501
     ("nothing to cut", lambda tmp: {"pattern": None, "faster": 1.5, "layers": "*.fc2"}, "it has no units that could be cut"),  # noqa: E501
-    ("too fast", lambda tmp: {"pattern": None, "faster": 1000}, "--faster 1000: no smaller model that its configuration can say is so fast here; the fastest that was measured is "),  # noqa: E501
     ("unknown layer", lambda tmp: {"layers": "blocks.*"}, "--layers 'blocks.*' matches no prunable layer"),
     ("mask: garbage", lambda tmp: {"mask": write(tmp / "m.safetensors", b"x")}, "Mask file {tmp}/m.safetensors cannot"),  # noqa: E501
     ("mask: none", mask_file(), "Mask file {tmp}/m.safetensors holds no mask"),
@@ -403,7 +402,15 @@ LAYERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options, expected", [f[1:] for f in LAYERS], ids=[f[0] for f in LAYERS])
+TOO_FAST = pytest.param(
+    lambda tmp: {"pattern": None, "faster": 1000},
+    "--faster 1000: no smaller model that its configuration can say is so fast here; the fastest that was ",
+    id="too fast",
+    marks=pytest.mark.slow,  # it times many; that the search refuses is in jobs/test_faster.py
+)
+
+
+@pytest.mark.parametrize("options, expected", [*(pytest.param(*f[1:], id=f[0]) for f in LAYERS), TOO_FAST])
 def test_layers_and_masks(run, tmp_path: Path, options: Callable[[Path], dict[str, object]], expected: str) -> None:
     fails(run, tmp_path, Fault("", options, (expected,)))
 

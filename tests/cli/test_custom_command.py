@@ -100,7 +100,10 @@ def masked(folder: Path, units: dict[str, Any], smaller: Any, pixels: torch.Tens
     return outputs_of(model, pixels)["logits"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = {"ResNet", "timm's heads"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_it_is_made_saved_and_loaded(run, tmp_path: Path, name: str) -> None:
     build, pattern, options = MODELS[name]
     folder = build(tmp_path / "model")

@@ -42,12 +42,22 @@ def test_a_disk_without_room_is_refused_before_the_work(run, small_disk: Path) -
     assert list(small_disk.iterdir()) == []
 
 
+SETTINGS = {"data": str(DIGITS), "samples": 8, "k": 0}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights that a disk with room would have."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    prune(str(VIT), "2:4", output=folder, **SETTINGS)
+    return (folder / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["out", "."])
 @pytest.mark.parametrize("when", ["Pruning", "Saving"])
 @pytest.mark.parametrize("small_disk", ["2400k"], indirect=True)
-def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name: str, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name: str, whole: bytes) -> None:
     """What was finished is kept, and when there is room again the same call gives the result."""
-    settings = {"data": str(DIGITS), "samples": 8, "k": 0}
     output, filler = small_disk / name, small_disk.resolve() / "filler"
     if name == ".":
         filler = small_disk / f".{small_disk.name}.snows-work/filler"  # a mount point must be empty
@@ -59,15 +69,13 @@ def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name:
                     file.write(bytes(4096))
 
     with pytest.raises(SaveError, match="No space left") as refused:
-        prune(str(VIT), "2:4", output=output, on_stage=fill, **settings)
+        prune(str(VIT), "2:4", output=output, on_stage=fill, **SETTINGS)
     assert ("Finished work cannot be kept" if when == "Pruning" else "cannot be written") in refused.value.message
     filler.unlink()
     assert all("snows-work" in path.name for path in small_disk.iterdir())
-    prune(str(VIT), "2:4", output=output, **settings)
+    prune(str(VIT), "2:4", output=output, **SETTINGS)
     assert not any("snows-work" in path.name for path in small_disk.iterdir())
-    prune(str(VIT), "2:4", output=tmp_path / "whole", **settings)
-    weights = output / "model.safetensors"
-    assert weights.read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert (output / "model.safetensors").read_bytes() == whole
 
 
 def test_a_file_size_limit(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

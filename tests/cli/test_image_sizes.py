@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import timm
-from cases import CASES, randomised
+from cases import BY_NAME, randomised
 from embedded import DIGITS, VIT, copy_of, edit_config, tensors_of, write_tensors
 
 
-MAKE = {case.name: case.make for case in CASES}
 VIT_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN_ARGS = {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 
@@ -18,7 +17,7 @@ SWIN_ARGS = {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], 
 def transformers_checkpoint(name: str, size: int) -> Path:
     """A case's network, and a preprocessor that makes images of this size."""
     folder = Path(name)
-    randomised(MAKE[name]()).save_pretrained(folder)
+    randomised(BY_NAME[name].make()).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_bytes((VIT / "preprocessor_config.json").read_bytes())
     return edit_config(folder, "preprocessor_config.json", size={"height": size, "width": size})
 

@@ -15,7 +15,12 @@ QUICK = ("--data", DIGITS, "--samples", 40, "--k", 1, "--json")
 MEASURED = (*QUICK, "--eval-data", DIGITS)
 
 
-@pytest.mark.parametrize("mask", sorted(CRITERIA))
+SLOW = {"obc", "swap"}  # which take ten seconds
+
+
+@pytest.mark.parametrize(
+    "mask", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in sorted(CRITERIA)]
+)
 def test_every_criterion_alone(run, mask: str) -> None:
     result = run("prune", RESNET, "--pattern", "2:4", "--mask", mask, "--no-update", *QUICK, "--output", "out")
     assert result.code == 0, result.err
@@ -36,7 +41,7 @@ def test_every_criterion_alone(run, mask: str) -> None:
         assert moved == report["criterion"]["own_update"]
 
 
-@pytest.mark.parametrize("mask", ["magnitude", "obc"])
+@pytest.mark.parametrize("mask", ["magnitude", pytest.param("obc", marks=pytest.mark.slow)])
 def test_what_was_measured_alone_is_the_same_under_snows(run, mask: str) -> None:
     reports = {}
     for name, options in (("alone", ["--no-update"]), ("snows", [])):

@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 import warm
 from embedded import NO_HUB
 
@@ -23,6 +24,7 @@ def test_version(elsewhere: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_demo_needs_nothing_but_the_package(elsewhere: Path, run) -> None:
     result = snows_hf("demo", cwd=elsewhere)
     assert result.returncode == 0, result.stderr

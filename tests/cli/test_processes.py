@@ -70,12 +70,13 @@ def launch(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "gradual", "dtype", "tolerance"),
     [
         ("1:4", 0.7, "float64", 1e-5),
-        pytest.param("2:4", 0, "float64", 1e-5, marks=pytest.mark.slow),
-        pytest.param("2:4", 0, "float32", 1e-3, marks=pytest.mark.slow),
+        ("2:4", 0, "float64", 1e-5),
+        ("2:4", 0, "float32", 1e-3),
     ],
 )
 def test_two_processes_come_to_the_weights_of_one(
@@ -113,6 +114,7 @@ def test_an_error_of_the_main_process_ends_all(elsewhere: Path) -> None:
     assert os.listdir("out") == ["file"]
 
 
+@pytest.mark.slow
 def test_a_process_that_runs_out_of_memory_ends_all(elsewhere: Path) -> None:
     """The others would wait for its part of the next sum; what was kept is there for a command that fits."""
     (elsewhere / "full.py").write_text(FULL)

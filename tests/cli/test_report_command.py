@@ -56,9 +56,9 @@ def page(path: Path) -> Page:
     return found
 
 
-def test_prune_with_report(run) -> None:
+def test_prune_with_report(run, small_vit: Path) -> None:
     options = ("--pattern", "2:4", "--data", DIGITS, "--eval-data", DIGITS, "--samples", 32, "--k", 1)
-    assert run("prune", VIT, *options, "--layers", "*layers.0*", "--output", "v", "--report").code == 0
+    assert run("prune", small_vit, *options, "--layers", "*layers.0*", "--output", "v", "--report").code == 0
     report = json.loads(Path("v/report.json").read_text())
     shown = page(Path("v/report.html"))
     assert shown.tags.count("img") == 1  # attention maps
@@ -127,7 +127,7 @@ def test_compare(run, made: Path, tmp_path: Path) -> None:
     vit, mask = json.loads(result.out)["models"]
     stored = json.loads((made / "snows_config.json").read_text())
     assert vit["drop"] == pytest.approx(stored["dense"]["top1"] - stored["pruned"]["top1"])
-    assert vit["products"] == sum(layer["cg_iterations"] for layer in stored["layers"])
+    assert vit["products"] == sum(layer["cg_iterations"] for layer in stored["layers"] + stored["later_sweeps"])
     assert 0 < vit["loss_left"] < 1
     assert mask["pruned"] is mask["drop"] is mask["loss_left"] is None
     people = run("compare", made, tmp_path / "mask", "--output", "both.html")
@@ -247,12 +247,27 @@ def test_every_retraining_is_told(run, made: Path) -> None:
     assert f"{first['after']['top1']:.2f} (retrained)" in " ".join(row.split())
 
 
-def test_a_failed_report_leaves_the_result(run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_report_leaves_the_result(
+    run, elsewhere: Path, small_vit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         sys.modules["snows_hf.jobs.report"], "HTML_FILE", "missing/report.html"
     )  # a place that cannot be written
-    options = ("--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--no-update", "--output", "a b", "--report")
-    result = run("prune", VIT, *options, "--eval-data", DIGITS)
+    options = (
+        "--pattern",
+        "2:4",
+        "--data",
+        DIGITS,
+        "--samples",
+        8,
+        "--mask",
+        "magnitude",
+        "--no-update",
+        "--output",
+        "a b",
+        "--report",
+    )
+    result = run("prune", small_vit, *options, "--eval-data", DIGITS)
     assert result.code == 1
     assert Path("a b/model.safetensors").is_file()
     assert not Path("a b/report.html").exists()

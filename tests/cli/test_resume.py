@@ -131,7 +131,7 @@ def records_of_masks() -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(WORK).glob("choice-layer-*.safetensors")}
 
 
-def test_masks_of_layers_are_not_chosen_again(elsewhere: Path) -> None:
+def test_masks_of_layers_are_not_chosen_again(elsewhere: Path, small_vit: Path) -> None:
     layers = 0
     found: dict[str, int] = {}
     said: list[str] = []
@@ -146,12 +146,12 @@ def test_masks_of_layers_are_not_chosen_again(elsewhere: Path) -> None:
             layers = progress.total
             found.update(records_of_masks())
 
-    prune(str(VIT), "2:4", output="whole", mask="swap", **QUICK)
+    prune(small_vit, "2:4", output="whole", mask="swap", **QUICK)
     with pytest.raises(BrokenOffError):
-        prune(str(VIT), "2:4", output="out", mask="swap", on_progress=break_off, on_stage=said.append, **QUICK)
+        prune(small_vit, "2:4", output="out", mask="swap", on_progress=break_off, on_stage=said.append, **QUICK)
     kept = records_of_masks()
     assert len(kept) == 5 and "is kept in" in said[-1]
-    prune(str(VIT), "2:4", output="out", mask="swap", on_progress=watch, on_stage=said.append, **QUICK)
+    prune(small_vit, "2:4", output="out", mask="swap", on_progress=watch, on_stage=said.append, **QUICK)
     assert "Going on where an earlier run was broken off, with masks of 5 layers" in said
     assert kept.items() <= found.items()  # untouched
     assert len(found) == layers > 5  # the others alone were chosen anew
@@ -176,19 +176,19 @@ def test_ctrl_c_while_masks_are_chosen_says_what_is_kept(run, elsewhere: Path) -
     assert f"with masks of {len(records_of_masks())} layers" in run(*command_line("--mask", "swap", "--no-update")).err
 
 
-def keep_three_layers(model: Path = VIT, **settings: object) -> None:
+def keep_three_layers(model: Path, **settings: object) -> None:
     with pytest.raises(BrokenOffError):
         prune(str(model), "2:4", output="out", on_progress=after(8), **(QUICK | settings))
     assert len(list(Path(WORK).glob("layer-*"))) >= 3
 
 
-def test_what_is_different_is_refused(run, elsewhere: Path, tmp_path: Path) -> None:
-    model = copy_of(VIT, tmp_path / "model")
+def test_what_is_different_is_refused(run, elsewhere: Path, tmp_path: Path, small_vit: Path) -> None:
+    model = copy_of(small_vit, tmp_path / "model")
     keep_three_layers(model)
     before = sorted(Path(WORK).iterdir())
     tensors = tensors_of(model)
     tensors["classifier.bias"][0] += 1e-6
-    other = write_tensors(copy_of(VIT, tmp_path / "other"), tensors)
+    other = write_tensors(copy_of(small_vit, tmp_path / "other"), tensors)
     for options, changed in (
         (command_line("--k", 2, model=model), "settings.k was 1 and is 2"),
         (command_line("--seed", 1, model=model), "calibration images was"),
@@ -205,52 +205,52 @@ def test_what_is_different_is_refused(run, elsewhere: Path, tmp_path: Path) -> N
     assert os.listdir() == ["out"]
 
 
-def test_another_budget_of_memory_is_no_other_run(elsewhere: Path) -> None:
-    keep_three_layers()
-    assert prune(str(VIT), "2:4", output="out", memory=100.0, **QUICK).output == Path("out")
+def test_another_budget_of_memory_is_no_other_run(elsewhere: Path, small_vit: Path) -> None:
+    keep_three_layers(small_vit)
+    assert prune(small_vit, "2:4", output="out", memory=100.0, **QUICK).output == Path("out")
 
 
-def test_killed_while_the_result_moves_to_its_place(elsewhere: Path) -> None:
+def test_killed_while_the_result_moves_to_its_place(elsewhere: Path, small_vit: Path) -> None:
     """Half of the files are there, and the same command still succeeds; a stranger's are refused as ever."""
-    prune(str(VIT), "2:4", output="whole", **QUICK)
-    keep_three_layers()
+    prune(small_vit, "2:4", output="whole", **QUICK)
+    keep_three_layers(small_vit)
     shutil.copytree("whole", "out")
     with pytest.raises(Exception, match="exists and is not empty"):
-        prune(str(VIT), "2:4", output="out", **QUICK)
+        prune(small_vit, "2:4", output="out", **QUICK)
     (Path(WORK) / "placing").touch()
     Path("out/model.safetensors").unlink()
-    prune(str(VIT), "2:4", output="out", **QUICK)
+    prune(small_vit, "2:4", output="out", **QUICK)
     assert weights(Path("out")) == weights(Path("whole"))
     assert sorted(os.listdir()) == ["out", "whole"]
 
 
-def test_an_empty_folder_that_exists(elsewhere: Path) -> None:
+def test_an_empty_folder_that_exists(elsewhere: Path, small_vit: Path) -> None:
     Path("out").mkdir()
     with pytest.raises(BrokenOffError):
-        prune(str(VIT), "2:4", output="out", on_progress=after(8), **QUICK)
+        prune(small_vit, "2:4", output="out", on_progress=after(8), **QUICK)
     assert os.listdir("out") == [WORK]
-    prune(str(VIT), "2:4", output="out", **QUICK)
+    prune(small_vit, "2:4", output="out", **QUICK)
     assert WORK not in os.listdir("out") and "model.safetensors" in os.listdir("out")
 
 
-def test_weights_of_a_criterion_are_kept_too(elsewhere: Path) -> None:
+def test_weights_of_a_criterion_are_kept_too(elsewhere: Path, small_vit: Path) -> None:
     """Masks and weights are read back in place of being computed again."""
     settings = {"mask": "sparsegpt", "layers": ("*.0.*",)}
-    prune(str(VIT), "2:4", output="whole", **(QUICK | settings))
+    prune(small_vit, "2:4", output="whole", **(QUICK | settings))
     said: list[str] = []
     with pytest.raises(BrokenOffError):
-        prune(str(VIT), "2:4", output="out", on_progress=after(2), **(QUICK | settings))
-    prune(str(VIT), "2:4", output="out", on_stage=said.append, **(QUICK | settings))
+        prune(small_vit, "2:4", output="out", on_progress=after(2), **(QUICK | settings))
+    prune(small_vit, "2:4", output="out", on_stage=said.append, **(QUICK | settings))
     assert weights(Path("out")) == weights(Path("whole"))
     assert not any("Choosing masks" in line for line in said)
 
 
-def test_a_mask_file_that_has_changed_is_refused(elsewhere: Path) -> None:
+def test_a_mask_file_that_has_changed_is_refused(elsewhere: Path, small_vit: Path) -> None:
     name = "vit.layers.1.mlp.fc1.weight"
     weight = torch.randn(96, 48, generator=torch.Generator().manual_seed(0))
     save_file({name: NM(2, 4).mask(weight.abs())}, "m.safetensors")
     with pytest.raises(BrokenOffError):
-        prune(str(VIT), "2:4", output="out", on_progress=after(2), mask="m.safetensors", **QUICK)
+        prune(small_vit, "2:4", output="out", on_progress=after(2), mask="m.safetensors", **QUICK)
     save_file({name: NM(2, 4).mask(-weight.abs())}, "m.safetensors")
     with pytest.raises(ConfigError, match=r"settings\.mask was"):
-        prune(str(VIT), "2:4", output="out", mask="m.safetensors", **QUICK)
+        prune(small_vit, "2:4", output="out", mask="m.safetensors", **QUICK)

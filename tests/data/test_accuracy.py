@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image as ImageFeature, Value
-from embedded import DIGITS, VIT
+from embedded import DIGITS
 from PIL import Image
 from torch import Tensor, nn
 
@@ -78,19 +78,23 @@ def test_no_image_at_all() -> None:
         accuracy_of(Table(torch.zeros(2, 3)), source([], Value("int64")), numbers)
 
 
-def test_models_and_data_are_named_by_text_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_and_data_are_named_by_text_or_path(
+    tmp_path: Path, small_vit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    found = evaluate(VIT, DIGITS)
-    assert found == evaluate(str(VIT), data=str(DIGITS), split="test", device="cpu") and found.images == 597
-    made = prune(VIT, "2:4", data=DIGITS, eval_data=DIGITS, output=tmp_path / "out", samples=8, k=0, update=False)
+    found = evaluate(small_vit, DIGITS)
+    assert found == evaluate(str(small_vit), data=str(DIGITS), split="test", device="cpu") and found.images == 597
+    made = prune(
+        small_vit, "2:4", data=DIGITS, eval_data=DIGITS, output=tmp_path / "out", samples=8, k=0, update=False
+    )
     assert made.report["source"] == "vit_digits" and made.report["calibration_data"]["name"] == "digits"
     assert inspect(tmp_path / "out")["pattern_ok"]
     assert from_pretrained(tmp_path / "out").source == str(tmp_path / "out")
-    assert probe(VIT, DIGITS, samples=32)["models"][0]["model"] == str(VIT)
+    assert probe(small_vit, DIGITS, samples=32)["models"][0]["model"] == str(small_vit)
     assert compare([tmp_path / "out"])["models"][0]["model"] == str(tmp_path / "out")
-    tuned = finetune(tmp_path / "out", DIGITS, output=tmp_path / "tuned", teacher=VIT, samples=8, epochs=1)
+    tuned = finetune(tmp_path / "out", DIGITS, output=tmp_path / "tuned", teacher=small_vit, samples=8, epochs=1)
     assert tuned.report["finetune"]["teacher"] == "vit_digits"
     few = {"samples": 8, "repair_steps": 0, "layers": ("*.0.mlp.fc1",), "mask": "magnitude"}
-    assert sensitivity(VIT, "2:4", data=DIGITS, **few)["source"] == "vit_digits"
-    assert train(VIT, DIGITS, epochs=0).report["source"] == "vit_digits"
+    assert sensitivity(small_vit, "2:4", data=DIGITS, **few)["source"] == "vit_digits"
+    assert train(small_vit, DIGITS, epochs=0).report["source"] == "vit_digits"
     json.dumps([made.report, tuned.report])

@@ -23,7 +23,7 @@ from snows_hf.data.images import describe_rows, image_batches, open_images
 from snows_hf.errors import ConfigError, MemoryLimitError
 
 
-QUICK = {"data": str(DIGITS), "samples": 16, "k": 1, "mask": "sparsegpt"}
+QUICK = {"data": str(DIGITS), "samples": 16, "k": 1, "mask": "sparsegpt", "layer_steps": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +67,12 @@ def test_every_output_of_any_model(name: str, tmp_path: Path) -> None:
     check(found, *(stored(model, few, checkpoint.preprocess) for model in models))
 
 
-def test_a_prune_compares_with_the_dense_model(tmp_path: Path) -> None:
+def test_a_prune_compares_with_the_dense_model(tmp_path: Path, small_vit: Path) -> None:
     """Which it does without a second copy of it: what stands in the report is what the two folders give."""
-    report = prune(VIT, "1:4", output=tmp_path / "out", eval_data=DIGITS, **QUICK).report
-    alone = prune(VIT, "1:4", output=tmp_path / "mask", eval_data=DIGITS, update=False, **QUICK).report
+    report = prune(small_vit, "1:4", output=tmp_path / "out", eval_data=DIGITS, **QUICK).report
+    alone = prune(small_vit, "1:4", output=tmp_path / "mask", eval_data=DIGITS, update=False, **QUICK).report
     assert report["fidelity"]["masked"] == alone["fidelity"]["masked"] == alone["fidelity"]["pruned"]
-    dense = load(VIT)
+    dense = load(small_vit)
     source = open_images(DIGITS, "test")
     expected = stored(lambda x: outputs_of(dense.model, x), source, dense.preprocess)
     for folder, key in (("mask", "masked"), ("out", "pruned")):
@@ -85,7 +85,7 @@ def test_a_prune_compares_with_the_dense_model(tmp_path: Path) -> None:
         assert found["agreement"] == pytest.approx(100 * (a.argmax(1) == b.argmax(1)).mean())
         divergence = entropy(softmax(a, 1), softmax(b, 1), axis=1).mean()
         assert found["divergence"] == pytest.approx(divergence, rel=1e-6)
-        other = fidelity(tmp_path / folder, VIT, DIGITS)
+        other = fidelity(tmp_path / folder, small_vit, DIGITS)
         assert other.agreement == pytest.approx(found["agreement"])
         check(other.to_dict(), expected, own)
     assert report["task"] == "image-classification"

@@ -155,6 +155,7 @@ def published(hub: Hub, tiny_timm: Path, tmp_path_factory: pytest.TempPathFactor
     return reports
 
 
+@pytest.mark.slow
 def test_prune_from_hub_to_hub(hub: Hub, published: dict[str, dict[str, Any]]) -> None:
     for name, report in published.items():
         repository = hub.repositories["models", name]
@@ -169,6 +170,7 @@ def test_prune_from_hub_to_hub(hub: Hub, published: dict[str, dict[str, Any]]) -
     assert hub.repositories["models", "me/vit-2to4"].files["LICENSE"] == b"Do good."
 
 
+@pytest.mark.slow
 def test_stock_libraries_load_the_repository_as_its_card_says(
     hub: Hub, published: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -177,6 +179,7 @@ def test_stock_libraries_load_the_repository_as_its_card_says(
     assert measured == pytest.approx({name: report["pruned"]["top1"] for name, report in published.items()}, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_cards_metadata_are_the_report(hub: Hub, published: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     for name, report in published.items():
         snapshot = snapshot_download(name, endpoint=hub.url, cache_dir=tmp_path, token=WRITER)
@@ -209,6 +212,7 @@ def scenario(function: Scenario) -> Scenario:
 
 
 @scenario
+@pytest.mark.slow
 def a_push_that_fails_after_a_prune_leaves_the_result(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("POST", "/commit/", 503)
     output = machine.place / "work/out"
@@ -228,6 +232,7 @@ def a_push_that_fails_after_a_prune_leaves_the_result(hub: Hub, machine: Machine
 
 
 @scenario
+@pytest.mark.slow
 def a_report_that_fails_is_no_reason_not_to_push(hub: Hub, machine: Machine, model: Path) -> None:
     options = ("--layers", "*.0.mlp.fc1", "--report", "--push-to", "me/pushed", "--output", "out", "--json")
     done = machine.python("-c", NO_REPORT, "prune", "me/vit", *QUICK, *options)
@@ -246,6 +251,14 @@ def a_report_that_fails_is_no_reason_not_to_push(hub: Hub, machine: Machine, mod
 
 
 @scenario
+def an_upload_that_is_not_taken(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.fail("PUT", "/lfs/", 400)  # at once, where the client tries again what breaks off
+    machine("push", model, "me/new").fails_with("Model me/new cannot be pushed", "repeat it")
+    assert hub.repositories["models", "me/new"].files == {".gitattributes": b""}
+
+
+@scenario
+@pytest.mark.slow
 def interrupted_upload(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("PUT", "/lfs/", "drop")
     folder = copy_of(model, machine.place / "folder")
@@ -262,13 +275,18 @@ def interrupted_upload(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+def a_public_repository_stays_public(hub: Hub, machine: Machine, model: Path) -> None:
+    hub.add("models", "me/new", model)
+    machine("push", model, "me/new", "--private", "--json").fails_with("me/new exists and is public")
+
+
+@scenario
+@pytest.mark.slow
 def a_new_push_replaces_the_weights_of_the_last(hub: Hub, machine: Machine, model: Path) -> None:
     repository = hub.add("models", "me/sharded", model)
     own = {"notes.txt": b"kept", "optimizer.safetensors": b"kept", "teacher/model.safetensors": b"kept"}
     old = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "pytorch_model.bin": b""}
     repository.commit(own | old | {"README.md": b"old"})
-    done = machine("push", model, "me/sharded", "--private", "--json")
-    done.fails_with("me/sharded exists and is public")
     result = json.loads(machine("push", model, "me/sharded", "--json").succeeds().out)
     assert (result["repository"], result["revision"]) == ("me/sharded", repository.commits[-1][0])
     assert (result["deleted"], result["left_out"]) == (sorted(old), [])
@@ -295,6 +313,7 @@ def only_files_of_a_checkpoint_are_pushed(hub: Hub, machine: Machine, model: Pat
 
 
 @scenario
+@pytest.mark.slow
 def links_out_of_the_folder_are_not_pushed(hub: Hub, machine: Machine, model: Path) -> None:
     folder = copy_of(model, machine.place / "folder")
     secret = machine.place / "secret"
@@ -320,6 +339,7 @@ def links_out_of_the_folder_are_not_pushed(hub: Hub, machine: Machine, model: Pa
 
 
 @scenario
+@pytest.mark.slow
 def images_of_a_repository(hub: Hub, machine: Machine, model: Path) -> None:
     """Files of its own are read, streamed and from the cache; those that a row names elsewhere are not asked for."""
     folder = machine.place / "images"
@@ -389,6 +409,7 @@ def no_such_revision(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def interrupted_download(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("GET", "me/vit/resolve/.*safetensors", "drop")
     machine("inspect", "me/vit").fails_with("Model me/vit", "cannot be read from the Hub", "connection")
@@ -415,6 +436,7 @@ def downloads_are_told_as_they_come(hub: Hub, machine: Machine, model: Path) -> 
 
 
 @scenario
+@pytest.mark.slow
 def what_is_below_the_root_is_not_downloaded(hub: Hub, machine: Machine, model: Path) -> None:
     repository = hub.repositories["models", "me/vit"]
     weights = repository.files["model.safetensors"]
@@ -423,8 +445,14 @@ def what_is_below_the_root_is_not_downloaded(hub: Hub, machine: Machine, model: 
     machine("inspect", "me/vit").succeeds()
     snapshot = next(machine.cache.glob("models--me--vit/snapshots/*"))
     assert {path.name for path in snapshot.iterdir()} == {path.name for path in model.iterdir()}
-    hub.repositories["models", "me/below"] = Repository(commits=[("0" * 40, below)])
+
+
+@scenario
+def a_model_below_the_root_alone(hub: Hub, machine: Machine, model: Path) -> None:
+    files = {f"below/{path.name}": path.read_bytes() for path in model.iterdir()}
+    hub.repositories["models", "me/below"] = Repository(commits=[("0" * 40, files)])
     machine("inspect", "me/below").fails_with("Model me/below has no config.json at its root")
+    assert not list(machine.cache.rglob("*.safetensors"))
 
 
 @scenario
@@ -468,6 +496,7 @@ print(json.dumps(model(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).logits.
 
 
 @scenario
+@pytest.mark.slow
 def packed_repositories_are_read_by_id(hub: Hub, machine: Machine, model: Path) -> None:
     only = ("--layers", "*.0.mlp.fc1", "--output", "out")
     machine("prune", "me/vit", *QUICK, *only, "--format", "packed", "--push-to", "me/small").succeeds()
@@ -506,19 +535,34 @@ def offline_without_cache(hub: Hub, machine: Machine, model: Path) -> None:
     done.fails_with("Dataset me/digits", "offline mode is on", "hf download me/digits --repo-type dataset`")
 
 
+def without_a_hub(machine: Machine) -> Machine:
+    return Machine(SimpleNamespace(url=NO_HUB), machine.place)
+
+
+def with_a_part_of_the_cache(hub: Hub, machine: Machine, part: str) -> None:
+    snapshot_download("me/vit", endpoint=hub.url, cache_dir=machine.cache, allow_patterns=[part])
+    done = machine("inspect", "me/vit", offline=True)
+    done.fails_with("Model me/vit", "offline mode is on, and the cache does not hold all of it", "hf download")
+    done = without_a_hub(machine)("inspect", "me/vit")
+    done.fails_with("Model me/vit", "is not whole in the cache", "Check", "connection")
+
+
 @scenario
 def cache_that_holds_a_part(hub: Hub, machine: Machine, model: Path) -> None:
-    nowhere = Machine(SimpleNamespace(url=NO_HUB), machine.place)
-    for parts in (["config.json"], ["*.safetensors"]):
-        snapshot_download("me/vit", endpoint=hub.url, cache_dir=machine.cache, allow_patterns=parts)
-        done = machine("inspect", "me/vit", offline=True)
-        done.fails_with("Model me/vit", "offline mode is on, and the cache does not hold all of it", "hf download")
-        nowhere("inspect", "me/vit").fails_with("Model me/vit", "is not whole in the cache", "Check", "connection")
-    machine("inspect", "me/vit").succeeds()
-    nowhere("inspect", "me/vit").succeeds()
+    with_a_part_of_the_cache(hub, machine, "config.json")
 
 
 @scenario
+@pytest.mark.slow
+def cache_that_is_filled_up(hub: Hub, machine: Machine, model: Path) -> None:
+    for part in ("config.json", "*.safetensors"):
+        with_a_part_of_the_cache(hub, machine, part)
+    machine("inspect", "me/vit").succeeds()
+    without_a_hub(machine)("inspect", "me/vit").succeeds()
+
+
+@scenario
+@pytest.mark.slow
 def offline_with_cache(hub: Hub, machine: Machine, model: Path) -> None:
     snapshot_download("me/vit", endpoint=hub.url, cache_dir=machine.cache)
     snapshot_download("me/digits", endpoint=hub.url, cache_dir=machine.cache, repo_type="dataset")
@@ -530,7 +574,12 @@ def offline_with_cache(hub: Hub, machine: Machine, model: Path) -> None:
     done.fails_with("offline mode is on", "HF_HUB_OFFLINE")
 
 
-@pytest.mark.parametrize("chosen", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def marked(scenario: Scenario) -> Any:
+    """A scenario as a parameter, with its own marks."""
+    return pytest.param(scenario, id=scenario.__name__, marks=getattr(scenario, "pytestmark", ()))
+
+
+@pytest.mark.parametrize("chosen", [marked(scenario) for scenario in SCENARIOS])
 def test_scenario(chosen: Scenario, model: Path, tmp_path: Path) -> None:
     with fill(Hub(), model).running() as hub:
         chosen(hub, Machine(hub, tmp_path), model)

@@ -4,16 +4,13 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import warm
-from conftest import Pruned
-from embedded import DIGITS, VIT, copy_of, edit_config, pruned, tensors_of
+from embedded import DIGITS, VIT, Pruned, copy_of, edit_config, pruned, tensors_of
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -259,7 +256,7 @@ def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
 def test_mutated_files_are_refused_or_read() -> None:
     """The whole of the fuzz benchmark, on fewer files."""
     script = ROOT / "benchmarks" / "fuzz_packed.py"
-    run = subprocess.run([sys.executable, script, "--files", "400"], capture_output=True, text=True, timeout=300)
+    run = warm.run("-c", f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')", "--files", 150)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

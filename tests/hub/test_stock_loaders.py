@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import Pruned
-from embedded import DIGITS
+from embedded import DIGITS, Pruned
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 

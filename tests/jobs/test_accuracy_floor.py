@@ -16,6 +16,7 @@ def few_images(shared_data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_prune_keeps_the_accuracy(shared_models: Path, shared_data: Path, few_images: Path) -> None:
     """2:4 by magnitude, 128 images, K = 1, one joint step: of 91.9 % top-1 the mask alone leaves 71.2 %, and SNOWS
     92.2, 91.1 and 91.3 % with seeds 0, 1 and 2; steps of the wrong sign leave 71.2 %, residuals of the wrong sign in

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CASES
+from cases import BY_NAME, variants
 from embedded import DIGITS, RESNET, VIT
 from PIL import Image
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from snows_hf.errors import AdapterError, ConfigError, SaveError
 from snows_hf.jobs.attention import attention_maps, displayable, patch_grid, similarity
 
 
-BY_NAME = {case.name: case for case in CASES}
-WHOLE = [c for c in CASES if any(word in c.name for word in ("vit", "deit", "dinov2", "clip", "siglip", "beit"))]
+WHOLE = [name for name in BY_NAME if any(word in name for word in ("vit", "deit", "dinov2", "clip", "siglip", "beit"))]
 
 
 def recorded(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -29,8 +28,9 @@ def recorded(model: nn.Module, images: Tensor) -> list[Tensor]:
     return record
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
-def test_probabilities_are_the_models_own(case) -> None:
+@pytest.mark.parametrize("name", variants(WHOLE))
+def test_probabilities_are_the_models_own(name: str) -> None:
+    case = BY_NAME[name]
     model, images = case.model(torch.float64), case.images(2, torch.float64)
     record = recorded(model, images)
     for weights in record:

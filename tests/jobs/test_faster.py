@@ -19,7 +19,7 @@ from snows_hf.runtime.run import Progress, Run
 
 
 FASTER = import_module("snows_hf.jobs.faster")
-QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 120, "k": 3, "joint_steps": 1, "mask": "magnitude"}
+QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 40, "k": 1, "joint_steps": 1, "mask": "magnitude"}
 
 SHARES = [f"mlp:{i / 96:.4g}" for i in range(1, 96)]
 
@@ -110,6 +110,7 @@ def test_the_first_images_of_some() -> None:
         assert [len(part) for part in first.split(4)] == ([count] if count <= 4 else [4, count - 4])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_so_many_times_as_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timed for real."""
     monkeypatch.setattr(import_module("snows_hf.jobs.bench"), "SECONDS", 0.02)

@@ -61,12 +61,18 @@ def broken(found: dict[str, Any]) -> list[str]:
     return [layer["name"] for layer in found["layers"] if layer["pattern_ok"] is False]
 
 
+@pytest.fixture(scope="module")
+def layers(sparse: Path) -> list[dict[str, Any]]:
+    return inspect(sparse)["layers"]
+
+
 @pytest.mark.parametrize("how", ["as it is", "excused", "doubled", "no report", "no number", "own patterns"])
-def test_a_report_cannot_leave_out_what_is_dense_again(how: str, sparse: Path, tmp_path: Path) -> None:
+def test_a_report_cannot_leave_out_what_is_dense_again(
+    how: str, sparse: Path, layers: list[dict[str, Any]], tmp_path: Path
+) -> None:
     folder = put_back(copy_of(sparse, tmp_path / "m"))
-    everything = inspect(folder)["layers"]
     if how == "excused":
-        names = [layer["name"] for layer in everything if layer["name"] != KEPT]
+        names = [layer["name"] for layer in layers if layer["name"] != KEPT]
         excuses = [{"name": name, "reason": "the mask file has no mask for it"} for name in names]
         edit_config(folder, "snows_config.json", dense_layers=excuses, settings={"layers": [KEPT]})
     elif how == "doubled":
@@ -76,7 +82,7 @@ def test_a_report_cannot_leave_out_what_is_dense_again(how: str, sparse: Path, t
     elif how == "no number":  # as of an earlier version
         claim(folder, weights=None)
     elif how == "own patterns":
-        own = {name: "0.00001" for layer in everything for name in layer["parameters"]}
+        own = {name: "0.00001" for layer in layers for name in layer["parameters"]}
         edit_config(folder, "snows_config.json", allocation={"patterns": own}, pruned_parameters=list(own))
     found = inspect(folder)
     assert (found["pattern"], found["pattern_ok"]) == ("2:4", False)
@@ -166,9 +172,10 @@ def test_claims_that_the_weights_do_not_hold(changes: dict[str, Any], sparse: Pa
 @pytest.mark.parametrize("snows", [None, {}, [], "2:4", {"sparsity": 0.9}, {"weights": 10**9}])
 def test_what_claims_nothing_is_measured(snows: Any, sparse: Path, tmp_path: Path) -> None:
     folder = edit_config(copy_of(sparse, tmp_path / "m"), snows=snows)
-    assert (inspect(folder)["pattern"], inspect(folder)["pattern_ok"]) == ("2:4", True)
     dense = edit_config(copy_of(VIT, tmp_path / "dense"), snows=snows)
-    assert (inspect(dense)["pattern"], inspect(dense)["pattern_ok"]) == (None, False)
+    for model, expected in ((folder, ("2:4", True)), (dense, (None, False))):
+        found = inspect(model)
+        assert (found["pattern"], found["pattern_ok"]) == expected
 
 
 def test_the_claim_counts_the_weights_it_binds(sparse: Path) -> None:

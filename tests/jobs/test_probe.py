@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case
+from cases import BY_NAME, variants
 from datasets import ClassLabel, Dataset, Features, Image as ImageFeature
 from embedded import DIGITS
 from PIL import Image
@@ -44,8 +44,9 @@ def clusters(n: int, seed: int, classes: int = 6, width: int = 10) -> tuple[Tens
     return x * 10.0 ** torch.arange(-2, width - 2) + 5, y
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_features_are_what_the_classifier_reads(case: Case) -> None:
+@pytest.mark.parametrize("name", variants())
+def test_features_are_what_the_classifier_reads(name: str) -> None:
+    case = BY_NAME[name]
     model, images = case.model(), case.images(3)
     batches = [(images[:2], torch.tensor([4, 1])), (images[2:], torch.tensor([0]))]
     x, y = extract_features(Run(), model, batches, SOURCE)

@@ -125,7 +125,10 @@ class Greedy(nn.Module):
         return self.layer(x.mean((1, 2)))
 
 
-def test_a_batch_that_does_not_fit_costs_no_other_its_times(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_does_not_fit_costs_no_other_its_times(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("snows_hf.jobs.bench"), "SECONDS", 0.02)
     model = Greedy().eval()
     result = compare(Run(), model, model, ["layer"], (3, 8, 8), [1, 16, 4])
     assert result["batches"][1] == {"batch": 16, "failed": "out of memory"}
@@ -158,6 +161,7 @@ def test_operations_of_a_known_network() -> None:
     assert counted[""] == depth * block + patches + head
 
 
+@pytest.mark.slow
 def test_a_smaller_model_is_timed_beside_the_dense_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("snows_hf.jobs.bench"), "SECONDS", 0.02)
     out = tmp_path / "smaller"
@@ -167,5 +171,8 @@ def test_a_smaller_model_is_timed_beside_the_dense_one(tmp_path: Path, monkeypat
     assert found["parameters"] == {"dense": dense, "smaller": smaller} and smaller < dense
     assert [row["batch"] for row in found["batches"]] == [1, 2]
     assert all(row["dense_ms"] > 0 and row["smaller_ms"] > 0 and row["ratio"] > 0 for row in found["batches"])
+
+
+def test_a_type_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="dtype 'int8': expected one of float32"):
-        bench_smaller(str(out), str(VIT), dtype="int8")
+        bench_smaller(str(VIT), str(VIT), dtype="int8")

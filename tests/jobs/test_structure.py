@@ -19,7 +19,7 @@ from snows_hf.runtime.run import Progress
 QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 120, "k": 3, "joint_steps": 2, "mask": "magnitude"}
 
 
-@pytest.mark.parametrize("pattern", ["mlp:0.5", "mlp:0.5+heads:0.25+2:4"])
+@pytest.mark.parametrize("pattern", ["mlp:0.5", pytest.param("mlp:0.5+heads:0.25+2:4", marks=pytest.mark.slow)])
 def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = prune(str(VIT), pattern, output=out, eval_data=str(DIGITS), **QUICK)
@@ -46,12 +46,12 @@ def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, tmp_path: Path) -
     assert json.loads((out / "config.json").read_text())["snows"]["pattern"] == pattern
 
 
-def test_obs_keeps_more_than_magnitude(tmp_path: Path) -> None:
+def test_obs_keeps_more_than_magnitude(small_vit: Path) -> None:
     cases: dict[str, dict[str, Any]] = {"obs": {}, "ridge": {"units": "magnitude"}}
     cases["magnitude"] = {"units": "magnitude", "repair": False}
     found = {}
     for name, given in cases.items():
-        report = prune(str(VIT), "mlp:0.75", update=False, eval_data=str(DIGITS), **QUICK, **given).report
+        report = prune(small_vit, "mlp:0.75", update=False, eval_data=str(DIGITS), **QUICK, **given).report
         found[name] = report["fidelity"]["pruned"]["outputs"]["logits"]["error"]
     assert found["obs"] < found["ridge"] < found["magnitude"]
 

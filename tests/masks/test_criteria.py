@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from embedded import DIGITS, VIT
 from hypothesis import given as given_examples, settings, strategies as st
 from networks import Small, evidence
@@ -132,10 +131,9 @@ def test_a_new_criterion_is_one_new_file_and_one_row(tmp_path: Path):
     table = tmp_path / "snows_hf/masks/criteria.py"
     row = 'CRITERIA = {\n    "smallest": Criterion("smallest:smallest"),\n'
     table.write_text(table.read_text().replace("CRITERIA = {\n", row, 1))
-    command = [sys.executable, "-m", "snows_hf", "prune", str(VIT), "--pattern", "2:4", "--data", str(DIGITS)]
-    options = ["--mask", "smallest", "--no-update", "--samples", "4", "--output", str(tmp_path / "out"), "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    command = ("-m", "snows_hf", "prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--mask", "smallest")
+    options = ("--no-update", "--samples", 4, "--output", "out", "--quiet")
+    done = warm.run(*command, *options, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     dense, pruned = snows_hf.load(str(VIT)).model, snows_hf.load(str(tmp_path / "out")).model
     weight, kept = (model.vit.layers[0].mlp.fc1.weight.detach() for model in (dense, pruned))

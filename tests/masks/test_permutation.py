@@ -5,7 +5,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from cases import CASES
+from cases import BY_NAME
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -116,7 +116,7 @@ FAMILIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_the_same(name):
-    case = next(case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     model, dense = case.model(torch.float64), case.model(torch.float64)
     names = [name for _, group in build_chain(model).groups() for name in group.parameters]
     gains = order_channels(build_chain(model), NM(1, 2), case.images(2, torch.float64), names)

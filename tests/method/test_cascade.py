@@ -269,8 +269,8 @@ def test_a_second_sweep_starts_from_the_first_and_is_no_worse(targets):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
     """Its losses, recomputed from the networks before and after it on the images that judge."""
-    before = tiny.prune(network(), count=200)
-    after = tiny.prune(network(), count=200, joint_steps=6)
+    before = tiny.prune(network(), count=100)
+    after = tiny.prune(network(), count=100, joint_steps=6)
     *layers, joint = after.reports
     assert (joint.name, joint.sweep, joint.sparsity) == ("all layers", 2, pytest.approx(0.5))
     assert set(joint.parameters) == set(after.masks)

@@ -203,6 +203,6 @@ def test_gradual_steps_need_the_preconditioner():
 def test_gradual_steps_are_joint_steps():
     with pytest.raises(ConfigError, match=r"gradual = 1\.5: expected a number ≥ 0 and ≤ 1"):
         PruneConfig("1:4", gradual=1.5)
-    *_, thinning, joint = prune(tiny.cifar_resnet(), NM(1, 4))
+    *_, thinning, joint = prune(tiny.timm_vit(), NM(1, 4))
     assert (thinning.steps, joint.steps) == (4, 3)
-    assert prune(tiny.cifar_resnet(), NM(1, 4), gradual=1.0)[-1].status == "thinned_out"
+    assert prune(tiny.timm_vit(), NM(1, 4), gradual=1.0)[-1].status == "thinned_out"

@@ -14,6 +14,8 @@ from snows_hf.adapters import build_chain
 from snows_hf.errors import MemoryLimitError
 from snows_hf.jobs.subject import restore_untouched
 from snows_hf.method.cascade import prune_chain
+from snows_hf.method.layers import smaller
+from snows_hf.method.objective import Segment
 from snows_hf.method.records import LayerReport
 from snows_hf.method.streams import Streams
 from snows_hf.runtime.distributed import share, whole
@@ -232,6 +234,15 @@ def test_one_image_that_does_not_fit_is_an_error_of_its_layer(
     settings = tiny.config(k=0, joint_steps=joint_steps)
     with pytest.raises(MemoryLimitError, match=rf": memory does not suffice for a single image\. {remedy}"):
         prune_chain(chain, tiny.images(6), tiny.magnitude_masks(model), settings)
+
+
+def test_one_process_of_several_ends_where_another_would_go_on_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snows_hf.method.layers.processes", lambda: 2)
+    chain = tiny.chain_of(tiny.cifar_resnet())
+    index, group = chain.groups()[0]
+    streams = Streams.start(tiny.images(8), [slice(0, 4), slice(4, 8)], Shelf())
+    with pytest.raises(MemoryLimitError, match=rf"{group.name}: out of memory, in one process of several"):
+        smaller(Segment.cut(chain, index, 1), streams)
 
 
 def test_what_counts_as_out_of_memory() -> None:
