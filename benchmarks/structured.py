@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,31 @@ def measured(logits: Tensor, dense: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Test:
+    """Images that nothing was chosen on, what the dense network says of them, and their classes."""
+
+    batches: Sequence[Tensor]
+    dense: Tensor
+    truth: Tensor
+
+    @classmethod
+    def of(cls, model: str, data: str, count: int) -> "Test":
+        """The first so many images of the test split, shuffled with seed 1."""
+        checkpoint, source = load(model), open_images(data, "test")
+        rows = source.rows.shuffle(seed=1)
+        source = replace(source, rows=rows.select(range(min(count, len(rows)))))
+        batches, labels = zip(*labelled_batches(source, checkpoint.preprocess, purpose="measuring"), strict=True)
+        dense = logits_of(checkpoint.model, batches)
+        return cls(batches, dense, class_labels(torch.cat(labels), source, checkpoint, dense.shape[1]))
+
+    def measured(self, model: Any) -> dict[str, float]:
+        return measured(logits_of(model, self.batches), self.dense, self.truth)
+
+    def dense_facts(self) -> dict[str, float]:
+        return measured(self.dense, self.dense, self.truth)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -66,14 +91,8 @@ def main() -> None:
     given = parser.parse_args()
     changes = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in given.set)}
 
-    checkpoint = load(given.model)
-    source = open_images(given.data, "test")
-    rows = source.rows.shuffle(seed=1)
-    source = replace(source, rows=rows.select(range(min(given.test, len(rows)))))
-    batches, labels = zip(*labelled_batches(source, checkpoint.preprocess, purpose="measuring"), strict=True)
-    dense = logits_of(checkpoint.model, batches)
-    truth = class_labels(torch.cat(labels), source, checkpoint, dense.shape[1])
-    print("dense", measured(dense, dense, truth), flush=True)
+    test = Test.of(given.model, given.data, given.test)
+    print("dense", test.dense_facts(), flush=True)
     for case in given.cases:
         started = time.perf_counter()
         settings = {"samples": given.samples, **CASES[case], **changes}
@@ -84,7 +103,7 @@ def main() -> None:
                 given.model, given.pattern, data=given.data, output=output, on_stage=say, **settings
             )
         facts = {"case": case, "pattern": given.pattern, "samples": given.samples, "set": changes}
-        facts |= measured(logits_of(result.model, batches), dense, truth)
+        facts |= test.measured(result.model)
         facts |= {"seconds": time.perf_counter() - started, "parameters": result.report["parameters"]["total"]}
         print(json.dumps(facts), flush=True)
         if given.log:
