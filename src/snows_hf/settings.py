@@ -385,10 +385,12 @@ SparseGPT's masks (docs/results.md)."""
 
 
 STRUCTURED: dict[str, dict[str, Any]] = {
-    "vit": {"sweeps": 0, "joint_steps": 20, "emphasis": 3.0, "augment": True, "average": 10, "patience": 10},
+    "vit": {"sweeps": 0, "batch_size": 128, "emphasis": 3.0, "augment": True, "average": 10, "patience": 10},
 }
 """By default, by family, where units go and nothing else: what reads them is repaired already, and no layer by itself
-does better; all together do."""
+does better; all together do, in so many joint steps by effort:"""
+
+STRUCTURED_STEPS = {"quick": 4, "standard": 12, "best": 40}
 
 OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
@@ -408,5 +410,7 @@ def settings_for(effort: str, family: str, pattern: str) -> PruneConfig:
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
     if effort != "paper" and structures:
         zeros = len(structures) < len(pattern.split("+"))
-        settings = settings | ({} if zeros else STRUCTURED.get(family, {})) | OF_STRUCTURES
+        if not zeros and family in STRUCTURED:
+            settings = settings | STRUCTURED[family] | {"joint_steps": STRUCTURED_STEPS[effort]}
+        settings = settings | OF_STRUCTURES
     return PruneConfig(pattern).updated(**settings)

@@ -1,0 +1,41 @@
+"""What an effort changes, and what is said of its time before the work begins."""
+
+import pytest
+import tiny
+
+from snows_hf.adapters import build_chain
+from snows_hf.jobs import prune as job
+from snows_hf.method import estimate
+from snows_hf.runtime.memory import Images, Shelf
+from snows_hf.runtime.run import Run
+from snows_hf.settings import EFFORTS, PruneConfig, settings_for
+
+
+def work(config: PruneConfig, batches: int = 2) -> int:
+    """Curvature products that a prune of one layer may take."""
+    return (config.sweeps * config.steps_of_a_layer(batches) + config.joint_steps) * config.solver.cg_max_iter
+
+
+@pytest.mark.parametrize("family", ["vit", "cifar_resnet", "resnet", "mobilenet"])
+@pytest.mark.parametrize("pattern", ["2:4", "0.7", "mlp:0.5", "mlp:0.5+2:4"])
+def test_more_effort_is_more_work(family, pattern):
+    quick, standard, best = (work(settings_for(effort, family, pattern)) for effort in ("quick", "standard", "best"))
+    assert 0 < quick < standard < best
+
+
+def test_no_effort_but_the_papers_own_changes_the_masks():
+    for family in EFFORTS["standard"]:
+        assert len({settings_for(effort, family, "2:4").mask for effort in ("quick", "standard", "best")}) == 1
+
+
+@pytest.mark.parametrize(("effort", "told"), [("best", True), ("quick", False)])
+def test_what_a_quick_prune_would_take_is_said_where_it_is_less_by_far(monkeypatch, effort, told):
+    monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
+    monkeypatch.setattr(job, "LONG", 0.0)
+    model, said = tiny.transformers_vit(), []
+    masks, images = tiny.magnitude_masks(model), Images(Shelf())
+    images.append(tiny.images(24))
+    given, quick = (settings_for(name, "vit", "2:4").updated(samples=24) for name in (effort, "quick"))
+    job.tell_estimate(Run(on_stage=said.append), build_chain(model), images, masks, given, quick)
+    assert len(said) == 1 and said[0].startswith("The layers will take about ")
+    assert ("; with --effort quick about " in said[0]) == told
