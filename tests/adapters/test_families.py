@@ -79,7 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory):
         source, output = root / library / name, root / library / f"{name}-pruned"
         source.mkdir(parents=True)
         (save_transformers if library == "transformers" else save_timm)(name, source)
-        given = {"data": str(DIGITS), "samples": 64, "sweeps": 1, "mask": "magnitude"}
+        given = {"data": str(DIGITS), "samples": 64, "sweeps": 1, "layer_steps": 3, "mask": "magnitude"}
         result = prune(str(source), "2:4", output=output, **given)
         return Family(library, source, output, result.report)
 

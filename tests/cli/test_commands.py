@@ -249,7 +249,8 @@ def test_layers(run) -> None:
     assert names == ["vit.layers.0.mlp.fc1", "vit.layers.0.mlp.fc2", "vit.layers.3.attention.qkv"]
     before, after = tensors_of(VIT), tensors_of(Path("out"))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert len(changed) == 2 + 3
+    assert sorted({name.rpartition(".")[2] for name in changed}) == ["bias", "weight"]
+    assert len({name.rpartition(".")[0] for name in changed}) == 2 + 3
     found = json.loads(run("inspect", "out", "--json").out)
     assert found["pattern_ok"] is True
     assert [layer["name"] for layer in found["layers"] if layer["pattern_ok"]] == names

@@ -104,7 +104,7 @@ def sensitivity(
     """Measure what each layer costs the network under each pattern, all other layers dense."""
     if samples is not None:
         settings["samples"] = samples
-    check_sensitivity(patterns, "default", settings)
+    check_sensitivity(patterns, "standard", settings)
     if plot is not None:
         check_plot(plot)
 

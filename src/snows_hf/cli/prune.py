@@ -226,7 +226,7 @@ def demo(
     """Prune a small model that comes with the package, on real scanned digits, with nothing to download."""
     if model not in ("vit", "resnet"):
         raise typer.BadParameter("expected vit or resnet", param_hint="--model")
-    check_pruning(pattern, "default", {})
+    check_pruning(pattern, "standard", {})
     check_output(output, size=0)
 
     import torch
