@@ -48,11 +48,12 @@ def test_only_pruned_weights_change_and_every_type_stays(family: str, dtype: str
     before, after = tensors_of(source), tensors_of(result.folder)
     assert before.keys() == after.keys()
     assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    everything = [name for name in before if not torch.equal(before[name], after[name])]
+    changed = [name for name in everything if name.endswith(".weight")]
     assert len(changed) == sum(len(layer["parameters"]) for layer in result.report["layers"])
+    assert {name.removesuffix(".bias") + ".weight" for name in everything if name not in changed} <= {*changed}
     for name in changed:
         assert before[name].ndim in (2, 4)
-        assert name.endswith(".weight")
         assert not any(part in name for part in ("classifier", "head", "embed", "norm"))
         assert NM(2, 4).holds(after[name])
         assert (after[name] == 0).sum() >= after[name].numel() // 2
