@@ -4,7 +4,7 @@ L(w) = Σ_k mean((Y^{l+k} − f^{l:l+k}(X^l, w))²) for k = 0 … K: the paper's
 entries, so that no operation outweighs another by size and λ means the same for every batch size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 
@@ -132,7 +132,8 @@ class KStepObjective:
     ) -> None:
         self.segment, self.active, self.state, self.solver = segment, active, state, config.solver
         self.share, self.autocast, self.turn = share or whole(len(state[0])), autocast, turn
-        self.count = -(-self.share.total // max(config.curvature_size or self.share.total, processes()))
+        least = 1 if self.share.alone else 2 * processes()  # every process has an image of each part then
+        self.count = -(-self.share.total // max(config.curvature_size or self.share.total, least))
         if targets is None:
             with torch.no_grad():
                 targets = segment.outputs(state)
@@ -154,7 +155,7 @@ class KStepObjective:
     @torch.no_grad()
     def value(self, w: Tensor) -> float:
         """L(w)."""
-        return float(self.share.sum(self._loss(self._outputs(w))))
+        return sum(share * float(part.share.sum(part._loss(part._outputs(w)))) for share, part in self._parts())
 
     def _loss(self, outputs: Sequence[Tensor]) -> Tensor:
         # Sums are no numbers for half precision: its largest is 65,504, and bfloat16 has three digits.
@@ -169,19 +170,23 @@ class KStepObjective:
         w = w.detach().requires_grad_()
         if self.count == 1:
             return self._expand(w)
-        parts, grams = [self._part(place) for place in range(self.count)], dict[str, Tensor]()
-        value, gradient = 0.0, torch.zeros_like(w)
-        for part in parts:
+        value, gradient, grams = 0.0, torch.zeros_like(w), dict[str, Tensor]()
+        for share, part in self._parts():
             with recorded(self.segment.chain, self.active.weights) as seen:
                 loss = part._loss(part._outputs(w))
-            share = part.share.total / self.share.total
             value += share * float(part.share.sum(loss.detach()))
             gradient += share * grad(loss, w)[0]
             if self.solver.preconditioner == "gram":
                 own = mean_grams(seen, self.active.weights, part.share, self.active.biases, self.count)
                 grams = {name: share * g + grams.get(name, 0.0) for name, g in own.items()}
-        local = parts[self.turn % self.count]._expand(w, grams)
+        local = self._part(self.turn % self.count)._expand(w, grams)
         return replace(local, value=value, gradient=self.share.sum(gradient))
+
+    def _parts(self) -> Iterator[tuple[float, "KStepObjective"]]:
+        """All parts of the batch, each with its share of it."""
+        for place in range(self.count):
+            part = self._part(place)
+            yield part.share.total / self.share.total, part
 
     def _part(self, place: int) -> "KStepObjective":
         """Of the batch's images each ``count``-th, from ``place`` on: on average its loss is that of the batch."""
