@@ -21,7 +21,7 @@ SOLVERS = {"paper": ("none", "hessian"), "ours": ("gram", "gauss-newton")}
 
 
 def measured(setting: Setting, index: int, which: str, cap: int, limit: float) -> dict[str, float]:
-    config = settings_for("paper" if which == "paper" else "default", setting.chain.family, "2:4")
+    config = settings_for("paper" if which == "paper" else "standard", setting.chain.family, "2:4")
     solver = replace(config.solver, cg_max_iter=cap)
     clock = timed_newton(setting, index, solver, limit, config.batch_size, *SOLVERS[which])
     start = clock.trace[0][1]

@@ -136,7 +136,8 @@ def test_bytes_per_image_do_not_depend_on_the_images_and_grow_with_k():
 def test_batches_shrink_to_the_budget():
     run, said = tiny.prune(tiny.cifar_resnet()), []
     chain, images = build_chain(run.dense), tiny.images(2)
-    each = sum(bytes_per_image(chain, images, run.masks, run.config))
+    graph, targets = bytes_per_image(chain, images, run.masks, run.config)
+    each = graph + targets
 
     def fitted(left: int, **changes: object) -> int:
         settings = run.config.updated(batch_size=250, **changes)
@@ -148,6 +149,8 @@ def test_batches_shrink_to_the_budget():
     assert fitted(left, joint_steps=3) < 10
     assert fitted(left + 2 * factor_bytes(run.masks), preconditioner="gram") >= 10
     assert fitted(10**12) == 250
+    assert fitted(left, curvature_size=4) == 4 + 6 * each // targets
+    assert fitted(left, curvature_size=11) == 10
     with pytest.raises(ConfigError, match="One image needs"):
         fitted(each)
 

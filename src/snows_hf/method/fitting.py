@@ -82,9 +82,7 @@ def fit_batches(
         )
     part = config.curvature_size or config.batch_size
     if fitting >= part:  # of the others in a batch only targets are there all the time
-        fitting += sharing * int((free - part / sharing * each) / (OVERHEAD * max(targets, 1)))
-    elif config.curvature_size:
-        config = config.updated(curvature_size=fitting)
+        fitting = part + sharing * int((free - part / sharing * each) / (OVERHEAD * max(targets, 1)))
     if fitting >= config.batch_size:
         return config
     run.say(f"Batches of {fitting} images in place of {config.batch_size}, to fit into memory")
