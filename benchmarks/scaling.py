@@ -42,9 +42,16 @@ SIZE = 32
 APPLIED = ["vit_large_patch16_224", "vit_huge_patch14_224", "vit_giant_patch14_224"]
 
 
+def config_of(images: int, **changes: Any) -> PruneConfig:
+    """Of the model: every product is of a whole batch."""
+    config = settings_for("standard", "vit", "2:4").updated(
+        batch_size=128, curvature_size=0, targets="dense", biases=False
+    )
+    return config.updated(samples=images, passes=2, layer_steps=8, **({"cg_max_iter": 5} | changes))
+
+
 def settings(images: int, products: int) -> PruneConfig:
-    config = settings_for("standard", "vit", "2:4")
-    return config.updated(samples=images, cg_max_iter=products, patience=1000, min_gain=0.0, cg_rtol=0.0)
+    return config_of(images, cg_max_iter=products, patience=1000, min_gain=0.0, cg_rtol=0.0)
 
 
 def network(width: int, depth: int) -> VisionTransformer:
@@ -135,7 +142,7 @@ def rest(found: dict[str, Any]) -> float:
 def applied(
     name: str, chain: Chain, images: int, gpus: int, a: float, c: float, rates: argparse.Namespace
 ) -> list[str]:
-    config = settings_for("standard", "vit", "2:4").updated(samples=images)
+    config = config_of(images)
     flops, states = operations_of(chain, 224, "meta")
     layers = works(chain, flops, config.k)
     batch, steps, products = config.batch_size, config.layer_steps, config.solver.cg_max_iter
