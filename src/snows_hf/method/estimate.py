@@ -64,31 +64,29 @@ def solve_seconds(
     steps = config.steps_of_a_layer(len(batches)) if steps is None else steps
     batch, judges = batches[0].stop - batches[0].start, judge.stop - judge.start
     part = min(config.curvature_size or batch, batch)
-    few, more = min(FEW, len(state[0])), len(state[0])
-    (step, _, _), (step_more, slope, value) = (step_seconds(segment, state, n, masks, config) for n in (few, more))
-    each = (step_more - step) / max(more - few, 1)
-    learning = max(step_more, step_more + each * (part - more)) + 2 * batch * value / more
+    active = ActiveWeights.of(segment.group, masks, segment.chain.device, config.biases)
+    w, whole = active.within(segment.chain), config.updated(curvature_size=0)
+    few, more = (
+        KStepObjective(segment, active, tuple(tensor[:n] for tensor in state), whole)
+        for n in (min(FEW, len(state[0])), len(state[0]))
+    )
+    _, value = timed(segment.chain, lambda: more.value(w))
+    fewer, step = (step_seconds(objective, w) for objective in (few, more))
+    each = (step - fewer) / max(more.share.total - few.share.total, 1)
+    learning = max(step, step + each * (part - more.share.total)) + 2 * batch * value / more.share.total
     if part < batch:
-        learning += batch * slope / more
-    return steps * (learning + judges * value / more * (2 if config.solver.average else 1))
+        _, first_order = timed(segment.chain, lambda: more.first_order(w))
+        learning += batch * first_order / more.share.total
+    return steps * (learning + judges * value / more.share.total * (2 if config.solver.average else 1))
 
 
-def step_seconds(
-    segment: Segment, state: State, n: int, masks: Masks, config: PruneConfig
-) -> tuple[float, float, float]:
-    """On the first n images of a state: an expansion with all the products that a step may take, a gradient alone, and
-    a value."""
-    chain, part = segment.chain, tuple(tensor[:n] for tensor in state)
-    active = ActiveWeights.of(segment.group, masks, chain.device, config.biases)
-    objective = KStepObjective(segment, active, part, config.updated(curvature_size=0))
-    halved = KStepObjective(segment, active, part, config.updated(curvature_size=-(-n // 2)))
-    w = active.within(chain)
-    _, value = timed(chain, lambda: objective.value(w))
-    _, both = timed(chain, lambda: halved.expand(w))
+def step_seconds(objective: KStepObjective, w: Tensor) -> float:
+    """An expansion at w (m,), with all the products that a step may take."""
+    chain = objective.segment.chain
     local, expand = timed(chain, lambda: objective.expand(w))
     precondition = local.preconditioner or (lambda r: r)
     _, product = timed(chain, lambda: precondition(local.product(local.gradient)))
-    return expand + config.solver.cg_max_iter * product, max(both - expand / 2, value), value
+    return expand + objective.solver.cg_max_iter * product
 
 
 def timed(chain: Chain, work: Callable[[], T]) -> tuple[T, float]:

@@ -167,9 +167,16 @@ class KStepObjective:
     def expand(self, w: Tensor) -> Expansion:
         """Value, gradient and curvature product at w (Eq. 4, 5, 7): value and gradient of the whole batch, part by
         part, products on one part alone, whose graphs are built once and kept (Byrd et al., 2011, section 2)."""
-        w = w.detach().requires_grad_()
         if self.count == 1:
             return self._expand(w)
+        value, gradient, grams = self.first_order(w)
+        local = self._part(self.turn % self.count)._expand(w, grams)
+        return replace(local, value=value, gradient=gradient)
+
+    def first_order(self, w: Tensor) -> tuple[float, Tensor, dict[str, Tensor]]:
+        """Value and gradient (m,) at w of the whole batch, part by part, and, for the preconditioner, the Gram
+        matrices of what its layers read."""
+        w = w.detach().requires_grad_()
         value, gradient, grams = 0.0, torch.zeros_like(w), dict[str, Tensor]()
         for share, part in self._parts():
             with recorded(self.segment.chain, self.active.weights) as seen:
@@ -179,8 +186,7 @@ class KStepObjective:
             if self.solver.preconditioner == "gram":
                 own = mean_grams(seen, self.active.weights, part.share, self.active.biases, self.count)
                 grams = {name: share * g + grams.get(name, 0.0) for name, g in own.items()}
-        local = self._part(self.turn % self.count)._expand(w, grams)
-        return replace(local, value=value, gradient=self.share.sum(gradient))
+        return value, self.share.sum(gradient), grams
 
     def _parts(self) -> Iterator[tuple[float, "KStepObjective"]]:
         """All parts of the batch, each with its share of it."""
@@ -197,8 +203,8 @@ class KStepObjective:
         return part
 
     def _expand(self, w: Tensor, grams: Mapping[str, Tensor] | None = None) -> Expansion:
-        """:meth:`expand` at w, which wants its gradient, on graphs of all images; the preconditioner's Gram matrices
-        may come from more images than these."""
+        """:meth:`expand` on graphs of all images; the preconditioner's Gram matrices may come from more than these."""
+        w = w.detach().requires_grad_()
         with recorded(self.segment.chain, self.active.weights) as seen:
             outputs = self._outputs(w)
         total, loss = self.share.sum, self._loss(outputs)
