@@ -9,7 +9,6 @@ divergence from it are those of the first images of the test split, shuffled wit
 """
 
 import argparse
-import json
 import re
 import tempfile
 import time
@@ -21,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from structured import Test
+from structured import Test, changes_of, parser_of, tell
 
 import snows_hf
 from snows_hf.jobs import prune as job
@@ -108,18 +106,12 @@ def run(given: argparse.Namespace, case: str, seed: int, changes: dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--test", type=int, default=1000)
     parser.add_argument("--cases", nargs="+", default=["mask", "quick", "standard", "best"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--set", nargs="*", default=[])
-    parser.add_argument("--log", type=Path)
     given = parser.parse_args()
-    changes = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in given.set)}
+    changes = changes_of(given)
     test = Test.of(given.model, given.data, given.test)
     print("dense", test.dense_facts(), flush=True)
     alone: float | None = None
@@ -128,10 +120,7 @@ def main() -> None:
             facts = run(given, case, seed, changes, test)
             alone = facts["wall"] if case == "mask" else alone
             facts |= {"times the mask": round(facts["wall"] / alone, 2) if alone else None}
-            print(json.dumps(facts, ensure_ascii=False), flush=True)
-            if given.log:
-                with given.log.open("a") as log:
-                    log.write(json.dumps(facts) + "\n")
+            tell(facts, given.log)
 
 
 if __name__ == "__main__":

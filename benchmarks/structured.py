@@ -77,19 +77,39 @@ class Test:
         return measured(self.dense, self.dense, self.truth)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """With the options of benchmarks that prune one model in several ways."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--pattern", required=True)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--test", type=int, default=1000)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--log", type=Path)
+    return parser
+
+
+def changes_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What ``--set`` says, to :func:`snows_hf.prune`: settings, and other options of it."""
+    return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in given.set)}
+
+
+def tell(facts: dict[str, Any], log: Path | None) -> None:
+    """Prints what was found, and appends it to the log where there is one."""
+    line = json.dumps(facts, ensure_ascii=False)
+    print(line, flush=True)
+    if log:
+        with log.open("a") as file:
+            file.write(f"{line}\n")
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--pattern", required=True)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args()
-    changes = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in given.set)}
+    changes = changes_of(given)
 
     test = Test.of(given.model, given.data, given.test)
     print("dense", test.dense_facts(), flush=True)
@@ -105,10 +125,7 @@ def main() -> None:
         facts = {"case": case, "pattern": given.pattern, "samples": given.samples, "set": changes}
         facts |= test.measured(result.model)
         facts |= {"seconds": time.perf_counter() - started, "parameters": result.report["parameters"]["total"]}
-        print(json.dumps(facts), flush=True)
-        if given.log:
-            with given.log.open("a") as log:
-                log.write(json.dumps(facts) + "\n")
+        tell(facts, given.log)
 
 
 if __name__ == "__main__":
