@@ -1,4 +1,4 @@
-"""Wanda, SparseGPT, OBC and swaps against recomputing everything from the definition."""
+"""Wanda, SparseGPT, OBC, swaps and ALPS against recomputing everything from the definition."""
 
 from itertools import combinations, product
 
@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from snows_hf.masks.choose import choose
 from snows_hf.masks.evidence import matrix, unmatrix
+from snows_hf.masks.scores.alps import fitted, places
 from snows_hf.masks.scores.obc import damped, nm_kept, refit, unstructured_kept
 from snows_hf.masks.scores.sparsegpt import BLOCK, sweep
 from snows_hf.masks.scores.swap import refined, swaps
@@ -188,11 +189,11 @@ def test_groups_are_swept_each_with_its_own_inputs():
 @pytest.mark.parametrize("make", [linears, convolutions])
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "0.6"])
 def test_updates_keep_the_output(make, pattern):
-    """OBC's weights are the best for its mask, so better than the mask alone; SparseGPT's cannot be better than the
-    best for its own."""
+    """OBC's weights are the best for its mask, so better than the mask alone; SparseGPT's and ALPS's cannot be better
+    than the best for their own."""
     given = evidence(make(), pattern, "obc")
     grams = {name: damped(H) for name, H in given.grams()}
-    chosen = {mask: choose(evidence(make(), pattern, mask)) for mask in ("obc", "sparsegpt")}
+    chosen = {mask: choose(evidence(make(), pattern, mask)) for mask in ("obc", "sparsegpt", "alps")}
     for name, dense in given.weights.items():
         H = grams[name].repeat_interleave(len(dense) // len(grams[name]), 0)
 
@@ -202,11 +203,12 @@ def test_updates_keep_the_output(make, pattern):
         for choice in chosen.values():
             assert torch.equal(choice.weights[name] != 0, choice.masks[name])
         assert error(chosen["obc"].weights[name]) < error(dense * chosen["obc"].masks[name])
-        best = refit(matrix(dense), grams[name], matrix(chosen["sparsegpt"].masks[name]))
-        assert error(unmatrix(best, dense.shape)) <= error(chosen["sparsegpt"].weights[name]) + 1e-12
+        for mask in ("sparsegpt", "alps"):
+            best = refit(matrix(dense), grams[name], matrix(chosen[mask].masks[name]))
+            assert error(unmatrix(best, dense.shape)) <= error(chosen[mask].weights[name]) + 1e-12
 
 
-@pytest.mark.parametrize("mask", ["sparsegpt", "obc"])
+@pytest.mark.parametrize("mask", ["sparsegpt", "obc", "alps"])
 def test_unstructured_layers_lose_the_same_share(mask):
     masks = choose(evidence(convolutions(), "0.7", mask)).masks
     total = sum(kept.numel() for kept in masks.values())
@@ -223,6 +225,7 @@ def test_inputs_that_never_fire_leave_it_defined():
     assert kept[:, 0].all()
     assert torch.isfinite(refit(W, damped(H), kept)).all()
     assert torch.isfinite(sweep(W[None], damped(torch.zeros_like(H)), NM(2, 4), 0)[1]).all()
+    assert torch.isfinite(places(W[None], damped(torch.zeros_like(H)), NM(2, 4), 0)[1]).all()
 
 
 def swapped(row: Tensor, width: int) -> list[Tensor]:
@@ -307,3 +310,56 @@ def test_swap_leaves_no_larger_error_than_sparsegpt(make, pattern):
         torch.testing.assert_close(choice.weights[name].double(), unmatrix(fits[1], choice.weights[name].shape))
     assert sum(after for _, after in errors) < sum(before for before, _ in errors)
     assert 0 < choice.facts["swapped"] < 1
+
+
+def plain_alps(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
+    """The kept weights of one group by Eq. 5 as it is written, with a solve a row and an iteration."""
+    scale = H.diagonal().sqrt()
+    H, W = H / scale / scale[:, None], W * scale
+    kept = before = pattern.mask(W.abs())
+    D, V, rho = W * kept, torch.zeros_like(W), 0.1
+    for t in range(1, 301):
+        X = torch.stack([
+            torch.linalg.solve(H + rho * torch.eye(len(H)), H @ w - v + rho * d)
+            for w, v, d in zip(W, V, D, strict=True)
+        ])
+        kept = pattern.mask((X + V / rho).abs())
+        D = torch.where(kept, X + V / rho, 0.0)
+        V = V + rho * (X - D)
+        if t % 3 == 0:
+            changed = int((kept ^ before).sum()) / 2 / int(kept.sum())
+            if changed < 0.01:
+                break
+            rho, before = rho * (1.3 if changed > 0.1 else 1.2), kept
+    return kept
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(1, 3)], ids=str)
+def test_alps_is_the_plain_iteration(pattern):
+    W, H = problem(rows=6, d=24, seed=3)
+    assert torch.equal(places(W[None], H, pattern, 0)[0][0], plain_alps(W, H[0], pattern))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), None], ids=str)
+def test_alps_leaves_less_error_than_the_greedy_criteria(pattern):
+    """With the best weights for each mask; by the pattern in every row, or so many zeros in all."""
+    W, H = problem(rows=24, d=48, seed=6)
+    zeros = int(0.6 * W.numel())
+    kept = places(W[None], H, pattern, zeros)[0][0]
+    assert pattern.holds(kept) if pattern else int((~kept).sum()) == zeros
+    obc = nm_kept(W, H, pattern) if pattern else unstructured_kept(W, H, zeros)
+    errors = []
+    for mask in (kept, sweep(W[None], H, pattern, zeros)[0][0], obc):
+        delta = refit(W, H, mask) - W
+        errors.append(float(((delta @ H[0]) * delta).sum()))
+    assert errors[0] < min(errors[1:]), errors
+
+
+def test_alps_fits_what_it_keeps(monkeypatch):
+    """Of rows of two groups, one of which keeps nothing and one everything."""
+    monkeypatch.setattr("snows_hf.masks.scores.alps.TOLERANCE", 1e-9)
+    W, H = problem(rows=6, d=12, groups=2)
+    kept = randn(6, 12, seed=8) > 0
+    kept[0], kept[1] = False, True
+    x = fitted(W.unflatten(0, (2, 3)), H, kept.unflatten(0, (2, 3)), (W * kept).unflatten(0, (2, 3)))
+    torch.testing.assert_close(x.flatten(0, 1), refit(W, H, kept))

@@ -20,6 +20,7 @@ CRITERIA = {
     "random": Criterion("random:random"),
     "wanda": Criterion("wanda:wanda"),
     "sparsegpt": Criterion("sparsegpt:sparsegpt", whole=True),
+    "alps": Criterion("alps:alps", whole=True),
     "obc": Criterion("obc:obc", whole=True),
     "swap": Criterion("swap:swap", whole=True),
     "grad-norm": Criterion("gradient:grad_norm", labels=True),
