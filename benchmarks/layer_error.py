@@ -2,7 +2,7 @@
 
 ‖WX − ŴX‖²/‖WX‖² summed over the layers, X what the dense network feeds them, and the criterion's processor seconds.
 
-    python benchmarks/layer_error.py MODEL --data FOLDER --pattern 1:4 2:4 [--images 500] [--criteria wanda obc swap]
+    python benchmarks/layer_error.py MODEL --data FOLDER --pattern 1:4 2:4 [--images 500] [--criteria wanda obc alps]
 """
 
 import argparse
@@ -23,7 +23,7 @@ from snows_hf.patterns import Masks, parse_pattern
 from snows_hf.settings import settings_for
 
 
-CRITERIA = ["magnitude", "wanda", "sparsegpt", "obc", "swap"]
+CRITERIA = ["magnitude", "wanda", "sparsegpt", "obc", "alps"]
 
 
 def errors(evidence: Evidence, grams: dict[str, Tensor], masks: Masks) -> list[float]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from snows_hf.settings import (
     EFFORTS,
     N_M,
-    N_M_OF,
     FinetuneConfig,
     PruneConfig,
     Settings,
@@ -49,8 +48,7 @@ def efforts() -> Iterator[str]:
             values = (f"`{json.dumps(s[name])}`" if name in s else "" for s in families.values())
             yield f"| `{name}` | {' | '.join(values)} |"
     also = " and ".join(f"`{name}` = `{json.dumps(value)}`" for name, value in N_M.items())
-    rest = "; ".join(f"{family}: `{n}` = `{json.dumps(v)}`" for family, own in N_M_OF.items() for n, v in own.items())
-    yield f"\nWith N:M patterns, all but `paper` set {also} besides ({rest})."
+    yield f"\nWith N:M patterns, all but `paper` set {also} besides."
 
 
 lines = (line for config in (PruneConfig, SolverConfig, FinetuneConfig, TrainConfig) for line in table(config))

@@ -162,7 +162,7 @@ class PruneConfig(Settings):
     """K of Eq. 3: the operations after the layer whose outputs are kept. Values past the last operation mean
     K_max."""
     mask: str = "magnitude"
-    """Mask criterion (magnitude, wanda, sparsegpt, swap, …), or a safetensors file of booleans."""
+    """Mask criterion (magnitude, wanda, sparsegpt, alps, …), or a safetensors file of booleans."""
     units: str = "obs"
     """Criterion by which structures choose the units that go: ``obs`` (group OBS), or one of weights, such as
     ``magnitude``, summed over each unit's."""
@@ -302,7 +302,7 @@ class TrainConfig(Settings):
     """How a network is pruned at initialisation and trained."""
 
     mask: str = "magnitude"
-    """Mask criterion (magnitude, wanda, sparsegpt, swap, …), or a safetensors file of booleans."""
+    """Mask criterion (magnitude, wanda, sparsegpt, alps, …), or a safetensors file of booleans."""
     allocation: Literal["global", "uniform"] = "global"
     """Of an unstructured sparsity: ``global`` (all layers ranked together) or ``uniform``."""
     layer_cap: Annotated[Number, Gt(0), Le(1)] = 1.0
@@ -376,12 +376,8 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 """Settings by effort and family of architectures."""
 
 
-N_M: dict[str, Any] = {"mask": "swap", "gradual": 0.0}
-"""By default, wherever a pattern has groups within which weights can be swapped."""
-
-N_M_OF: dict[str, dict[str, Any]] = {"vit": {"mask": "sparsegpt"}}
-"""What is otherwise, by family: swaps of wide layers take longer than all the rest, and SNOWS ends where it does from
-SparseGPT's masks (docs/results.md)."""
+N_M: dict[str, Any] = {"mask": "alps", "gradual": 0.0}
+"""By default, wherever a pattern has groups of M."""
 
 
 STRUCTURED: dict[str, dict[str, Any]] = {
@@ -406,7 +402,7 @@ def settings_for(effort: str, family: str, pattern: str) -> PruneConfig:
         raise ConfigError(f"Effort {effort!r}: expected one of {', '.join(EFFORTS)}.")
     settings = EFFORTS[effort].get(family, {})
     if effort != "paper" and re.search(r"\d:\d", pattern):
-        settings = settings | N_M | N_M_OF.get(family, {})
+        settings = settings | N_M
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
     if effort != "paper" and structures:
         zeros = len(structures) < len(pattern.split("+"))

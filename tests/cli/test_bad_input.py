@@ -76,7 +76,7 @@ SETTINGS = [
     setting("mlp is said twice", pattern="mlp:0.5+mlp:0.25"),
     setting("expected at most one pattern of zeros, got 2:4 and 0.5", pattern="mlp:0.5+2:4+0.5"),
     setting("Criterion 'best' of units", pattern="mlp:0.5", set="units=best"),
-    setting("Criterion 'swap' of units", pattern="mlp:0.5", set="units=swap"),
+    setting("Criterion 'alps' of units", pattern="mlp:0.5", set="units=alps"),
     setting("Neither a pattern nor a speed is given", pattern=None),
     setting("--faster 1.5 chooses the pattern itself, and --pattern 2:4 is given besides", faster=1.5),
     *(setting("expected a number above 1", pattern=None, faster=text) for text in (1, 0.5, -2, "nan", "inf")),
@@ -514,7 +514,7 @@ def test_structures_where_only_zeros_are_known(run) -> None:
     assert result.code == 1 and "A sensitivity takes zeros alone, not structures" in result.err
 
 
-@pytest.mark.parametrize("mask", ["swap", "sparsegpt", "obc", "masks.safetensors"])
+@pytest.mark.parametrize("mask", ["alps", "sparsegpt", "obc", "masks.safetensors"])
 def test_structures_at_initialisation_need_scores(run, mask: str) -> None:
     save_file({"x": torch.ones(1, dtype=torch.bool)}, "masks.safetensors")
     given = ("--data", DIGITS, "--pattern", "mlp:0.5", "--mask", mask, "--output", "out")

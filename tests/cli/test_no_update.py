@@ -15,7 +15,7 @@ QUICK = ("--data", DIGITS, "--samples", 40, "--k", 1, "--json")
 MEASURED = (*QUICK, "--eval-data", DIGITS)
 
 
-SLOW = {"obc", "swap"}  # which take ten seconds
+SLOW = {"obc"}  # which takes ten seconds
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_every_criterion_alone(run, mask: str) -> None:
     report = json.loads(result.out)
     assert (report["update"], report["settings"]["mask"], report["later_sweeps"]) == (False, mask, [])
     assert report["criterion"]["labels"] == needs_labels(mask)
-    assert report["criterion"]["own_update"] == (mask in ("obc", "sparsegpt", "swap"))
+    assert report["criterion"]["own_update"] == (mask in ("obc", "sparsegpt", "alps"))
     assert ("variance" in report["criterion"]) == mask.startswith(("hd", "hp", "hts"))
     assert len(report["layers"]) == 8
     before, after = tensors_of(RESNET), tensors_of(Path("out"))

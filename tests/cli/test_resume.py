@@ -137,21 +137,21 @@ def test_masks_of_layers_are_not_chosen_again(elsewhere: Path, small_vit: Path) 
     said: list[str] = []
 
     def break_off(progress: Progress) -> None:
-        if progress.stage == "Layers of swap masks" and progress.done == 5:
+        if progress.stage == "Layers of alps masks" and progress.done == 5:
             raise BrokenOffError
 
     def watch(progress: Progress) -> None:
         nonlocal layers
-        if progress.stage == "Layers of swap masks":
+        if progress.stage == "Layers of alps masks":
             layers = progress.total
             found.update(records_of_masks())
 
-    prune(small_vit, "2:4", output="whole", mask="swap", **QUICK)
+    prune(small_vit, "2:4", output="whole", mask="alps", **QUICK)
     with pytest.raises(BrokenOffError):
-        prune(small_vit, "2:4", output="out", mask="swap", on_progress=break_off, on_stage=said.append, **QUICK)
+        prune(small_vit, "2:4", output="out", mask="alps", on_progress=break_off, on_stage=said.append, **QUICK)
     kept = records_of_masks()
     assert len(kept) == 5 and "is kept in" in said[-1]
-    prune(small_vit, "2:4", output="out", mask="swap", on_progress=watch, on_stage=said.append, **QUICK)
+    prune(small_vit, "2:4", output="out", mask="alps", on_progress=watch, on_stage=said.append, **QUICK)
     assert "Going on where an earlier run was broken off, with masks of 5 layers" in said
     assert kept.items() <= found.items()  # untouched
     assert len(found) == layers > 5  # the others alone were chosen anew
@@ -160,20 +160,20 @@ def test_masks_of_layers_are_not_chosen_again(elsewhere: Path, small_vit: Path) 
 
 @pytest.mark.slow
 def test_killed_while_masks_are_chosen(run, elsewhere: Path, one_thread: None) -> None:
-    broken_off("--mask", "swap", records="choice-layer")
+    broken_off("--mask", "obc", records="choice-layer")
     kept = len(records_of_masks())
-    done = run(*command_line("--mask", "swap"))
+    done = run(*command_line("--mask", "obc"))
     assert done.code == 0 and f"with masks of {kept} layers" in done.err
-    prune(str(VIT), "2:4", output="whole", mask="swap", **QUICK)
+    prune(str(VIT), "2:4", output="whole", mask="obc", **QUICK)
     assert weights(Path("out")) == weights(Path("whole"))
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_masks_are_chosen_says_what_is_kept(run, elsewhere: Path) -> None:
-    code, error = broken_off("--mask", "swap", "--no-update", records="choice-layer", by=signal.SIGINT)
+    code, error = broken_off("--mask", "obc", "--no-update", records="choice-layer", by=signal.SIGINT)
     assert code == 130 and "Traceback" not in error
     assert f"is kept in {elsewhere / WORK}: the same command goes on from there" in " ".join(error.split())
-    assert f"with masks of {len(records_of_masks())} layers" in run(*command_line("--mask", "swap", "--no-update")).err
+    assert f"with masks of {len(records_of_masks())} layers" in run(*command_line("--mask", "obc", "--no-update")).err
 
 
 def keep_three_layers(model: Path, **settings: object) -> None:

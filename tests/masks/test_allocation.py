@@ -219,7 +219,7 @@ class TestSettings:
 
 
 @pytest.mark.parametrize(
-    "mask", ["magnitude", "random", "wanda", "sparsegpt", "obc", "swap", "alps", "snip", "synflow", "hp-kstep"]
+    "mask", ["magnitude", "random", "wanda", "sparsegpt", "obc", "alps", "snip", "synflow", "hp-kstep"]
 )
 def test_every_criterion_honours_each_layers_own_pattern(mask: str) -> None:
     patterns = {"layers.0.weight": NM(1, 4), "layers.1.weight": Unstructured(0.7, "layer"), "layers.2.weight": None}

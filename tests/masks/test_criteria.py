@@ -112,7 +112,7 @@ def test_images_that_overflow_are_an_error(mask: str):
         choose(replace(given, images=given.images * torch.nan))
 
 
-@pytest.mark.parametrize("mask", ["wanda", "sparsegpt", "obc", "swap", "alps"])
+@pytest.mark.parametrize("mask", ["wanda", "sparsegpt", "obc", "alps"])
 def test_layers_of_another_kind_are_refused(mask: str):
     model = Small(nn.Conv2d(4, 8, 1), nn.ConvTranspose2d(8, 4, 1), nn.Linear(4, 3)).double().eval()
     with pytest.raises(MaskError, match=r"layers\.1\.weight belongs to a ConvTranspose2d.*--layers"):

@@ -1,4 +1,4 @@
-"""Wanda, SparseGPT, OBC, swaps and ALPS against recomputing everything from the definition."""
+"""Wanda, SparseGPT, OBC and ALPS against recomputing everything from the definition."""
 
 from itertools import combinations, product
 
@@ -13,8 +13,7 @@ from snows_hf.masks.evidence import matrix, unmatrix
 from snows_hf.masks.scores.alps import fitted, places
 from snows_hf.masks.scores.obc import damped, nm_kept, refit, unstructured_kept
 from snows_hf.masks.scores.sparsegpt import BLOCK, sweep
-from snows_hf.masks.scores.swap import refined, swaps
-from snows_hf.patterns import NM, Unstructured, parse_pattern
+from snows_hf.patterns import NM, Unstructured
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -228,90 +227,6 @@ def test_inputs_that_never_fire_leave_it_defined():
     assert torch.isfinite(places(W[None], damped(torch.zeros_like(H)), NM(2, 4), 0)[1]).all()
 
 
-def swapped(row: Tensor, width: int) -> list[Tensor]:
-    """Every mask that differs from a row's by one kept and one pruned weight of one group."""
-    pairs = torch.cartesian_prod(row.nonzero()[:, 0], (~row).nonzero()[:, 0]).tolist()
-    masks = [row.clone() for i, j in pairs if i // width == j // width]
-    for mask, (i, j) in zip(masks, [p for p in pairs if p[0] // width == p[1] // width], strict=True):
-        mask[i], mask[j] = False, True
-    return masks
-
-
-def error(w: Tensor, H: Tensor, kept: Tensor) -> float:
-    return best_fit(w, H, set((~kept).nonzero().flatten().tolist()))[1]
-
-
-@pytest.mark.parametrize("start", ["2:4", "1:4", "1:3", "random"])
-@pytest.mark.parametrize("block", [256, 4])
-def test_no_swap_is_left_that_helps(start, block, monkeypatch):
-    """By brute force over all single swaps, each with the best weights that it allows."""
-    monkeypatch.setattr("snows_hf.masks.scores.swap.BLOCK", block)
-    monkeypatch.setattr("snows_hf.masks.scores.swap.SWEEPS", 50)
-    d = 14 if start == "random" else 12
-    W, (H,) = problem(rows=6, d=d, seed=2)
-    if start == "random":
-        first, width = randn(6, d, seed=9) > 0.3, 5
-        first[0], first[1] = False, True
-    else:
-        pattern = parse_pattern(start)
-        first, width = pattern.mask(-W.abs()), pattern.m  # the worst one
-    kept = refined(W, H, first, width)
-    for w, before, after in zip(W, first, kept, strict=True):
-        assert [int(group.sum()) for group in after.split(width)] == [
-            int(group.sum()) for group in before.split(width)
-        ]
-        reached = error(w, H, after)
-        assert reached <= error(w, H, before) * (1 + 1e-9)
-        if block >= d:  # all other weights make up for a swap, as here
-            assert reached <= min((error(w, H, m) for m in swapped(after, width)), default=reached) * (1 + 1e-5)
-
-
-def test_a_sweep_returns_the_best_weights_of_its_masks():
-    """Of rows that keep different numbers of weights, so that some have padding."""
-    W, (H,) = problem(rows=30, d=12, seed=7)
-    first = randn(30, 12, seed=8) > torch.linspace(-1.5, 1.5, 30)[:, None]
-    x, kept = swaps(W @ H, H, first, 6)
-    assert not torch.equal(kept, first)
-    torch.testing.assert_close(x, refit(W, H[None], kept))
-
-
-def test_swaps_find_the_best_mask_of_all_more_often_than_the_greedy_criteria():
-    W, (H,) = problem(rows=40, d=8, seed=4)
-    pattern, places = NM(2, 4), list(combinations(range(4), 2))
-    best = torch.zeros_like(W, dtype=torch.bool)
-    for r, w in enumerate(W):
-        masks = []
-        for both in product(places, repeat=2):
-            mask = torch.zeros(2, 4, dtype=torch.bool)
-            for group, pair in enumerate(both):
-                mask[group, list(pair)] = True
-            masks.append(mask.flatten())
-        best[r] = min(masks, key=lambda mask: error(w, H, mask))
-    greedy = sweep(W[None], H[None], pattern, 0)[0][0], nm_kept(W, H[None], pattern)
-    found = [int((kept == best).all(1).sum()) for kept in (*greedy, refined(W, H, greedy[0], 4))]
-    assert found[2] > 1.5 * max(found[:2]), found
-
-
-@pytest.mark.parametrize("make", [linears, convolutions])
-@pytest.mark.parametrize("pattern", ["2:4", "0.6"])
-def test_swap_leaves_no_larger_error_than_sparsegpt(make, pattern):
-    model = make()
-    given = evidence(model, pattern, "swap")
-    choice, before = choose(given), choose(evidence(make(), pattern, "sparsegpt"))
-    errors = []
-    for name, H in given.grams():
-        W, G = matrix(given.weights[name]).double(), damped(H)
-        fits = [refit(W, G, matrix(c.masks[name])) for c in (before, choice)]
-        deltas = [(x - W).unflatten(0, (len(G), -1)) for x in fits]
-        costs = [float(torch.einsum("grd,gde,gre->", delta, G, delta)) for delta in deltas]
-        assert costs[1] <= costs[0] * (1 + 1e-9)
-        errors.append(costs)
-        assert int(choice.masks[name].sum()) == int(before.masks[name].sum())
-        torch.testing.assert_close(choice.weights[name].double(), unmatrix(fits[1], choice.weights[name].shape))
-    assert sum(after for _, after in errors) < sum(before for before, _ in errors)
-    assert 0 < choice.facts["swapped"] < 1
-
-
 def plain_alps(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
     """The kept weights of one group by Eq. 5 as it is written, with a solve a row and an iteration."""
     scale = H.diagonal().sqrt()
@@ -319,10 +234,12 @@ def plain_alps(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
     kept = before = pattern.mask(W.abs())
     D, V, rho = W * kept, torch.zeros_like(W), 0.1
     for t in range(1, 301):
-        X = torch.stack([
-            torch.linalg.solve(H + rho * torch.eye(len(H)), H @ w - v + rho * d)
-            for w, v, d in zip(W, V, D, strict=True)
-        ])
+        X = torch.stack(
+            [
+                torch.linalg.solve(H + rho * torch.eye(len(H)), H @ w - v + rho * d)
+                for w, v, d in zip(W, V, D, strict=True)
+            ]
+        )
         kept = pattern.mask((X + V / rho).abs())
         D = torch.where(kept, X + V / rho, 0.0)
         V = V + rho * (X - D)
@@ -363,3 +280,24 @@ def test_alps_fits_what_it_keeps(monkeypatch):
     kept[0], kept[1] = False, True
     x = fitted(W.unflatten(0, (2, 3)), H, kept.unflatten(0, (2, 3)), (W * kept).unflatten(0, (2, 3)))
     torch.testing.assert_close(x.flatten(0, 1), refit(W, H, kept))
+
+
+def error(w: Tensor, H: Tensor, kept: Tensor) -> float:
+    return best_fit(w, H, set((~kept).nonzero().flatten().tolist()))[1]
+
+
+def test_alps_finds_the_best_mask_of_all_more_often_than_the_greedy_criteria():
+    W, (H,) = problem(rows=40, d=8, seed=4)
+    pattern, pairs = NM(2, 4), list(combinations(range(4), 2))
+    best = torch.zeros_like(W, dtype=torch.bool)
+    for r, w in enumerate(W):
+        masks = []
+        for both in product(pairs, repeat=2):
+            mask = torch.zeros(2, 4, dtype=torch.bool)
+            for group, pair in enumerate(both):
+                mask[group, list(pair)] = True
+            masks.append(mask.flatten())
+        best[r] = min(masks, key=lambda mask: error(w, H, mask))
+    greedy = sweep(W[None], H[None], pattern, 0)[0][0], nm_kept(W, H[None], pattern)
+    found = [int((kept == best).all(1).sum()) for kept in (*greedy, places(W[None], H[None], pattern, 0)[0][0])]
+    assert found[2] > 1.5 * max(found[:2]), found

@@ -10,7 +10,7 @@ import yaml
 from ..data.names import data_folder, model_folder
 from ..errors import ConfigError, one_line
 from ..runtime.launch import check_device
-from ..settings import N_M, N_M_OF, PruneConfig, Settings, check_seed
+from ..settings import N_M, PruneConfig, Settings, check_seed
 
 
 V = TypeVar("V")
@@ -70,8 +70,7 @@ def setting(config: type[Settings], name: str, panel: str | None = None, hidden:
     text = " ".join((field.description or "").split()).replace("``", "")
     default: str | bool = not field.is_required() and field.default not in (None, ()) and str(field.default)
     if config is PruneConfig and name in N_M:
-        others = "".join(f", {own[name]} of {family}s" for family, own in N_M_OF.items() if name in own)
-        default = f"for N:M {N_M[name]}{others}; else {default}"
+        default = f"for N:M {N_M[name]}; else {default}"
     return typer.Option(help=text, show_default=default, rich_help_panel=panel, hidden=hidden)
 
 

@@ -83,5 +83,5 @@ def first_pass(chain: Chain, calibration: Calibration, checkpoint: Checkpoint) -
         return flops, None
     if "logits" not in outputs or outputs["logits"].dim() != 2:
         what = f"{type(chain.model).__name__} has no classes, which a mask criterion with labels needs."
-        raise AdapterError(what, "Use a criterion without labels, such as magnitude, sparsegpt or swap.")
+        raise AdapterError(what, "Use a criterion without labels, such as magnitude, sparsegpt or alps.")
     return flops, class_labels(labels, calibration.source, checkpoint, outputs["logits"].shape[1])

@@ -125,7 +125,7 @@ def prune(
         effort: ``quick``, ``standard`` or ``best``, of the time that the weights' steps take, or ``paper`` for the
             paper's own settings.
         update: whether SNOWS re-optimises the kept weights; without it they are the dense ones, or what a criterion
-            with an update of its own (sparsegpt, obc, swap) makes of them.
+            with an update of its own (sparsegpt, obc, alps) makes of them.
         allow_custom: make a smaller network also where no configuration of its class describes it; only this package
             loads the result then.
         restart: begin anew where an earlier call was broken off.

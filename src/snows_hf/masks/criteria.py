@@ -22,7 +22,6 @@ CRITERIA = {
     "sparsegpt": Criterion("sparsegpt:sparsegpt", whole=True),
     "alps": Criterion("alps:alps", whole=True),
     "obc": Criterion("obc:obc", whole=True),
-    "swap": Criterion("swap:swap", whole=True),
     "grad-norm": Criterion("gradient:grad_norm", labels=True),
     "snip": Criterion("gradient:snip", labels=True),
     "grasp": Criterion("gradient:grasp", labels=True),

@@ -42,7 +42,7 @@ def alps(evidence: Evidence) -> Choice:
         # Single precision says as well which weights go.
         W, H = W.unflatten(0, (len(H), -1)).float(), H.float()
         kept, D = places(W, H, pattern, zeros)
-        return kept.flatten(0, 1), fitted(W, H, kept, D).flatten(0, 1), 0
+        return kept.flatten(0, 1), fitted(W, H, kept, D).flatten(0, 1)
 
     return layer_by_layer(evidence, decide)
 

@@ -23,8 +23,8 @@ CHUNK = {"cpu": 2**21, "cuda": 2**27}
 """Numbers in the inverses that are updated together: what a cache holds, and what keeps a GPU busy in 1 GB."""
 
 
-Kept = tuple[Tensor, Tensor, int]
-"""Which weights of a layer are kept (bool), the values of all, zero where they are not, and how many were swapped."""
+Kept = tuple[Tensor, Tensor]
+"""Which weights of a layer are kept (bool), and the values of all, zero where they are not."""
 
 Decide = Callable[[Tensor, Tensor, NM | None, int], Kept]
 """W (rows, d) and H = X Xᵀ + damping (groups, d, d), both in float64, the layer's N:M or None, and how many weights
@@ -46,26 +46,25 @@ def layer_by_layer(evidence: Evidence, decide: Decide) -> Choice:
     finished = {name: journal.get(f"{evidence.record}-layer-{i:04d}") for i, name in enumerate(names)}
     grams = evidence.grams([name for name, record in finished.items() if record is None])
     zeros = evidence.pattern.zeros(evidence.weights)
-    masks, weights, swapped = {}, {}, 0
+    masks, weights = {}, {}
     for i, name in enumerate(evidence.run.track(names, f"Layers of {evidence.title}", len(names), str)):
         weight, pattern, record = evidence.weights[name], evidence.pattern.of(name), finished.pop(name)
         if record is None:
             _, H = next(grams)
             W = matrix(weight).to(H.device, torch.float64)
-            kept, updated, swaps = decide(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
+            kept, updated = decide(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
             tensors = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
-            record = Record(tensors, {"swapped": swaps})
+            record = Record(tensors, {})
             journal.put(f"{evidence.record}-layer-{i:04d}", record.tensors, **record.facts)
         masks[name] = record.tensors["mask"].to(weight.device)
         weights[name] = record.tensors["weight"].to(weight)
-        swapped += record.facts["swapped"]
-    return Choice(masks, weights, {"swapped": swapped / max(1, sum(int(mask.sum()) for mask in masks.values()))})
+    return Choice(masks, weights)
 
 
 def obc(evidence: Evidence) -> Choice:
     def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         kept = nm_kept(W, H, pattern) if pattern else unstructured_kept(W, H, zeros)
-        return kept, refit(W, H, kept), 0
+        return kept, refit(W, H, kept)
 
     return layer_by_layer(evidence, decide)
 

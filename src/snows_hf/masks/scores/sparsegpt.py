@@ -22,7 +22,7 @@ BLOCK = 128
 def sparsegpt(evidence: Evidence) -> Choice:
     def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
         kept, updated = sweep(W.unflatten(0, (len(H), -1)), H, pattern, zeros)
-        return kept.flatten(0, 1), updated.flatten(0, 1), 0
+        return kept.flatten(0, 1), updated.flatten(0, 1)
 
     return layer_by_layer(evidence, decide)
 
