@@ -1,4 +1,4 @@
-.PHONY: demo test test-all quality style clean
+.PHONY: demo test test-all docs quality style clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +14,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -37,4 +41,8 @@ $(VENV)/.package: $(BIN)/python pyproject.toml
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,viz]'
+	touch $@ $(VENV)/.package
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@ $(VENV)/.package

@@ -31,7 +31,7 @@ WHAT, IMAGES, RESULT = "What to prune", "Images", "Result"
 ALSO = (
     "For more: --effort, --sparsity, --allocation, --layers, --k, --seed, --no-update, --allow-custom, --config FILE, "
     "--faster-batch; --data-split, --eval-split; --format, --report, --push-to, --private, --restart; --revision, "
-    "--dtype, --memory. The README says what for."
+    "--dtype, --memory. docs/your-model.md says what for."
 )
 
 
