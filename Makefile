@@ -1,4 +1,4 @@
-.PHONY: demo test test-all docs quality style clean
+.PHONY: demo test test-all docs figures notebook quality style clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +18,14 @@ test-all: $(VENV)/.dev
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open build/site/index.html"
+
+figures: $(VENV)/.dev
+	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/pictures.py
+
+notebook: $(VENV)/.dev
+	TQDM_DISABLE=1 PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter execute --inplace examples/*.ipynb
+	rm -rf examples/snows-notebook
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

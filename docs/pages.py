@@ -1,8 +1,8 @@
 """What `make docs` does to the pages before mkdocs builds them.
 
-Pages are written to be read in the repository. The site gets the README as its front page, the changelog and the guide
-for contributors, and what is linked but no page of the site (scripts, folders) is named without a link. Docstrings name
-things in reStructuredText, as Python's own do; the site wants Markdown.
+Pages are written to be read in the repository. The site gets the README as its front page, the changelog and the
+guide for contributors, and what is linked but no page of the site (scripts, folders) is named without a link.
+Docstrings name things in reStructuredText, as Python's own do; the site wants Markdown.
 """
 
 import re

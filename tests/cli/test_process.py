@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,11 +13,19 @@ from embedded import NO_HUB
 from snows_hf import __version__
 
 
+README = Path(__file__).parents[2] / "README.md"
+
+
 def snows_hf(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """``python -m snows_hf`` with an empty home and no Hub."""
     home = cwd.parent / "home"
     environment = {"HOME": str(home), "HF_HOME": str(home), "HF_ENDPOINT": NO_HUB, "OMP_NUM_THREADS": "1"}
     return warm.run("-m", "snows_hf", *arguments, cwd=cwd, env={**os.environ, **environment})
+
+
+def without_figures(text: str) -> str:
+    """Of what differs from one machine to the next in its last digits, and from run to run."""
+    return re.sub(r"[ \d.]+", " ", text)
 
 
 def test_version(elsewhere: Path) -> None:
@@ -30,6 +39,9 @@ def test_demo_needs_nothing_but_the_package(elsewhere: Path, run) -> None:
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert "snows-hf inspect snows-demo" in result.stdout  # what to try next
+    if README.is_file():
+        shown = re.search(r"```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+        assert without_figures(shown) in without_figures(result.stdout)
     assert [path.name for path in elsewhere.iterdir()] == ["snows-demo"]
     report = json.loads((elsewhere / "snows-demo/snows_config.json").read_text())
     assert report["masked"]["top1"] < report["pruned"]["top1"] <= report["dense"]["top1"] + 1
