@@ -25,8 +25,8 @@ ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`~?([^`]+)`")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in OUTSIDE.items():
-        text = (ROOT / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=re.sub(r"(\]\(|src=\")docs/", r"\1", text)))
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, page, content=text))
     return files
 
 
@@ -38,6 +38,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = OUTSIDE.get(target.removeprefix("../"), target)
         return f"[{text}]({target}{anchor})" if files.get_file_from_path(target) else text
 
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
     return LINK.sub(link, markdown)
 
 
