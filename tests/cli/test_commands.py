@@ -123,7 +123,7 @@ def test_channels_that_cannot_be_ordered_are_refused(run) -> None:
 def test_prune_for_people(run) -> None:
     result = run("prune", VIT, "--pattern", "2:4", *MEASURED, "--output", "out")
     assert result.code == 0
-    for text in ("2:4 on 597 images", "dense", "sparsegpt alone", "SNOWS", "50.0 % zeros", "Saved to out"):
+    for text in ("2:4 on 597 images", "dense", "mask alone", "SNOWS", "50.0 % zeros", "Saved to out"):
         assert text in result.out
     assert "Loading" in result.err
     assert "\n\n" not in result.err

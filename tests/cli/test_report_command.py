@@ -13,8 +13,8 @@ from embedded import DIGITS, RESNET, VIT, pruned, tensors_of
 
 from snows_hf.data.accuracy import Accuracy
 from snows_hf.hub.repack import pack
-from snows_hf.jobs.report import row_zeros
-from snows_hf.reports.page import LogAxis, class_changes, strip
+from snows_hf.jobs.report import input_zeros
+from snows_hf.reports.page import LogAxis, by_reason, class_changes, inputs_view, pareto_of, shown_classes
 
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
@@ -62,11 +62,13 @@ def test_prune_with_report(run, small_vit: Path) -> None:
     report = json.loads(Path("v/report.json").read_text())
     shown = page(Path("v/report.html"))
     assert shown.tags.count("img") == 1  # attention maps
-    assert [row["model"] for row in report["attention"]["models"]] == ["dense", "mask alone", "v"]
+    assert [row["model"] for row in report["attention"]["models"]] == ["dense", "dense weights, masked", "v"]
     assert report["attention"]["models"][1]["last"]["correlation"] < 1
     for key in ("dense", "masked", "pruned"):
         assert f"{report[key]['top1']:.2f} % top-1" in shown.text
-    assert "start: the mask alone, or the criterion's own weights where these are better" in shown.text
+    assert "At the start: the mask alone, or the criterion's own weights where these are better" in shown.text
+    assert "fewer operations, if zeros are skipped; stock libraries do not" in shown.text
+    assert "it reads the images" in shown.text  # why the stem is dense
     assert "the mask's K-step loss" not in shown.text
     for layer in report["layers"]:
         assert layer["name"] in shown.text
@@ -74,7 +76,9 @@ def test_prune_with_report(run, small_vit: Path) -> None:
         assert sum(layer["cg_statuses"].values()) == layer["steps"] == len(layer["losses"])
         assert layer["losses"] == sorted(layer["losses"], reverse=True)
         assert layer["losses"][-1] == layer["loss_pruned"]
-        assert report["rows"][layer["name"]] == [0.5] * min(64, layer["shape"][0])
+        inputs = report["inputs"][layer["name"]]
+        assert inputs["count"] == layer["shape"][1]
+        assert sum(inputs["shares"]) / len(inputs["shares"]) == pytest.approx(0.5, abs=0.02)
     classes = report["class_changes"]["classes"]
     assert sum(c["images"] for c in classes) == report["dense"]["images"]
     for key in ("dense", "pruned"):
@@ -134,6 +138,9 @@ def test_compare(run, made: Path, tmp_path: Path) -> None:
     assert people.code == 0
     assert f"{vit['pruned']:.2f}" in people.out
     assert f"{vit['pruned']:.2f}" in page(Path("both.html")).text
+    assert "Accuracy kept over operations left" not in Path("both.html").read_text()  # of one there is none to keep
+    run("compare", made, made, "--output", "twice.html")
+    assert "Accuracy kept over operations left" in page(Path("twice.html")).text
     again = run("compare", made, "--output", "both.html")
     assert (again.code, "exists" in again.err) == (1, True)
     assert run("compare", made, "--output", "both.txt").code == 1
@@ -303,17 +310,48 @@ def test_class_changes_by_hand() -> None:
     assert class_changes({"top1": 1.0}, after, None) is None  # reports from before there were confusions
 
 
-def test_row_zeros_and_axis() -> None:
+def test_class_bars_are_of_all_the_classs_images() -> None:
+    classes = [
+        {"name": "a", "images": 50, "dense": 40, "pruned": 45},
+        {"name": "b", "images": 200, "dense": 150, "pruned": 148},
+    ]
+    lost, gained = shown_classes({"classes": classes, "confusions": []})["rows"]
+    assert (lost["name"], lost["both"], lost["change"]) == ("b", 74, -1)
+    assert (gained["name"], gained["both"], gained["change"]) == ("a", 80, 10)
+
+
+def test_input_zeros_and_axis() -> None:
     weight = torch.ones(3, 2, 2, 1)
     weight[0] = 0
     weight[2, 0] = 0
-    assert row_zeros([weight]) == [1, 0, 0.5]
-    assert row_zeros([weight, weight], cells=2) == [0.5, 0.5]
-    assert strip([0.5, 0.5, 1.0, 0.5]) == [(0, 50, 0.5), (50, 25, 1), (75, 25, 0.5)]
+    assert input_zeros([weight]) == {"count": 2, "unread": 0, "shares": [0.3333, 0.6667]}
+    weight[1, 0] = 0
+    assert input_zeros([weight, weight]) == {"count": 2, "unread": 1, "shares": [0.3333, 1]}
+    assert input_zeros([weight, weight[:, :1]], cells=2) == {"count": 3, "unread": 2, "shares": [0.3333, 1]}
+    found = inputs_view({"count": 2, "unread": 1, "shares": [0.25, 1]})
+    assert found["curve"] == "0,20 0.0,15.0 100.0,0.0 100,20"
+    assert inputs_view({"count": 1, "unread": 0, "shares": [0.5]})["curve"] == "0,20 0.0,10.0 100.0,10.0 100,20"
+    assert by_reason({"a": "x", "b": "y", "c": "x"}) == [("x", ["a", "c"]), ("y", ["b"])]
     axis = LogAxis([0.02, 30])
     assert [axis.place(x) for x in (0.01, 1, 100)] == [0, 50, 100]
     assert axis.place(None) is axis.place(0) is None
     assert len(LogAxis([1e-12, 1e9]).ticks()) <= 6
+
+
+def test_pareto_by_hand() -> None:
+    def row(name: str, reduction: float, kept: float | None, masked: float | None = 90.0) -> dict[str, object]:
+        made = {"name": name, "flops": {"reduction": reduction}, "kept": kept, "kept_masked": masked, "update": True}
+        return made
+
+    assert pareto_of([row("a", 2, 99), row("b", 4, None)]) is None  # nothing to compare
+    found = pareto_of([row("a", 2, 99), row("b", 2, 98), row("c", 4, 95), row("d", 1.25, 99, 98), row("e", 1, None)])
+    assert [(p["number"], p["best"]) for p in found["points"]] == [(1, True), (2, False), (3, True), (4, False)]
+    ((left, right),) = found["front"]
+    assert (left["name"], right["name"]) == ("c", "a")
+    assert left["x"] < right["x"] and left["y"] > right["y"]  # fewer operations, less accuracy: further down
+    assert found["points"][0]["masked"] == found["floor"]  # it lies below the picture
+    assert found["points"][3]["y"] < found["points"][3]["masked"] < 100
+    assert all(0 < place < 100 for point in found["points"] for place in (point["x"], point["y"]))
 
 
 @pytest.mark.parametrize("where", ["prune", "report"])

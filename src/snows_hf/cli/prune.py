@@ -191,9 +191,11 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
             f"{parameters['dense'] / 1e6:.1f} → {parameters['total'] / 1e6:.1f} million parameters, "
             f"{flops['dense'] / flops['pruned']:.2f} times fewer operations."
         )
+    zeros = f"{100 * report['sparsity']:.1f} % zeros"
+    by = report["settings"]["mask" if report["sparsity"] else "units"]
     sink.text(
-        f"{len(report['layers'])} layers pruned to {report['pattern']} ({100 * report['sparsity']:.1f} % zeros) with "
-        f"{report['samples']} images in {report['seconds']:.0f} s."
+        f"{len(report['layers'])} layers pruned to {report['pattern']} ({zeros}) by {by} with {report['samples']} "
+        f"images in {report['seconds']:.0f} s."
     )
     if report["output"]:
         sink.text(f"Saved to {report['output']}{CUSTOM if report.get('custom') else ''}")

@@ -186,10 +186,8 @@ def maker_of(report: dict[str, Any]) -> str:
 
 
 def alone_of(report: Mapping[str, Any]) -> str:
-    """What a report's result without SNOWS is called."""
-    if report.get("units"):
-        return "units cut"
-    return f"{report['settings']['mask']} alone" if report["criterion"].get("own_update") else "mask alone"
+    """What a report's result without SNOWS is called; a criterion's own weights are part of it."""
+    return "units cut" if report.get("units") else "mask alone"
 
 
 def is_a(value: object, kind: Any) -> bool:

@@ -22,7 +22,7 @@ from ..hub.packed import pack_tensor
 from ..hub.save import REPORT_FILE, read_report, retrainings
 from ..masks.permutation import order_like
 from ..reports.describe import describe_data
-from ..reports.page import class_changes, render, summary_of, view_of
+from ..reports.page import class_changes, pareto_of, render, summary_of, view_of
 from ..runtime.files import check_file, write_json, write_whole
 from ..runtime.run import Run
 from .attention import check_attends, compare_maps
@@ -49,15 +49,15 @@ def report(
     Args:
         model: folder (or Hub id) of what ``prune`` wrote.
         output: folder for the two files, which replace earlier ones; None takes that of the model.
-        dense: Hub id or folder of the dense model, of this ``revision``, for its attention maps and those of the mask
-            alone.
+        dense: Hub id or folder of the dense model, of this ``revision``, for its attention maps and those of its
+            weights under the mask.
         data: images for attention maps, of this ``split``; None draws none.
         images: number of images to draw.
         others: as for :func:`snows_hf.prune`.
 
     Returns:
         The contents of report.json: the report of the prune, with ``size`` (bytes, dense and packed),
-        ``flops.reduction``, ``rows`` (shares of zeros along the rows of each layer), ``class_changes`` and
+        ``flops.reduction``, ``inputs`` (of each layer: shares of zeros by input), ``class_changes`` and
         ``attention`` (both None where not measured); besides, ``html`` and ``json``, where they were written.
 
     Raises:
@@ -121,7 +121,7 @@ def compare(
         row["name"] = row["model"] if names.count(row["name"]) > 1 else row["name"]
     if output is None:
         return {"models": rows, "output": None}
-    page = render("compare.html", rows=rows)
+    page = render("compare.html", rows=rows, pareto=pareto_of(rows))
     write_whole(Path(output), lambda path: path.write_text(page, encoding="utf-8"))
     return {"models": rows, "output": str(output)}
 
@@ -144,9 +144,12 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         return found | {
             "name": (found.get("name") if here else None) or short_name(checkpoint.source),
             "flops": found["flops"] | {"reduction": found["flops"]["dense"] / found["flops"]["pruned"]},
-            "size": {"dense": sum(each.nbytes for each in tensors), "packed": sum(each.nbytes for each in parts)},
-            "rows": {
-                str(layer["name"]): row_zeros([checkpoint.model.get_parameter(name) for name in layer["parameters"]])
+            "size": {
+                "dense": found.get("dense_bytes", sum(each.nbytes for each in tensors)),
+                "packed": sum(each.nbytes for each in parts),
+            },
+            "inputs": {
+                str(layer["name"]): input_zeros([checkpoint.model.get_parameter(name) for name in layer["parameters"]])
                 for layer in found["layers"]
             },
             "class_changes": class_changes(found["dense"], final, checkpoint.class_names),
@@ -163,7 +166,7 @@ def understood(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError) as error:
         raise LoadError(
             f"{folder / REPORT_FILE} is not a report that this version of `snows-hf prune` writes of these weights: "
             f"{one_line(error)}",
@@ -171,11 +174,17 @@ def understood(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def row_zeros(weights: Sequence[Tensor], cells: int = 64) -> list[float]:
-    """Shares of zeros along the output rows of a group's weights, each (rows, …): one a row, or means of neighbours
-    where there are more rows than ``cells``."""
-    shares = torch.cat([(weight.detach() == 0).flatten(1).double().mean(1) for weight in weights])
-    return [round(float(part.mean()), 4) for part in shares.tensor_split(min(cells, len(shares)))]
+def input_zeros(weights: Sequence[Tensor], cells: int = 64) -> dict[str, Any]:
+    """Shares of zeros of a group's inputs, each weight being (rows, inputs, …): ``count`` of inputs, ``unread``, those
+    of which no weight is left, and ``shares``, from the least to the greatest, at equal steps where there are more
+    inputs than ``cells``."""
+    widths = dict.fromkeys(weight.shape[1] for weight in weights)
+    zero = [(weight.detach() == 0).flatten(2) if weight.ndim > 2 else weight.detach() == 0 for weight in weights]
+    of_width = [torch.cat([each for each in zero if each.shape[1] == width]) for width in widths]
+    shares = torch.cat([each.double().transpose(0, 1).flatten(1).mean(1) for each in of_width]).sort().values
+    steps = torch.linspace(0, 1, min(cells, len(shares)), dtype=shares.dtype)
+    drawn = torch.quantile(shares, steps).tolist()
+    return {"count": len(shares), "unread": int((shares == 1).sum()), "shares": [round(each, 4) for each in drawn]}
 
 
 def attention_picture(
@@ -230,10 +239,10 @@ def references(
     if permuted:
         image = calibration_images(source, 1, 0, dense.preprocess).to(run.device)
         if not order_like(build_chain(dense.model), pruned.model.state_dict(), image, permuted):
-            run.say("No attention maps of the mask alone: the order of the channels cannot be told any more")
+            run.say("No attention maps of the masked dense weights: the order of the channels cannot be told any more")
             return
     for name, sparse in pruned.model.named_parameters():
         if sparse.ndim > 1:
             weight = dense.model.get_parameter(name)
             weight.masked_fill_(sparse.to(weight.device) == 0, 0)
-    yield "mask alone", dense
+    yield "dense weights, masked", dense
