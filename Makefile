@@ -1,4 +1,4 @@
-.PHONY: demo test test-all docs figures notebook quality style clean
+.PHONY: demo test test-all docs figures notebook dist quality style clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +26,12 @@ figures: $(VENV)/.dev
 notebook: $(VENV)/.dev
 	TQDM_DISABLE=1 PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter execute --inplace examples/*.ipynb
 	rm -rf examples/snows-notebook
+
+dist: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

@@ -1,4 +1,4 @@
-"""Model cards, from the templates beside this file (model_cards/template.md links to that of a pruned model)."""
+"""Model cards, from the templates beside this file."""
 
 import re
 from pathlib import Path
