@@ -133,7 +133,7 @@ def retraining() -> Figure:
         at_first = [drop + after - alone for drop, after, alone in zip(drops, retrained, solved, strict=True)]
         for what, alpha, lost in ((name, 0.5, at_first), ("… retrained", 1, drops)):
             drawn = axes.bar(places + 0.2 * (i - 1.5), lost, 0.18, color=colour, alpha=alpha, label=what)
-            axes.bar_label(drawn, fmt="%.1f", fontsize=7.5, color=GREY)
+            axes.bar_label(drawn, fmt="%.2f", fontsize=7.5, color=GREY)
             i += 1
     categories(axes, table.column("sparsity"))
     axes.set(title="ResNet-20: points lost, before and after retraining")
