@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from snows_hf import __version__
+from snows_hf.masks.criteria import CRITERIA
 
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,12 @@ def anchors(page: Path) -> set[str]:
     """Of the headings of a page, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_criterion_has_a_row() -> None:
+    rows = [line.split(" | ")[0] for line in (DOCS / "masks.md").read_text(encoding="utf-8").splitlines()]
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    assert CRITERIA.keys() <= named
 
 
 def test_one_version() -> None:
