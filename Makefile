@@ -54,7 +54,7 @@ $(VENV)/.package: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,viz]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,eval,viz]'
 	touch $@ $(VENV)/.package
 
 $(VENV)/.docs: $(BIN)/python pyproject.toml

@@ -21,6 +21,7 @@ OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANG
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`~?([^`]+)`")
+PUBLIC = re.compile(r"``(snows_hf\.\w+)``")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -48,5 +49,4 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            text = ROLE.sub(r"``\1``", obj.docstring.value)
-            obj.docstring.value = re.sub(r"^( *)others: ", r"\1**others**: ", text, flags=re.MULTILINE)
+            obj.docstring.value = PUBLIC.sub(r"[`\1`][\1]", ROLE.sub(r"``\1``", obj.docstring.value))
