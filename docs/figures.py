@@ -22,7 +22,7 @@ class Table:
     rows: list[list[str]]
 
     def index(self, row: str, before: int | None = None) -> int:
-        """Of the last row whose first cell begins so, a regular expression, above row ``before`` where that is given."""
+        """Of the last row (above row ``before``, where that is given) whose first cell begins so, by ``re.match``."""
         found = [i for i, cells in enumerate(self.rows[:before]) if re.match(row, cells[0])]
         if not found:
             raise LookupError(f"docs/results.md has no row {row!r} in the table {self.head}")
