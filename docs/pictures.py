@@ -114,7 +114,8 @@ def accuracy_kept() -> Figure:
     names = [f"{row.model}, {row.pattern.strip('`')}".replace(" of six layers", "") for row in rows]
     dumbbells(left, names, [row.share("alone") for row in rows], [row.share("ours") for row in rows])
     left.axvline(100, color=DENSE, **DASHED)
-    left.set(xlim=(40, 103), title="Accuracy kept, in % of the dense model's")
+    lowest = min(min(row.share("alone"), row.share("ours")) for row in rows)
+    left.set(xlim=(10 * (lowest // 10) - 10, 103), title="Accuracy kept, in % of the dense model's")
     left.legend(loc="upper left", fontsize=8.5)
     over_sparsity(right)
     return figure
