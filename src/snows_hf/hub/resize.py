@@ -6,9 +6,10 @@ model with exactly the tensors that there are is right. Where none does, a custo
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import le
 from typing import Any
 
 import timm
@@ -28,25 +29,31 @@ Fields = dict[Path, Any]
 @dataclass(frozen=True)
 class Size:
     """What is known of one structure: how many units each layer had and has, the first one's entries per unit, and
-    the width of what that reads."""
+    the width of what that reads; and, stage by stage, the units that are left and their entries."""
 
     before: int
     after: int
     each: int
     reads: int
+    stages: tuple[tuple[int, int], ...] = ()
 
 
 def resized(
-    checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size], allow_custom: bool = False
+    checkpoint: Checkpoint,
+    state: Mapping[str, Tensor],
+    sizes: Mapping[str, Size],
+    allow_custom: bool = False,
+    unread: Collection[str] = (),
 ) -> Checkpoint:
     """The checkpoint with these tensors, of which structures (``mlp``, ``heads``, ``channels``) have new sizes; where
-    no configuration says so, a custom one, if that is allowed.
+    no configuration says so, a custom one, if that is allowed. Tensors that are ``unread`` (no output depends on them)
+    become smaller where the configuration has them so.
 
     Raises:
         ConfigError: no configuration of its class builds a model with tensors of these shapes, or, of a custom one, it
             cannot be narrowed to them.
     """
-    fields = fields_for(checkpoint, state, sizes)
+    fields = fields_for(checkpoint, state, sizes, unread)
     if fields is None and allow_custom:
         return _narrowed(checkpoint, state)
     if fields is None:
@@ -58,22 +65,33 @@ def resized(
         )
     model = built(checkpoint, fields)
     assert model is not None
-    model.load_state_dict(dict(state), assign=True)
+    sizes_there = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    fitting = {name: tensor[tuple(map(slice, sizes_there[name]))].contiguous() for name, tensor in state.items()}
+    model.load_state_dict(fitting, assign=True)
     _with_constants_of(checkpoint.model, model)
     model.eval().requires_grad_(True)
     return replace(checkpoint, model=model, config=with_fields(checkpoint, fields))
 
 
-def fields_for(checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size]) -> Fields | None:
+def fields_for(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size], unread: Collection[str] = ()
+) -> Fields | None:
     """What the configuration must say for a model with tensors of the shapes of ``state``, of which nothing else is
-    read; None where there is nothing that it could say."""
-    shapes = {name: tensor.shape for name, tensor in state.items()}
+    read, but for the ``unread`` ones, that may be smaller; None where there is nothing that it could say."""
+    shapes, fitting = {name: tensor.shape for name, tensor in state.items()}, None
     for fields in candidates(checkpoint, sizes):
         with torch.device("meta"):
             trial = built(checkpoint, fields)
-        if trial is not None and shapes == {name: tensor.shape for name, tensor in trial.state_dict().items()}:
+        own = {name: tensor.shape for name, tensor in trial.state_dict().items()} if trial is not None else {}
+        if own.keys() != shapes.keys():
+            continue
+        others = [name for name in own if own[name] != shapes[name]]
+        if not others:
             return fields
-    return None
+        smaller = all(all(map(le, own[name], shapes[name])) for name in others)
+        if fitting is None and smaller and set(others) <= set(unread):
+            fitting = fields
+    return fitting
 
 
 def _narrowed(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Checkpoint:
@@ -125,10 +143,13 @@ def _fields(name: str, size: Size, config: Any, path: Path, said: Mapping[str, A
         before = getattr(config, "mlp_ratio", None) if config is not None else size.before / size.reads
         if isinstance(before, int | float):
             ratio = before * size.after / size.before
-            yield {(*path, "mlp_ratio"): int(ratio) if ratio == int(ratio) else ratio}
+            yield {(*path, "mlp_ratio"): type(before)(ratio) if ratio == int(ratio) else ratio}
             yield {(*path, "mlp_ratio"): (size.after + 0.5) / size.reads}  # where rounding has it one less
+            yield {(*path, "mlp_ratio"): 2 * ratio}  # of gated units whose two halves count
     elif name == "heads" and config is not None:
         yield {(*path, "num_attention_heads"): size.after, (*path, "head_dim"): size.each}
+    elif name == "heads":
+        yield {(key,): [stage[i] for stage in size.stages] for i, key in enumerate(("num_heads", "head_dim"))}
     elif name == "channels" and config is None:
         for key, whole in (("base_width", 64), ("inner", 1.0)):
             yield {(key,): said.get(key, whole) * size.after / size.before}
