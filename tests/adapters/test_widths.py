@@ -68,7 +68,6 @@ CHECKPOINTS: dict[str, Callable[[], Checkpoint]] = {
     ),
     "DINOv2": of_transformers("Dinov2ForImageClassification", **VIT, mlp_ratio=2),
     "BEiT, tables of positions": of_transformers("BeitForImageClassification", **MLP, use_relative_position_bias=True),
-    "CLIP": of_tower("CLIPForImageClassification"),
     "Swin": of_transformers("SwinForImageClassification", **SWIN),
     "timm's ViT": of_timm("vit_tiny_patch16_224", **TIMM | {"embed_dim": 8}),
     "timm's ViT, packed SwiGLU": of_timm("vit_giant_patch14_reg4_dinov2", **TIMM),
@@ -83,6 +82,7 @@ CHECKPOINTS: dict[str, Callable[[], Checkpoint]] = {
 """Checkpoints whose configurations can say a smaller width."""
 
 MORE: dict[str, Callable[[], Checkpoint]] = {
+    "CLIP": of_tower("CLIPForImageClassification"),
     "DeiT": of_transformers("DeiTForImageClassification", **MLP),
     "BEiT": of_transformers("BeitForImageClassification", **MLP),
     "ViT-MSN": of_transformers("ViTMSNForImageClassification", **MLP),
@@ -127,7 +127,7 @@ def without_reading(model: nn.Module, kept: dict[Width, torch.Tensor]) -> nn.Mod
 def size_of(model: nn.Module, kept: dict[Width, torch.Tensor]) -> Size:
     width, units = next(iter(kept.items()))
     reads = model.get_parameter(width.makers[0].name).shape[1]
-    stages = tuple((len(units), width.makers[0].each) for width, units in kept.items())
+    stages = tuple(dict.fromkeys((width.units, len(units), width.makers[0].each) for width, units in kept.items()))
     return Size(width.units, len(units), width.makers[0].each, reads, stages)
 
 
@@ -160,11 +160,13 @@ HEADS |= {"BEiT", "BEiT, tables of positions"}
 """Of these a configuration can say how many heads are left."""
 
 
-@pytest.mark.parametrize("name", ["EVA, grouped queries", "one table for all", "timm's BEiT"])
+@pytest.mark.parametrize(
+    "name", ["timm's BEiT", *(pytest.param(n, marks=pytest.mark.slow) for n in ("EVA, grouped queries", "one table"))]
+)
 def test_heads_that_cannot_go_alone_are_no_widths(name: str) -> None:
     """Keys of several queries, a table that all blocks share, a bias that is put together of two."""
     shared = of_transformers("BeitForImageClassification", **MLP, use_shared_relative_position_bias=True)
-    model = {**CHECKPOINTS, **MORE, "one table for all": shared}[name]().model
+    model = {**CHECKPOINTS, **MORE, "one table": shared}[name]().model
     assert {width.kind for width in widths_of(build_chain(model, images(1)))} == {"mlp"}
 
 

@@ -29,13 +29,22 @@ Fields = dict[Path, Any]
 @dataclass(frozen=True)
 class Size:
     """What is known of one structure: how many units each layer had and has, the first one's entries per unit, and
-    the width of what that reads; and, stage by stage, the units that are left and their entries."""
+    the width of what that reads; and the same stage by stage: units that were there, that are left, and their
+    entries."""
 
     before: int
     after: int
     each: int
     reads: int
-    stages: tuple[tuple[int, int], ...] = ()
+    stages: tuple[tuple[int, int, int], ...]
+
+    def shares(self) -> Iterator[float]:
+        """Shares of the units of all stages that leave what is left of each, rounded down or to the nearest number."""
+        exact = max(after / before for before, after, _ in self.stages)
+        yield exact
+        yield (exact + min((after + 1) / before for before, after, _ in self.stages)) / 2
+        nearest = [(after + half) / before for before, after, _ in self.stages for half in (-0.5, 0.5)]
+        yield (max(nearest[::2]) + min(nearest[1::2])) / 2
 
 
 def resized(
@@ -141,18 +150,17 @@ def _fields(name: str, size: Size, config: Any, path: Path, said: Mapping[str, A
         if config is not None and hasattr(config, "intermediate_size"):
             yield {(*path, "intermediate_size"): size.after}
         before = getattr(config, "mlp_ratio", None) if config is not None else size.before / size.reads
-        if isinstance(before, int | float):
-            ratio = before * size.after / size.before
+        for ratio in [before * share for share in size.shares()] if isinstance(before, int | float) else ():
             yield {(*path, "mlp_ratio"): type(before)(ratio) if ratio == int(ratio) else ratio}
-            yield {(*path, "mlp_ratio"): (size.after + 0.5) / size.reads}  # where rounding has it one less
             yield {(*path, "mlp_ratio"): 2 * ratio}  # of gated units whose two halves count
     elif name == "heads" and config is not None:
         yield {(*path, "num_attention_heads"): size.after, (*path, "head_dim"): size.each}
     elif name == "heads":
-        yield {(key,): [stage[i] for stage in size.stages] for i, key in enumerate(("num_heads", "head_dim"))}
+        _, heads, each = zip(*size.stages, strict=True)
+        yield {("num_heads",): list(heads), ("head_dim",): list(each)}
     elif name == "channels" and config is None:
         for key, whole in (("base_width", 64), ("inner", 1.0)):
-            yield {(key,): said.get(key, whole) * size.after / size.before}
+            yield from ({(key,): said.get(key, whole) * share} for share in size.shares())
 
 
 def built(checkpoint: Checkpoint, fields: Fields) -> nn.Module | None:

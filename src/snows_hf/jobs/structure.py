@@ -1,6 +1,7 @@
 """Structured pruning: units are chosen and cut out, and what is left is a smaller network of the same class, which the
 dense one teaches."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -39,7 +40,10 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: b
     """
     if not shares:
         return {}
-    keep = counts_left(subject, widths_asked_for(subject), shares)
+    widths = widths_asked_for(subject)
+    keep = counts_left(subject, widths, shares)
+    if not can_be_said(subject, keep) and can_be_said(subject, fewer := rounded_down(keep, shares)):
+        keep = fewer
     smaller = resized_to_first(subject, keep, allow_custom)
     if smaller.custom:
         check_custom(subject, smaller, first_units(keep))
@@ -77,6 +81,11 @@ def counts_left(subject: Subject, widths: Sequence[Width], shares: Mapping[str, 
                     f"A share from {1 / width.units:.2g} to {1 - 1 / width.units:.2g} leaves some.",
                 )
     return keep
+
+
+def rounded_down(keep: Mapping[Width, int], shares: Mapping[str, float]) -> dict[Width, int]:
+    """:func:`counts_left` as most classes count the widths of several stages: never up."""
+    return {width: max(1, math.floor((1 - shares[width.kind]) * width.units + 1e-9)) for width in keep}
 
 
 @torch.no_grad()
@@ -134,7 +143,7 @@ def sizes_of(subject: Subject, keep: Mapping[Width, int]) -> dict[str, Size]:
         own = [(width.units, count, width.makers[0].each) for width, count in keep.items() if width.kind == kind]
         first = next(width for width in keep if width.kind == kind)
         reads = subject.original[first.makers[0].name].shape[1]
-        sizes[kind] = Size(*own[0], reads, tuple((after, each) for (_, after, each), _ in groupby(own)))
+        sizes[kind] = Size(*own[0], reads, tuple(stage for stage, _ in groupby(own)))
     return sizes
 
 
