@@ -37,7 +37,7 @@ def brute_force(layers: list[tuple[Tensor, Moments, float]], units: int, keep: i
             q = W.shape[1] // units
             columns = torch.zeros(units, dtype=torch.bool).index_fill_(0, torch.tensor(stays), True)
             lost = W - repair(W, moments, columns.repeat_interleave(q))[0]
-            total += share * float(((lost @ moments.ridged()) * lost).sum())
+            total += share * float(((lost @ moments.ridged) * lost).sum())
         return total
 
     while len(left) > keep:
@@ -79,7 +79,7 @@ def test_repair_is_least_squares(d: int, rows: int, bias: bool, seed: int, data:
     repaired, shift = repair(W, moments, kept)
 
     centred = x - x.mean(0) if bias else x
-    ridge = (moments.ridged() - moments.covariance).diagonal().mean()
+    ridge = (moments.ridged - moments.covariance).diagonal().mean()
     rows_of_ridge = (len(x) * ridge).sqrt() * torch.eye(d, dtype=x.dtype)
     system = torch.cat([centred, rows_of_ridge])
     best = torch.linalg.lstsq(system[:, kept], system @ W.T).solution.T
@@ -127,4 +127,4 @@ def test_variances_that_float32_has_lost_leave_an_inverse() -> None:
     x = torch.cat([x, torch.ones(50, 1)], 1)
     moments = Moments.of(x.T @ x)
     assert moments.covariance.diagonal().min() < 0
-    assert torch.linalg.eigvalsh(moments.ridged()).min() > 0
+    assert torch.linalg.eigvalsh(moments.ridged).min() > 0
