@@ -67,7 +67,7 @@ def repair(W: Tensor, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Reader:
-    """A layer W (rows, d) that reads the units, while these go, of which unit j has the columns [jq, (j + 1)q): what is
+    """A layer W (rows, d) that reads the units, of which unit j has the columns [jq, (j + 1)q), while these go: what is
     left of it, as G = WᵀW, and C⁻¹, both (d, d).
 
     With LLᵀ = (C⁻¹)_JJ, h = C⁻¹_·J L⁻ᵀ and a = G_·J L⁻ᵀ, removal of the columns J takes h hᵀ from C⁻¹, and from G
