@@ -67,8 +67,8 @@ def repair(W: Tensor, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Reader:
-    """A layer W (rows, d) that reads the units, of which unit j has the columns [jq, (j + 1)q), while these go: what is
-    left of it, as G = WᵀW, and C⁻¹, both (d, d).
+    """A layer W (rows, d) that reads the units, while these go; unit j has the columns [jq, (j + 1)q). What is left of
+    it are G = WᵀW and C⁻¹, both (d, d).
 
     With LLᵀ = (C⁻¹)_JJ, h = C⁻¹_·J L⁻ᵀ and a = G_·J L⁻ᵀ, removal of the columns J takes h hᵀ from C⁻¹, and from G
     a hᵀ + h aᵀ - h a_Jᵀ L⁻ᵀ hᵀ, which is b hᵀ + h bᵀ with b = a - ½ h a_Jᵀ L⁻ᵀ. Rows hᵀ and bᵀ wait until there are
