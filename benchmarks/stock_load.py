@@ -68,7 +68,8 @@ def of_tower(kind: Any) -> Callable[[Path], None]:
 def of_timm(architecture: str, **arguments: Any) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         model: Any = trained(timm.create_model(architecture, num_classes=10, **arguments))
-        model.pretrained_cfg |= {"input_size": (3, IMAGE, IMAGE)}
+        size = arguments.get("img_size", 2 * IMAGE)  # of convolutions whose last images would be of one pixel
+        model.pretrained_cfg |= {"input_size": (3, size, size)}
         timm.models.save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
 
     return save
@@ -171,10 +172,10 @@ def measured(name: str, structure: str, source: Path, folder: Path) -> dict[str,
         except SnowsError as custom:
             return facts | {"custom": str(custom)}
         return facts | {"custom": True}
-    model = snows_hf.load(folder).model
-    pixels = torch.randn(3, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1))
+    loaded = snows_hf.load(folder)
+    pixels = torch.randn(3, *loaded.image().shape[1:], generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = outputs_of(model, pixels)
+        found = outputs_of(loaded.model, pixels)
     expected = found.get("logits", next(iter(found.values())))
     save_file({"pixels": pixels}, folder / "pixels.safetensors")
     save_file({"expected": expected.contiguous()}, folder / "expected.safetensors")
@@ -206,11 +207,16 @@ def stock_agrees(folders: list[Path]) -> dict[str, bool]:
 
 
 def rows(facts: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| family | `mlp` | `heads` | `channels` |"
-    yield "|---|---|---|---|"
+    """A table in which families of a library with the same cells share a row."""
+    shared: dict[tuple[str, ...], list[str]] = {}
     for family in dict.fromkeys(fact["family"] for fact in facts):
         cells = {fact["structure"]: cell(fact) for fact in facts if fact["family"] == family}
-        yield f"| {family} | {' | '.join(cells[structure] for structure in SHARES)} |"
+        library, _, name = family.partition(": ")
+        shared.setdefault((library, *(cells[structure] for structure in SHARES)), []).append(name)
+    yield "| family | `mlp` | `heads` | `channels` |"
+    yield "|---|---|---|---|"
+    for (library, *own), names in shared.items():
+        yield f"| {library}: {'; '.join(names)} | {' | '.join(own)} |"
 
 
 def cell(fact: dict[str, Any]) -> str:
