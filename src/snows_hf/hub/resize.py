@@ -150,8 +150,9 @@ def _fields(name: str, size: Size, config: Any, path: Path, said: Mapping[str, A
         if config is not None and hasattr(config, "intermediate_size"):
             yield {(*path, "intermediate_size"): size.after}
         before = getattr(config, "mlp_ratio", None) if config is not None else size.before / size.reads
+        whole: type = int if isinstance(before, int) else float  # as the class may insist
         for ratio in [before * share for share in size.shares()] if isinstance(before, int | float) else ():
-            yield {(*path, "mlp_ratio"): type(before)(ratio) if ratio == int(ratio) else ratio}
+            yield {(*path, "mlp_ratio"): whole(ratio) if ratio == int(ratio) else ratio}
             yield {(*path, "mlp_ratio"): 2 * ratio}  # of gated units whose two halves count
     elif name == "heads" and config is not None:
         yield {(*path, "num_attention_heads"): size.after, (*path, "head_dim"): size.each}
@@ -159,8 +160,8 @@ def _fields(name: str, size: Size, config: Any, path: Path, said: Mapping[str, A
         _, heads, each = zip(*size.stages, strict=True)
         yield {("num_heads",): list(heads), ("head_dim",): list(each)}
     elif name == "channels" and config is None:
-        for key, whole in (("base_width", 64), ("inner", 1.0)):
-            yield from ({(key,): said.get(key, whole) * share} for share in size.shares())
+        for (key, full), share in product({"base_width": 64, "inner": 1.0}.items(), size.shares()):
+            yield {(key,): said.get(key, full) * share}
 
 
 def built(checkpoint: Checkpoint, fields: Fields) -> nn.Module | None:
