@@ -99,8 +99,8 @@ class Reader:
         J, waiting = slice(unit * self.q, (unit + 1) * self.q), slice(self.waiting, self.waiting + self.q)
         L = torch.linalg.cholesky(self.pivots[unit])
         H, B = self.h[: self.waiting], self.b[: self.waiting]
-        h = self.inverse[J] - H[:, J].T @ H
-        a = self.gram[J] - H[:, J].T @ B - B[:, J].T @ H
+        h, a = (torch.cat([H[:, J], B[:, J]], 1).T @ H).split(self.q)  # in one pass over H
+        h, a = self.inverse[J] - h, self.gram[J] - a - H[:, J].T @ B
         h, a = (torch.linalg.solve_triangular(L, part, upper=False) for part in (h, a))  # hᵀ and aᵀ, (q, d)
         b = a - 0.5 * torch.linalg.solve_triangular(L, a[:, J].T, upper=False) @ h
         self.h[waiting], self.b[waiting], self.waiting = h, b, waiting.stop
