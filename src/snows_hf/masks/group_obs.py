@@ -38,16 +38,22 @@ class Moments:
         return cls(mean, gram[:-1, :-1] / count - mean.outer(mean))
 
     @cached_property
-    def ridged(self) -> Tensor:
-        """C with the ridge on its diagonal: a higher one where sums in float32 have left nothing of small variances
-        around large means (pooled channels), and C would not be positive."""
+    def factored(self) -> tuple[Tensor, Tensor]:
+        """C with the ridge on its diagonal, and its Cholesky factor; with a higher ridge where sums in float32 have
+        left nothing of small variances around large means (pooled channels), and C would not be positive."""
         scale = self.covariance.diagonal().mean()
         ridge = RIDGE * torch.where(scale > 0, scale, 1.0) * torch.eye(len(self.mean)).to(self.covariance)
         for _ in range(10):
-            if not torch.linalg.cholesky_ex(self.covariance + ridge).info:
-                break
+            factor, failed = torch.linalg.cholesky_ex(self.covariance + ridge)
+            if not failed:
+                return self.covariance + ridge, factor
             ridge *= 10
-        return self.covariance + ridge
+        return self.covariance + ridge, torch.linalg.cholesky(self.covariance + ridge)
+
+    @property
+    def ridged(self) -> Tensor:
+        """C with the ridge on its diagonal."""
+        return self.factored[0]
 
 
 def variance(W: Tensor, moments: Moments) -> float:
@@ -78,7 +84,7 @@ class Reader:
     def __init__(self, W: Tensor, moments: Moments, units: int, share: float = 1.0) -> None:
         """``share``: what costs are multiplied with, of one layer beside others."""
         W = W.double()
-        self.gram, self.inverse = W.T @ W, torch.cholesky_inverse(torch.linalg.cholesky(moments.ridged))
+        self.gram, self.inverse = W.T @ W, torch.cholesky_inverse(moments.factored[1])
         self.units, self.q, self.share, self.waiting = units, W.shape[1] // units, share, 0
         self.products, self.pivots = self._blocks(self.gram), self._blocks(self.inverse)  # (units, q, q)
         self.h, self.b = (W.new_empty(max(BLOCK, self.q), W.shape[1]) for _ in range(2))
@@ -115,9 +121,9 @@ class Reader:
         """Takes from C⁻¹ and G what has waited, and leaves out the units that do not stay (bool, (units,))."""
         columns = stays.repeat_interleave(self.q).nonzero().flatten()
         H, B = self.h[: self.waiting, columns], self.b[: self.waiting, columns]
-        self.inverse = self.inverse.index_select(0, columns).index_select(1, columns).addmm_(H.T, H, alpha=-1)
-        cross = H.T @ B
-        self.gram = self.gram.index_select(0, columns).index_select(1, columns).sub_(cross).sub_(cross.T)
+        own = columns[:, None], columns
+        self.inverse = self.inverse[own].addmm_(H.T, H, alpha=-1)
+        self.gram = self.gram[own].addmm_(H.T, B, alpha=-1).addmm_(B.T, H, alpha=-1)
         self.products, self.pivots, self.units = self.products[stays], self.pivots[stays], int(stays.sum())
         self.h, self.b, self.waiting = self.h[:, columns], self.b[:, columns], 0
 
