@@ -1,10 +1,11 @@
 """Patterns side by side on one model: units chosen by several criteria, repaired or not, before and after SNOWS.
 
     python benchmarks/structured.py MODEL --data DATA --pattern mlp:0.5 [--samples 256] [--test 1000]
-        [--cases ours obs ridge magnitude ...] [--set NAME=VALUE ...] [--log LOG.jsonl]
+        [--cases ours obs ridge magnitude torch-pruning-fpgm ...] [--set NAME=VALUE ...] [--log LOG.jsonl]
 
 Accuracy, agreement with the dense network and the divergence from it are those of the ``--test`` first images of the
-test split, shuffled with seed 1.
+test split, shuffled with seed 1; seconds are those of the processor. The cases of Torch-Pruning need
+``pip install torch-pruning``.
 """
 
 import argparse
@@ -35,6 +36,11 @@ CASES: dict[str, dict[str, Any]] = {
     "obs": {"update": False},
     "ours": {},
 }
+"""What each is to :func:`snows_hf.prune`."""
+
+PEER = "torch-pruning-"
+PEERS = [f"{PEER}{criterion}" for criterion in ("magnitude", "lamp", "fpgm", "taylor")]
+"""Torch-Pruning's criteria (torch_pruning_units.py)."""
 
 
 @torch.no_grad()
@@ -106,26 +112,33 @@ def tell(facts: dict[str, Any], log: Path | None) -> None:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--pattern", required=True)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=[*CASES, *PEERS], choices=[*CASES, *PEERS])
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args()
-    changes = changes_of(given)
 
     test = Test.of(given.model, given.data, given.test)
-    print("dense", test.dense_facts(), flush=True)
+    said = {"pattern": given.pattern, "samples": given.samples, "set": changes_of(given)}
+    tell({"case": "dense", **said, **test.dense_facts()}, given.log)
     for case in given.cases:
-        started = time.perf_counter()
-        settings = {"samples": given.samples, **CASES[case], **changes}
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "pruned"
-            say = print if given.verbose else lambda stage: None
-            result = snows_hf.prune(
-                given.model, given.pattern, data=given.data, output=output, on_stage=say, **settings
-            )
-        facts = {"case": case, "pattern": given.pattern, "samples": given.samples, "set": changes}
-        facts |= test.measured(result.model)
-        facts |= {"seconds": time.perf_counter() - started, "parameters": result.report["parameters"]["total"]}
-        tell(facts, given.log)
+        started = time.process_time()
+        model, parameters = pruned(case, given)
+        seconds = time.process_time() - started
+        facts = test.measured(model) | {"seconds": seconds, "parameters": parameters}
+        tell({"case": case, **said, **facts}, given.log)
+
+
+def pruned(case: str, given: argparse.Namespace) -> tuple[Any, int]:
+    """What a case makes of the model, and how many parameters that has."""
+    settings = {"samples": given.samples, **CASES.get(case, {}), **changes_of(given)}
+    if case in PEERS:
+        from torch_pruning_units import prune
+
+        return prune(given.model, given.pattern, case.removeprefix(PEER), given.data, settings)
+    say = print if given.verbose else lambda stage: None
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "pruned"
+        result = snows_hf.prune(given.model, given.pattern, data=given.data, output=output, on_stage=say, **settings)
+    return result.model, result.report["parameters"]["total"]
 
 
 if __name__ == "__main__":

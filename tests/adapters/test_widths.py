@@ -1,6 +1,7 @@
 """Coupled widths: what is cut is what a network with those units' outputs unread computes, in float64."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ from torch import nn
 
 from snows_hf.adapters import build_chain, cifar_resnet  # noqa: F401  registers CIFAR ResNets
 from snows_hf.adapters.outputs import outputs_of
-from snows_hf.adapters.widths import Width, cut, widths_of
+from snows_hf.adapters.widths import Width, cut, unread, widths_of
 from snows_hf.errors import ConfigError
 from snows_hf.hub.load import Checkpoint
 from snows_hf.hub.resize import Size, resized
 
 
-SMALL: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_labels": 3, "attn_implementation": "sdpa"}
+IMAGE = {"image_size": 8, "patch_size": 4}
+SMALL: dict[str, Any] = IMAGE | {"num_labels": 3, "attn_implementation": "sdpa"}
 VIT: dict[str, Any] = SMALL | {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+MLP: dict[str, Any] = VIT | {"intermediate_size": 12}
+SWIN: dict[str, Any] = {"image_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 4, "depths": (1, 1)}
+SWIN |= {"num_heads": (2, 2), "mlp_ratio": 2.0, "num_labels": 3}
+HIERA: dict[str, Any] = {"image_size": [32, 32], "patch_size": [7, 7], "embed_dim": 4, "depths": [1, 1]}
+HIERA |= {"num_heads": [2, 2], "query_stride": [2, 2], "num_query_pool": 1, "num_labels": 3, "mlp_ratio": 2.0}
+HIERA |= {"masked_unit_size": [4, 4], "masked_unit_attention": [True, False]}
+TIMM: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 
 
 def transformers_model(name: str, **config: Any) -> nn.Module:
@@ -35,33 +44,67 @@ def checkpoint_of(model: nn.Module, architecture: str = "", **arguments: Any) ->
     return Checkpoint("tiny", Path(), library, config, model, lambda rows: torch.zeros(0), None, None)
 
 
-def timm_checkpoint(architecture: str, **arguments: Any) -> Checkpoint:
-    model = randomised(timm.create_model(architecture, num_classes=3, **arguments), seed=0)
-    return checkpoint_of(model, architecture, **arguments)
+def of_transformers(name: str, **config: Any) -> Callable[[], Checkpoint]:
+    return lambda: checkpoint_of(transformers_model(name, **config))
 
 
-CHECKPOINTS = {
+def of_tower(name: str) -> Callable[[], Checkpoint]:
+    vision = {key: value for key, value in MLP.items() if key != "num_labels"}
+    return lambda: checkpoint_of(transformers_model(name, vision_config=vision, num_labels=3))
+
+
+def of_timm(architecture: str, **arguments: Any) -> Callable[[], Checkpoint]:
+    def build() -> Checkpoint:
+        model = randomised(timm.create_model(architecture, num_classes=3, **arguments), seed=0)
+        return checkpoint_of(model, architecture, **arguments)
+
+    return build
+
+
+CHECKPOINTS: dict[str, Callable[[], Checkpoint]] = {
     "ViT": lambda: checkpoint_of(transformers_vit()),
-    "DINOv2, gated": lambda: checkpoint_of(
-        transformers_model("Dinov2ForImageClassification", **VIT, mlp_ratio=2, use_swiglu_ffn=True)
+    "DINOv2, gated": of_transformers(
+        "Dinov2ForImageClassification", **VIT | {"hidden_size": 12}, mlp_ratio=4, use_swiglu_ffn=True
     ),
-    "DINOv2": lambda: checkpoint_of(transformers_model("Dinov2ForImageClassification", **VIT, mlp_ratio=2)),
-    "Swin": lambda: checkpoint_of(
-        transformers_model(
-            "SwinForImageClassification", image_size=8, patch_size=2, window_size=2, embed_dim=4, depths=(1, 1),
-            num_heads=(2, 2), mlp_ratio=2.0, num_labels=3,
-        )
+    "DINOv2": of_transformers("Dinov2ForImageClassification", **VIT, mlp_ratio=2),
+    "BEiT, tables of positions": of_transformers("BeitForImageClassification", **MLP, use_relative_position_bias=True),
+    "Swin": of_transformers("SwinForImageClassification", **SWIN),
+    "timm's ViT": of_timm("vit_tiny_patch16_224", **TIMM | {"embed_dim": 8}),
+    "timm's ViT, packed SwiGLU": of_timm("vit_giant_patch14_reg4_dinov2", **TIMM),
+    "EVA, gated": of_timm("eva02_tiny_patch14_224", **TIMM),
+    "EVA, grouped queries": of_timm("vit_base_patch16_sapiens2", **TIMM, num_kv_heads=1, dynamic_img_size=False),
+    "timm's Swin": of_timm(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 4)
     ),
-    "timm's ViT": lambda: timm_checkpoint(
-        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2.0
-    ),
-    "EVA, gated": lambda: timm_checkpoint(
-        "eva02_tiny_patch14_224", img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0
-    ),
-    "CIFAR ResNet": lambda: timm_checkpoint("resnet20_cifar"),
-    "ResNet-26": lambda: timm_checkpoint("resnet26", base_width=16),
-}  # fmt: skip
+    "CIFAR ResNet": of_timm("resnet20_cifar"),
+    "ResNet-26": of_timm("resnet26", base_width=16),
+}
 """Checkpoints whose configurations can say a smaller width."""
+
+MORE: dict[str, Callable[[], Checkpoint]] = {
+    "CLIP": of_tower("CLIPForImageClassification"),
+    "DeiT": of_transformers("DeiTForImageClassification", **MLP),
+    "BEiT": of_transformers("BeitForImageClassification", **MLP),
+    "ViT-MSN": of_transformers("ViTMSNForImageClassification", **MLP),
+    "DINOv2 with registers": of_transformers("Dinov2WithRegistersForImageClassification", **VIT, mlp_ratio=2),
+    "DINOv3": of_transformers("DINOv3ViTModel", **MLP),
+    "DINOv3, gated": of_transformers("DINOv3ViTModel", **MLP, use_gated_mlp=True),
+    "AIMv2, gated": of_transformers("Aimv2VisionModel", **MLP),
+    "SigLIP": of_tower("SiglipForImageClassification"),
+    "SigLIP, pooled": of_transformers("SiglipVisionModel", **MLP),
+    "Swin v2": of_transformers("Swinv2ForImageClassification", **SWIN),
+    "Hiera": of_transformers("HieraForImageClassification", **HIERA),
+    "timm's DeiT": of_timm("deit_tiny_distilled_patch16_224", **TIMM),
+    "timm's BEiT": of_timm("beit_base_patch16_224", **TIMM),
+    "EVA, gated in eights": of_timm("vit_small_plus_patch16_dinov3", **TIMM),
+    "timm's AIMv2, gated": of_timm("aimv2_large_patch14_224", **TIMM),
+    "timm's Swin v2": of_timm(
+        "swinv2_tiny_window8_256", img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 4)
+    ),
+}
+
+SIZES = {"ResNet-26": 64, "CIFAR ResNet": 32, "Hiera": 32, "timm's Swin": 32, "timm's Swin v2": 32}
+"""Of images that are not of eight pixels."""
 
 
 def kept_of(widths: list[Width], kind: str, share: float) -> dict[Width, torch.Tensor]:
@@ -83,29 +126,48 @@ def without_reading(model: nn.Module, kept: dict[Width, torch.Tensor]) -> nn.Mod
 
 def size_of(model: nn.Module, kept: dict[Width, torch.Tensor]) -> Size:
     width, units = next(iter(kept.items()))
-    return Size(width.units, len(units), width.makers[0].each, model.get_parameter(width.makers[0].name).shape[1])
+    reads = model.get_parameter(width.makers[0].name).shape[1]
+    stages = tuple(dict.fromkeys((width.units, len(units), width.makers[0].each) for width, units in kept.items()))
+    return Size(width.units, len(units), width.makers[0].each, reads, stages)
+
+
+def answer(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    return next(iter(outputs_of(model, pixels).values()))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [*CHECKPOINTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_a_cut_network_computes_what_the_masked_one_does(name: str) -> None:
-    checkpoint = CHECKPOINTS[name]()
-    model = checkpoint.model
-    size = 64 if "ResNet-26" in name else 32 if "CIFAR" in name else 8
+    checkpoint = {**CHECKPOINTS, **MORE}[name]()
+    model, size = checkpoint.model, SIZES.get(name, 8)
     pixels = torch.randn(3, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    widths = widths_of(build_chain(model, pixels[:1]))
-    kinds = dict.fromkeys(width.kind for width in widths)
-    assert kinds
-    for kind in kinds:
-        if kind == "heads" and checkpoint.library == "timm":
-            continue
+    chain = build_chain(model, pixels[:1])
+    widths = widths_of(chain)
+    said = [kind for kind in dict.fromkeys(width.kind for width in widths) if kind != "heads" or name in HEADS]
+    assert said
+    for kind in said:
         kept = kept_of(widths, kind, 0.5)
-        smaller = resized(checkpoint, cut(model.state_dict(), kept), {kind: size_of(model, kept)})
-        masked = outputs_of(without_reading(model, kept), pixels)["logits"]
-        got = outputs_of(smaller.model, pixels)["logits"]
+        sizes = {kind: size_of(model, kept)}
+        smaller = resized(checkpoint, cut(model.state_dict(), kept), sizes, unread=unread(chain))
+        masked, got = answer(without_reading(model, kept), pixels), answer(smaller.model, pixels)
         assert torch.allclose(got, masked, rtol=1e-9, atol=1e-9 * float(masked.abs().max()))
-        assert not torch.allclose(masked, outputs_of(model, pixels)["logits"], rtol=1e-3)
+        assert not torch.allclose(masked, answer(model, pixels), rtol=1e-3)
         assert type(smaller.model) is type(model)
+
+
+HEADS = {"ViT", "DINOv2", "DINOv2, gated", "DINOv2 with registers", "DeiT", "ViT-MSN", "timm's Swin"}
+HEADS |= {"BEiT", "BEiT, tables of positions"}
+"""Of these a configuration can say how many heads are left."""
+
+
+@pytest.mark.parametrize(
+    "name", ["timm's BEiT", *(pytest.param(n, marks=pytest.mark.slow) for n in ("EVA, grouped queries", "one table"))]
+)
+def test_heads_that_cannot_go_alone_are_no_widths(name: str) -> None:
+    """Keys of several queries, a table that all blocks share, a bias that is put together of two."""
+    shared = of_transformers("BeitForImageClassification", **MLP, use_shared_relative_position_bias=True)
+    model = {**CHECKPOINTS, **MORE, "one table": shared}[name]().model
+    assert {width.kind for width in widths_of(build_chain(model, images(1)))} == {"mlp"}
 
 
 def test_what_no_configuration_says_is_refused() -> None:

@@ -9,8 +9,10 @@ import torch
 from embedded import DIGITS, VIT
 from torch import nn
 from transformers import AutoModelForImageClassification
+from vision import save_model
 
 from snows_hf import inspect, prune, train
+from snows_hf.errors import SnowsError
 from snows_hf.hub.load import load
 from snows_hf.masks.criteria import SCORES
 from snows_hf.runtime.run import Progress
@@ -114,3 +116,24 @@ def test_units_go_by_the_sums_of_their_scores(whole: nn.Module) -> None:
         kept = scores.topk(48).indices.sort().values
         assert torch.equal(smaller.get_parameter(maker), whole.get_parameter(maker)[kept])
         assert torch.equal(smaller.get_parameter(reader), whole.get_parameter(reader)[:, kept])
+
+
+REFUSED = [
+    ("dinov2", "mlp:0.3", "no configuration says mlp of 45 in place of 64"),
+    pytest.param("clip vision", "heads:0.5", "no configuration says heads of 1 in place of 2", marks=pytest.mark.slow),
+    pytest.param("vit", "channels:0.5", "has no such structure that can be cut", marks=pytest.mark.slow),
+    pytest.param("vit", "heads:0.2", "has 2 heads, and 2 would be left", marks=pytest.mark.slow),
+    pytest.param("vit", "mlp:0.99", "has 32 units, and 0 would be left", marks=pytest.mark.slow),
+    pytest.param("resnet", "channels:0.5", "or --allow-custom, which makes a model", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name, pattern, message", REFUSED)
+def test_what_cannot_go_is_refused_before_any_image_is_read(
+    name: str, pattern: str, message: str, tmp_path: Path
+) -> None:
+    said = list[str]()
+    with pytest.raises(SnowsError, match=message):
+        prune(save_model(name, tmp_path / "m"), pattern, output=tmp_path / "out", on_stage=said.append, **QUICK)
+    assert said and not any(line.startswith("Reading") for line in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -3,9 +3,16 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from tiny import images, transformers_vit
 from torch import Tensor
 
+from snows_hf.adapters import build_chain
+from snows_hf.adapters.widths import widths_of
+from snows_hf.masks.evidence import Evidence
 from snows_hf.masks.group_obs import Moments, Reader, repair, units_left, variance
+from snows_hf.masks.units import choose_units
+from snows_hf.patterns import Full
+from snows_hf.settings import settings_for
 
 
 def inputs(count: int, d: int, seed: int) -> Tensor:
@@ -30,7 +37,7 @@ def brute_force(layers: list[tuple[Tensor, Moments, float]], units: int, keep: i
             q = W.shape[1] // units
             columns = torch.zeros(units, dtype=torch.bool).index_fill_(0, torch.tensor(stays), True)
             lost = W - repair(W, moments, columns.repeat_interleave(q))[0]
-            total += share * float(((lost @ moments.ridged()) * lost).sum())
+            total += share * float(((lost @ moments.ridged) * lost).sum())
         return total
 
     while len(left) > keep:
@@ -59,20 +66,53 @@ def test_what_waits_for_a_block_makes_no_difference(monkeypatch: pytest.MonkeyPa
     assert torch.equal(units_left([Reader(W, moments_of(x), 40)], 11), whole)
 
 
-def test_repair_is_least_squares_with_a_bias() -> None:
-    """But for the ridge, which is a ten-thousandth."""
-    x = inputs(400, 12, 2)
-    W = torch.randn(5, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    kept = torch.arange(12) % 3 > 0
-    repaired, shift = repair(W, moments_of(x), kept)
-    ones = torch.cat([x[:, kept], torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    best = torch.linalg.lstsq(ones, x @ W.T).solution
+@settings(max_examples=20, deadline=None)
+@given(d=st.integers(2, 14), rows=st.integers(1, 5), bias=st.booleans(), seed=st.integers(0, 99), data=st.data())
+def test_repair_is_least_squares(d: int, rows: int, bias: bool, seed: int, data: st.DataObject) -> None:
+    """Of the outputs, with a bias that is free or without one, and of the ridge as rows of their own."""
+    x, generator = inputs(60, d, seed), torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, d, generator=generator, dtype=torch.float64)
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=d, max_size=d).filter(any)))
+    moments = moments_of(x)
+    if not bias:
+        moments = Moments(torch.zeros(d, dtype=torch.float64), x.T @ x / len(x))
+    repaired, shift = repair(W, moments, kept)
 
-    def error(got: Tensor) -> float:
-        return float((got - x @ W.T).square().mean())
-
+    centred = x - x.mean(0) if bias else x
+    ridge = (moments.ridged - moments.covariance).diagonal().mean()
+    rows_of_ridge = (len(x) * ridge).sqrt() * torch.eye(d, dtype=x.dtype)
+    system = torch.cat([centred, rows_of_ridge])
+    best = torch.linalg.lstsq(system[:, kept], system @ W.T).solution.T
     assert (repaired[:, ~kept] == 0).all()
-    assert error(x @ repaired.T + shift) == pytest.approx(error(ones @ best), rel=1e-3)
+    assert torch.allclose(repaired[:, kept], best, rtol=1e-6, atol=1e-6 * float(W.abs().max()))
+    lost = x @ (W - repaired).T - shift
+    assert torch.allclose(lost.mean(0), torch.zeros(rows, dtype=x.dtype), atol=1e-9) or not bias
+    assert bias or (shift == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, keep", [("mlp", 5), ("heads", 1)])
+def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(kind: str, keep: int) -> None:
+    model, pixels = transformers_vit(), images(40, seed=3)
+    chain = build_chain(model, pixels[:1])
+    widths = [width for width in widths_of(chain) if width.kind == kind]
+    config = settings_for("standard", chain.family, "mlp:0.5").updated(batch_size=16)
+    found = choose_units(Evidence({}, Full(), config, chain, pixels), dict.fromkeys(widths, keep))
+    for width in widths:
+        (reader,) = width.readers
+        module = model.get_submodule(reader.name.removesuffix(".weight"))
+        seen = list[Tensor]()
+        with module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].flatten(0, 1))):
+            model(pixels)
+        x, W = torch.cat(seen), module.weight
+        expected = brute_force([(W, moments_of(x), 1.0)], width.units, keep)
+        assert found.kept[width].tolist() == expected
+        columns = torch.zeros(width.units, dtype=torch.bool).index_fill_(0, found.kept[width], True)
+        columns = columns.repeat_interleave(reader.each)
+        ones = torch.cat([x[:, columns], torch.ones(len(x), 1, dtype=x.dtype)], 1)
+        best = torch.linalg.lstsq(ones, module(x)).solution
+        error = (x @ found.tensors[reader.name].T + found.tensors[f"{reader.name[:-7]}.bias"] - module(x)).square()
+        assert float(error.mean()) == pytest.approx(float((ones @ best - module(x)).square().mean()), rel=1e-2)
 
 
 def test_inputs_that_never_vary_cost_nothing() -> None:
@@ -87,4 +127,4 @@ def test_variances_that_float32_has_lost_leave_an_inverse() -> None:
     x = torch.cat([x, torch.ones(50, 1)], 1)
     moments = Moments.of(x.T @ x)
     assert moments.covariance.diagonal().min() < 0
-    assert torch.linalg.eigvalsh(moments.ridged()).min() > 0
+    assert torch.linalg.eigvalsh(moments.ridged).min() > 0

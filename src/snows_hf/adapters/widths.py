@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from .base import Chain
 from .cut import output_of_attention
+from .outputs import is_two_tower
 from .trace import ACTIVATIONS, Graph, Layer, kind, reached, value_of
 
 
@@ -381,28 +382,56 @@ def _heads(graph: Graph, prunable: Mapping[str, str]) -> Iterator[Width]:
             continue
         if any(slot not in prunable for slot in (*(layer.weight for layer in layers), out.weight)):
             continue
-        each = width // heads
-        if not isinstance(value.shape[1], int) or value.shape[3] != each or _between(graph, layers, product):
+        each, tables = width // heads, _tables(graph, layers, product, heads)
+        if not isinstance(value.shape[1], int) or value.shape[3] != each or tables is None:
             continue
         makers = [Slot(n.weight, 0, i * width, each) for n in layers for i in range(3 // len(layers))]
         biases = [Slot(f"{slot.name.removesuffix('weight')}bias", 0, slot.offset, each) for slot in makers]
-        along = [slot for slot in biases if slot.name in dict(graph.model.named_parameters())]
+        along = [slot for slot in biases if slot.name in dict(graph.model.named_parameters())] + tables
         yield Width(
             prunable[layers[0].weight], "heads", heads, tuple(makers), tuple(along), (Slot(out.weight, 1, each=each),)
         )
 
 
-def _between(graph: Graph, layers: list[Layer], product: Node) -> bool:
-    """Whether parameters act between the layers of an attention and its products: norms of queries and keys, tables of
-    positions for each head."""
+def _tables(graph: Graph, layers: list[Layer], product: Node, heads: int) -> list[Slot] | None:
+    """Where an attention's heads are in parameters that act between its layers and its products: columns of tables of
+    positions. None where others act there (norms of queries and keys), or a table is another attention's, too."""
+    tables, parameters = list[Slot](), dict(graph.model.named_parameters())
+    for name in sorted(_between(graph, layers, product) & parameters.keys()):
+        if parameters[name].dim() != 2 or parameters[name].shape[1] != heads:
+            return None
+        tables.append(Slot(name, 1))
+    for other, theirs in graph.attentions if tables else ():
+        if other is not product and _between(graph, theirs, other) & {slot.name for slot in tables}:
+            return None
+    return tables
+
+
+def _between(graph: Graph, layers: list[Layer], product: Node) -> set[str]:
+    """Names of the tensors that act between the layers of an attention and its products, and of biases that are
+    computed from several."""
     nodes = reached([product], lambda node: node.all_input_nodes, stop=lambda node: node in graph.layers)
-    return any(node.op == "get_attr" and graph.name_of(node) for node in nodes if node not in graph.layers)
+    biases = [layer.node.args[2] for layer in layers if len(layer.node.args) > 2]
+    computed = [bias for bias in biases if isinstance(bias, Node) and bias.op != "get_attr"]
+    nodes = {*nodes, *reached(computed, lambda node: node.all_input_nodes, stop=lambda node: False)}
+    names = {graph.name_of(node) for node in nodes if node.op == "get_attr" and node not in graph.layers}
+    return names - {""}
 
 
 def widths_of(chain: Chain) -> list[Width]:
     """The widths of a chain's model that can be cut; none of a model whose graph is not known."""
     groups = {name: group.name for _, group in chain.groups() for name in group.parameters}
     return find_widths(chain.graph, groups) if chain.graph is not None else []
+
+
+def unread(chain: Chain) -> set[str]:
+    """Parameters that no output depends on, such as those of a pooling that a classifier does without; of two towers
+    the one for text is read, by other inputs."""
+    if chain.graph is None or is_two_tower(chain.model):
+        return set()
+    graph = chain.graph
+    nodes = reached(graph.results.values(), lambda node: node.all_input_nodes, stop=lambda node: False)
+    return {name for name, _ in chain.model.named_parameters()} - {graph.name_of(node) for node in nodes}
 
 
 def cut(state: Mapping[str, Tensor], kept: Mapping[Width, Tensor]) -> dict[str, Tensor]:

@@ -6,9 +6,10 @@ model with exactly the tensors that there are is right. Where none does, a custo
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import le
 from typing import Any
 
 import timm
@@ -28,25 +29,40 @@ Fields = dict[Path, Any]
 @dataclass(frozen=True)
 class Size:
     """What is known of one structure: how many units each layer had and has, the first one's entries per unit, and
-    the width of what that reads."""
+    the width of what that reads; and the same stage by stage: units that were there, that are left, and their
+    entries."""
 
     before: int
     after: int
     each: int
     reads: int
+    stages: tuple[tuple[int, int, int], ...]
+
+    def shares(self) -> Iterator[float]:
+        """Shares of the units of all stages that leave what is left of each, rounded down or to the nearest number."""
+        exact = max(after / before for before, after, _ in self.stages)
+        yield exact
+        yield (exact + min((after + 1) / before for before, after, _ in self.stages)) / 2
+        nearest = [(after + half) / before for before, after, _ in self.stages for half in (-0.5, 0.5)]
+        yield (max(nearest[::2]) + min(nearest[1::2])) / 2
 
 
 def resized(
-    checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size], allow_custom: bool = False
+    checkpoint: Checkpoint,
+    state: Mapping[str, Tensor],
+    sizes: Mapping[str, Size],
+    allow_custom: bool = False,
+    unread: Collection[str] = (),
 ) -> Checkpoint:
     """The checkpoint with these tensors, of which structures (``mlp``, ``heads``, ``channels``) have new sizes; where
-    no configuration says so, a custom one, if that is allowed.
+    no configuration says so, a custom one, if that is allowed. Tensors that are ``unread`` (no output depends on them)
+    become smaller where the configuration has them so.
 
     Raises:
         ConfigError: no configuration of its class builds a model with tensors of these shapes, or, of a custom one, it
             cannot be narrowed to them.
     """
-    fields = fields_for(checkpoint, state, sizes)
+    fields = fields_for(checkpoint, state, sizes, unread)
     if fields is None and allow_custom:
         return _narrowed(checkpoint, state)
     if fields is None:
@@ -58,22 +74,33 @@ def resized(
         )
     model = built(checkpoint, fields)
     assert model is not None
-    model.load_state_dict(dict(state), assign=True)
+    sizes_there = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    fitting = {name: tensor[tuple(map(slice, sizes_there[name]))].contiguous() for name, tensor in state.items()}
+    model.load_state_dict(fitting, assign=True)
     _with_constants_of(checkpoint.model, model)
     model.eval().requires_grad_(True)
     return replace(checkpoint, model=model, config=with_fields(checkpoint, fields))
 
 
-def fields_for(checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size]) -> Fields | None:
+def fields_for(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], sizes: Mapping[str, Size], unread: Collection[str] = ()
+) -> Fields | None:
     """What the configuration must say for a model with tensors of the shapes of ``state``, of which nothing else is
-    read; None where there is nothing that it could say."""
-    shapes = {name: tensor.shape for name, tensor in state.items()}
+    read, but for the ``unread`` ones, that may be smaller; None where there is nothing that it could say."""
+    shapes, fitting = {name: tensor.shape for name, tensor in state.items()}, None
     for fields in candidates(checkpoint, sizes):
         with torch.device("meta"):
             trial = built(checkpoint, fields)
-        if trial is not None and shapes == {name: tensor.shape for name, tensor in trial.state_dict().items()}:
+        own = {name: tensor.shape for name, tensor in trial.state_dict().items()} if trial is not None else {}
+        if own.keys() != shapes.keys():
+            continue
+        others = [name for name in own if own[name] != shapes[name]]
+        if not others:
             return fields
-    return None
+        smaller = all(all(map(le, own[name], shapes[name])) for name in others)
+        if fitting is None and smaller and set(others) <= set(unread):
+            fitting = fields
+    return fitting
 
 
 def _narrowed(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Checkpoint:
@@ -123,15 +150,18 @@ def _fields(name: str, size: Size, config: Any, path: Path, said: Mapping[str, A
         if config is not None and hasattr(config, "intermediate_size"):
             yield {(*path, "intermediate_size"): size.after}
         before = getattr(config, "mlp_ratio", None) if config is not None else size.before / size.reads
-        if isinstance(before, int | float):
-            ratio = before * size.after / size.before
-            yield {(*path, "mlp_ratio"): int(ratio) if ratio == int(ratio) else ratio}
-            yield {(*path, "mlp_ratio"): (size.after + 0.5) / size.reads}  # where rounding has it one less
+        whole: type = int if isinstance(before, int) else float  # as the class may insist
+        for ratio in [before * share for share in size.shares()] if isinstance(before, int | float) else ():
+            yield {(*path, "mlp_ratio"): whole(ratio) if ratio == int(ratio) else ratio}
+            yield {(*path, "mlp_ratio"): 2 * ratio}  # of gated units whose two halves count
     elif name == "heads" and config is not None:
         yield {(*path, "num_attention_heads"): size.after, (*path, "head_dim"): size.each}
+    elif name == "heads":
+        _, heads, each = zip(*size.stages, strict=True)
+        yield {("num_heads",): list(heads), ("head_dim",): list(each)}
     elif name == "channels" and config is None:
-        for key, whole in (("base_width", 64), ("inner", 1.0)):
-            yield {(key,): said.get(key, whole) * size.after / size.before}
+        for (key, full), share in product({"base_width": 64, "inner": 1.0}.items(), size.shares()):
+            yield {(key,): said.get(key, full) * share}
 
 
 def built(checkpoint: Checkpoint, fields: Fields) -> nn.Module | None:

@@ -1,7 +1,9 @@
 """Structured pruning: units are chosen and cut out, and what is left is a smaller network of the same class, which the
 dense one teaches."""
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from ..adapters import Chain, build_chain
 from ..adapters.check import widened
 from ..adapters.outputs import outputs_of
-from ..adapters.widths import Width, cut, widths_of
+from ..adapters.widths import Width, cut, unread, widths_of
 from ..errors import ConfigError, PatternError, one_line
 from ..hub.load import Checkpoint
 from ..hub.resize import Size, fields_for, resized
@@ -38,7 +40,10 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: b
     """
     if not shares:
         return {}
-    keep = counts_left(subject, widths_asked_for(subject), shares)
+    widths = widths_asked_for(subject)
+    keep = counts_left(subject, widths, shares)
+    if not can_be_said(subject, keep) and can_be_said(subject, fewer := rounded_down(keep, shares)):
+        keep = fewer
     smaller = resized_to_first(subject, keep, allow_custom)
     if smaller.custom:
         check_custom(subject, smaller, first_units(keep))
@@ -78,6 +83,11 @@ def counts_left(subject: Subject, widths: Sequence[Width], shares: Mapping[str, 
     return keep
 
 
+def rounded_down(keep: Mapping[Width, int], shares: Mapping[str, float]) -> dict[Width, int]:
+    """:func:`counts_left` as most classes count the widths of several stages: never up."""
+    return {width: max(1, math.floor((1 - shares[width.kind]) * width.units + 1e-9)) for width in keep}
+
+
 @torch.no_grad()
 def check_custom(subject: Subject, smaller: Checkpoint, kept: Mapping[Width, Tensor]) -> None:
     """Makes sure that a custom network, whose modules were narrowed from outside, computes what the whole one does
@@ -111,13 +121,14 @@ def resized_to_first(subject: Subject, keep: Mapping[Width, int], allow_custom: 
         ConfigError: no configuration describes it.
     """
     state = cut(subject.original, first_units(keep))
-    return resized(subject.checkpoint, state, sizes_of(subject, keep), allow_custom)
+    return resized(subject.checkpoint, state, sizes_of(subject, keep), allow_custom, unread(subject.chain))
 
 
 def can_be_said(subject: Subject, keep: Mapping[Width, int]) -> bool:
     """Whether a configuration describes the network with so many units; no weight is read."""
     shapes = {name: tensor.to("meta") for name, tensor in subject.original.items()}
-    return fields_for(subject.checkpoint, cut(shapes, first_units(keep)), sizes_of(subject, keep)) is not None
+    state, sizes = cut(shapes, first_units(keep)), sizes_of(subject, keep)
+    return fields_for(subject.checkpoint, state, sizes, unread(subject.chain)) is not None
 
 
 def first_units(keep: Mapping[Width, int]) -> dict[Width, Tensor]:
@@ -125,11 +136,14 @@ def first_units(keep: Mapping[Width, int]) -> dict[Width, Tensor]:
 
 
 def sizes_of(subject: Subject, keep: Mapping[Width, int]) -> dict[str, Size]:
-    """What is known of each structure's size, by its first width."""
+    """What is known of each structure's size, by its first width; layers one after the other that are alike are a
+    stage."""
     sizes: dict[str, Size] = {}
-    for width, count in keep.items():
-        reads = subject.original[width.makers[0].name].shape[1]
-        sizes.setdefault(width.kind, Size(width.units, count, width.makers[0].each, reads))
+    for kind in dict.fromkeys(width.kind for width in keep):
+        own = [(width.units, count, width.makers[0].each) for width, count in keep.items() if width.kind == kind]
+        first = next(width for width in keep if width.kind == kind)
+        reads = subject.original[first.makers[0].name].shape[1]
+        sizes[kind] = Size(*own[0], reads, tuple(stage for stage, _ in groupby(own)))
     return sizes
 
 
@@ -192,4 +206,5 @@ def cut_checkpoint(
     kept = {width: found[f"kept {i}"] for i, width in enumerate(widths)}
     tensors = {name.removeprefix("tensor "): value for name, value in found.items() if name.startswith("tensor ")}
     original = {name: tensors.get(name, value.cpu()).to(value.dtype) for name, value in subject.original.items()}
-    return resized(subject.checkpoint, cut(original, kept), sizes_of(subject, keep), allow_custom)
+    state, sizes = cut(original, kept), sizes_of(subject, keep)
+    return resized(subject.checkpoint, state, sizes, allow_custom, unread(chain))

@@ -8,6 +8,7 @@ of x: with a bias that is free, what a unit adds on average is made up for exact
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ RIDGE = 1e-4
 """What is added to the diagonal of a covariance, as a share of its mean, so that inputs which never vary, or always
 together, leave it invertible."""
 
-BLOCK = 128
-"""Columns whose removal reaches all of C⁻¹ and W together."""
+BLOCK = 256
+"""Columns whose removal reaches all of C⁻¹ and WᵀW together: fewer, and passes over these take the longest; more, and
+what waits for them does."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,23 @@ class Moments:
         mean, count = gram[:-1, -1] / gram[-1, -1], gram[-1, -1]
         return cls(mean, gram[:-1, :-1] / count - mean.outer(mean))
 
-    def ridged(self) -> Tensor:
-        """C with the ridge on its diagonal: a higher one where sums in float32 have left nothing of small variances
-        around large means (pooled channels), and C would not be positive."""
+    @cached_property
+    def factored(self) -> tuple[Tensor, Tensor]:
+        """C with the ridge on its diagonal, and its Cholesky factor; with a higher ridge where sums in float32 have
+        left nothing of small variances around large means (pooled channels), and C would not be positive."""
         scale = self.covariance.diagonal().mean()
         ridge = RIDGE * torch.where(scale > 0, scale, 1.0) * torch.eye(len(self.mean)).to(self.covariance)
         for _ in range(10):
-            if not torch.linalg.cholesky_ex(self.covariance + ridge).info:
-                break
+            factor, failed = torch.linalg.cholesky_ex(self.covariance + ridge)
+            if not failed:
+                return self.covariance + ridge, factor
             ridge *= 10
-        return self.covariance + ridge
+        return self.covariance + ridge, torch.linalg.cholesky(self.covariance + ridge)
+
+    @property
+    def ridged(self) -> Tensor:
+        """C with the ridge on its diagonal."""
+        return self.factored[0]
 
 
 def variance(W: Tensor, moments: Moments) -> float:
@@ -56,7 +65,7 @@ def variance(W: Tensor, moments: Moments) -> float:
 def repair(W: Tensor, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (rows, d), zero in the columns that are not ``kept`` (bool, (d,)), and a shift of the bias (rows,), that
     keep the outputs for W best in the mean square: W C_·S (C_SS)⁻¹, where removals one by one lead, too."""
-    C, W = moments.ridged(), W.double()
+    C, W = moments.ridged, W.double()
     factor = torch.linalg.cholesky(C[kept][:, kept])
     repaired = torch.zeros_like(W)
     repaired[:, kept] = torch.cholesky_solve(C[kept] @ W.T, factor).T
@@ -64,24 +73,21 @@ def repair(W: Tensor, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Reader:
-    """A layer that reads the units, while these go: W (rows, d) and C⁻¹ (d, d), of which unit j has the columns
-    [jq, (j + 1)q).
+    """A layer W (rows, d) that reads the units, while these go; unit j has the columns [jq, (j + 1)q). What is left of
+    it are G = WᵀW and C⁻¹, both (d, d).
 
-    Removal of columns J takes ω hᵀ from W and h hᵀ from C⁻¹, where h = C⁻¹_·J L⁻ᵀ, ω = W_J L⁻ᵀ and LLᵀ = C⁻¹_JJ. Both
-    wait until there are ``BLOCK`` of them; what scores need, the blocks of WᵀW and of C⁻¹ on the diagonal, is kept up
-    to date.
+    With LLᵀ = (C⁻¹)_JJ, h = C⁻¹_·J L⁻ᵀ and a = G_·J L⁻ᵀ, removal of the columns J takes h hᵀ from C⁻¹, and from G
+    a hᵀ + h aᵀ - h a_Jᵀ L⁻ᵀ hᵀ, which is b hᵀ + h bᵀ with b = a - ½ h a_Jᵀ L⁻ᵀ. Rows hᵀ and bᵀ wait until there are
+    ``BLOCK`` of them; what scores need, the blocks on the diagonals, is kept up to date.
     """
 
     def __init__(self, W: Tensor, moments: Moments, units: int, share: float = 1.0) -> None:
         """``share``: what costs are multiplied with, of one layer beside others."""
-        self.W = W.double()
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.ridged()))
-        self.units, self.q, self.share = units, W.shape[1] // units, share
-        blocks = self.W.unflatten(1, (units, self.q))
-        self.products = torch.einsum("rui,ruj->uij", blocks, blocks)  # (units, q, q)
-        self.pivots = self._blocks(self.inverse)
-        self.H = self.W.new_empty(len(self.inverse), 0)
-        self.omega = self.W.new_empty(len(W), 0)
+        W = W.double()
+        self.gram, self.inverse = W.T @ W, torch.cholesky_inverse(moments.factored[1])
+        self.units, self.q, self.share, self.waiting = units, W.shape[1] // units, share, 0
+        self.products, self.pivots = self._blocks(self.gram), self._blocks(self.inverse)  # (units, q, q)
+        self.h, self.b = (W.new_empty(max(BLOCK, self.q), W.shape[1]) for _ in range(2))
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         """The blocks on the diagonal of (d, d), (units, q, q)."""
@@ -96,34 +102,36 @@ class Reader:
         return self.share * solved.diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, unit: int) -> None:
-        J = slice(unit * self.q, (unit + 1) * self.q)
+        J, waiting = slice(unit * self.q, (unit + 1) * self.q), slice(self.waiting, self.waiting + self.q)
         L = torch.linalg.cholesky(self.pivots[unit])
-        h = self.inverse[J].T - self.H @ self.H[J].T
-        omega = self.W[:, J] - self.omega @ self.H[J].T
-        h, omega = (torch.linalg.solve_triangular(L.mT, part, upper=True, left=False) for part in (h, omega))
-        A = self.W.T @ omega - self.H @ (self.omega.T @ omega)  # Wᵀω of the W that is now, (d, q)
-        h_blocks, A_blocks = (part.unflatten(0, (self.units, self.q)) for part in (h, A))
-        cross = h_blocks @ A_blocks.mT
-        self.products += h_blocks @ (omega.T @ omega) @ h_blocks.mT - cross - cross.mT
-        self.pivots -= h_blocks @ h_blocks.mT
+        H, B = self.h[: self.waiting], self.b[: self.waiting]
+        h, a = (torch.cat([H[:, J], B[:, J]], 1).T @ H).split(self.q)  # in one pass over H
+        h, a = self.inverse[J] - h, self.gram[J] - a - H[:, J].T @ B
+        h, a = (torch.linalg.solve_triangular(L, part, upper=False) for part in (h, a))  # hᵀ and aᵀ, (q, d)
+        b = a - 0.5 * torch.linalg.solve_triangular(L, a[:, J].T, upper=False) @ h
+        self.h[waiting], self.b[waiting], self.waiting = h, b, waiting.stop
+        h, b = (part.T.unflatten(0, (self.units, self.q)) for part in (h, b))
+        cross = h @ b.mT
+        self.products -= cross + cross.mT
+        self.pivots -= h @ h.mT
         # What has gone takes no part any more, whatever rounding has left of it.
         self.pivots[unit] = torch.eye(self.q, dtype=h.dtype, device=h.device)
-        self.H, self.omega = torch.cat([self.H, h], 1), torch.cat([self.omega, omega], 1)
 
     def catch_up(self, stays: Tensor) -> None:
-        """Takes from C⁻¹ and W what has waited, and leaves out the units that do not stay (bool, (units,))."""
+        """Takes from C⁻¹ and G what has waited, and leaves out the units that do not stay (bool, (units,))."""
         columns = stays.repeat_interleave(self.q).nonzero().flatten()
-        H = self.H[columns]
-        self.inverse = self.inverse.index_select(0, columns).index_select(1, columns).addmm_(H, H.T, alpha=-1)
-        self.W = self.W.index_select(1, columns).addmm_(self.omega, H.T, alpha=-1)
+        H, B = self.h[: self.waiting, columns], self.b[: self.waiting, columns]
+        own = columns[:, None], columns
+        self.inverse = self.inverse[own].addmm_(H.T, H, alpha=-1)
+        self.gram = self.gram[own].addmm_(H.T, B, alpha=-1).addmm_(B.T, H, alpha=-1)
         self.products, self.pivots, self.units = self.products[stays], self.pivots[stays], int(stays.sum())
-        self.H, self.omega = H[:, :0], self.omega[:, :0]
+        self.h, self.b, self.waiting = self.h[:, columns], self.b[:, columns], 0
 
 
 def units_left(readers: Sequence[Reader], keep: int) -> Tensor:
     """Which units stay, (keep,) in order, once all others have gone, always the one of the lowest cost, of all readers
     together."""
-    left = torch.arange(readers[0].units, device=readers[0].W.device)
+    left = torch.arange(readers[0].units, device=readers[0].gram.device)
     while len(left) > keep:
         stays = torch.ones_like(left, dtype=torch.bool)
         for _ in range(min(len(left) - keep, max(1, BLOCK // readers[0].q))):
@@ -133,6 +141,6 @@ def units_left(readers: Sequence[Reader], keep: int) -> Tensor:
             for reader in readers:
                 reader.remove(unit)
         left = left[stays]
-        for reader in readers:
+        for reader in readers if len(left) > keep else ():
             reader.catch_up(stays)
     return left
