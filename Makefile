@@ -12,7 +12,7 @@ demo: $(VENV)/.package
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 docs: $(VENV)/.docs
@@ -54,7 +54,7 @@ $(VENV)/.package: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,eval,viz]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,viz]'
 	touch $@ $(VENV)/.package
 
 $(VENV)/.docs: $(BIN)/python pyproject.toml
