@@ -193,7 +193,7 @@ def test_what_is_different_is_refused(run, elsewhere: Path, tmp_path: Path, smal
         (command_line("--k", 2, model=model), "settings.k was 1 and is 2"),
         (command_line("--seed", 1, model=model), "calibration images was"),
         (command_line("--dtype", "float64", model=model), "dtype was 'float32' and is 'float64'"),
-        (command_line("--mask", "wanda", model=model), "settings.mask was 'sparsegpt' and is 'wanda'"),
+        (command_line("--mask", "wanda", model=model), "settings.mask was 'alps' and is 'wanda'"),
         (command_line(model=other), "model was"),
     ):
         result = run(*options)
