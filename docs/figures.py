@@ -116,7 +116,7 @@ def kept() -> list[Kept]:
     efficientnet = tables("EfficientNet-Lite0 on ImageNet")[0]
     units = next(table for table in tables("Structured pruning") if table.head[0].startswith("DINOv2-S"))
     return [
-        stacked("DINOv2-S", "`2:4`", efforts, "dense", ".* alone", "`quick`"),
+        stacked("DINOv2-S", "`2:4`", efforts, "dense", ".* alone", "`standard`"),
         stacked("DINOv2-S", "`mlp:0.5`", units, "dense", "group OBS", "… then SNOWS"),
         stacked("EfficientNet-Lite0", "`2:4`", efficientnet, "dense", ".* alone", "SNOWS"),
         in_a_row("ResNet-20", "`2:4`", "ResNet-20, 2:4"),

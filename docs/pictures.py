@@ -249,19 +249,18 @@ def criteria() -> Figure:
 
 @picture
 def efforts() -> Figure:
-    figure, axes = panels(1, 2, height=2.8)
-    titles = "DINOv2-S, 2:4", "ViT of six layers, 2:4"
-    for ax, table, title in zip(axes, tables("Efforts on a network"), titles, strict=False):
-        rows = [row for row in table.rows if row[0] != "dense"]
-        times = [number(row[table.place("time")]) for row in rows]
-        values = [number(row[table.place("divergence")]) for row in rows]
-        ax.plot(times[:1], values[:1], color=ALONE)
-        ax.plot(times[1:], values[1:], color=OURS, linestyle="")
-        for row, time, value in zip(rows, times, values, strict=True):
-            name = row[0].split(" (")[0].replace("`", "").removesuffix(" with one step a layer")
+    figure, (ax,) = panels(1, 1, height=3)
+    ours, others = tables("Efforts on a network")[:2]
+    for table, colour, masks in ((ours, OURS, "ALPS"), (others, GREY, "SparseGPT")):
+        rows = [row for row in table.rows if numbers(row[table.place("time")])]
+        for row in rows:
+            time, value = (number(row[table.place(name)]) for name in ("time", "divergence"))
+            alone = row[0].endswith("alone")
+            ax.plot([time], [value], color=ALONE if alone else colour)
+            name = row[0].split(" (")[0].replace("`", "") + ("" if alone else f", {masks}'s masks")
             ax.annotate(name, (time, value), (5, 4), textcoords="offset points", fontsize=8.5)
-        ax.set(title=f"{title}: divergence by time", xlabel="time, the mask alone being 1")
-        ax.set(xlim=(0, 1.45 * max(times)), ylim=(0, 1.15 * max(values)))
+    ax.set(title="DINOv2-S, 2:4: divergence by time", xlabel="time, SparseGPT alone being 1")
+    ax.set(xlim=(0, 15), ylim=(0, 0.37))
     return figure
 
 
