@@ -251,16 +251,17 @@ def criteria() -> Figure:
 def efforts() -> Figure:
     figure, (ax,) = panels(1, 1, height=3)
     ours, others = tables("Efforts on a network")[:2]
-    for table, colour, masks in ((ours, OURS, "ALPS"), (others, GREY, "SparseGPT")):
+    for table, colour, masks, below in ((ours, OURS, "ALPS", -12), (others, GREY, "SparseGPT", 6)):
         rows = [row for row in table.rows if numbers(row[table.place("time")])]
         for row in rows:
             time, value = (number(row[table.place(name)]) for name in ("time", "divergence"))
             alone = row[0].endswith("alone")
             ax.plot([time], [value], color=ALONE if alone else colour)
             name = row[0].split(" (")[0].replace("`", "") + ("" if alone else f", {masks}'s masks")
-            ax.annotate(name, (time, value), (5, 4), textcoords="offset points", fontsize=8.5)
+            place = (5, 6 if alone else below)
+            ax.annotate(name, (time, value), place, textcoords="offset points", fontsize=8.5)
     ax.set(title="DINOv2-S, 2:4: divergence by time", xlabel="time, SparseGPT alone being 1")
-    ax.set(xlim=(0, 15), ylim=(0, 0.37))
+    ax.set(xlim=(0, 20), ylim=(0, 0.37))
     return figure
 
 
