@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import nbformat
 import pytest
+from matplotlib import pyplot
+from nbclient import NotebookClient
 
-
-nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOK = Path(__file__).parents[1] / "examples/prune_your_model.ipynb"
 
@@ -28,8 +29,6 @@ def test_outputs_are_stored(notebook) -> None:
 
 def test_the_code_runs(notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, where libraries are loaded already."""
-    pytest.importorskip("IPython")
-    pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pyplot, "show", pyplot.close)
     names: dict[str, object] = {}
@@ -43,5 +42,5 @@ def test_the_code_runs(notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_it_runs_as_a_notebook(notebook, tmp_path: Path) -> None:
-    client = pytest.importorskip("nbclient").NotebookClient(notebook, resources={"metadata": {"path": tmp_path}})
+    client = NotebookClient(notebook, resources={"metadata": {"path": tmp_path}})
     client.execute()
