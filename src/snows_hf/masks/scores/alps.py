@@ -12,7 +12,7 @@ from torch import Tensor
 from ...patterns import NM
 from ..evidence import Evidence
 from .base import Choice
-from .obc import Kept, layer_by_layer
+from .obc import Kept, layer_by_layer, without_lowest
 
 
 RHO = 0.1
@@ -82,8 +82,7 @@ def largest(W: Tensor, pattern: NM | None, zeros: int) -> Tensor:
     """The weights (bool) that the pattern, or ``zeros``, leaves of W (groups, rows, d), by magnitude."""
     if pattern is not None:
         return pattern.mask(W.abs().flatten(0, 1)).view_as(W)
-    gone = W.abs().flatten().argsort(stable=True)[:zeros]
-    return torch.ones(W.numel(), dtype=torch.bool, device=W.device).index_fill_(0, gone, False).view_as(W)
+    return without_lowest(W.abs(), zeros)
 
 
 def fitted(W: Tensor, H: Tensor, kept: Tensor, x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def layer_by_layer(evidence: Evidence, decide: Decide) -> Choice:
             kept, updated = decide(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
             tensors = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
             record = Record(tensors, {})
-            journal.put(f"{evidence.record}-layer-{i:04d}", record.tensors, **record.facts)
+            journal.put(f"{evidence.record}-layer-{i:04d}", tensors)
         masks[name] = record.tensors["mask"].to(weight.device)
         weights[name] = record.tensors["weight"].to(weight)
     return Choice(masks, weights)
@@ -86,6 +86,13 @@ def unstructured_kept(W: Tensor, H: Tensor, zeros: int) -> Tensor:
     first = cost.cummax(1).values.flatten().argsort(stable=True)[:zeros]
     taken = torch.zeros_like(cost.flatten(), dtype=torch.bool).index_fill_(0, first, True).view_as(cost)
     return torch.ones_like(taken).scatter_(1, order, ~taken)
+
+
+def without_lowest(scores: Tensor, zeros: int) -> Tensor:
+    """All (bool, as scores) but the ``zeros`` lowest; of equal ones the first go."""
+    gone = scores.flatten().argsort(stable=True)[:zeros]
+    stays = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    return stays.index_fill_(0, gone, False).view_as(scores)
 
 
 def chunks(rows: int, n: int, device: torch.device) -> Sequence[Tensor]:

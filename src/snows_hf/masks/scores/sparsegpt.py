@@ -11,7 +11,7 @@ from torch import Tensor
 from ...patterns import NM
 from ..evidence import Evidence
 from .base import Choice
-from .obc import Kept, layer_by_layer
+from .obc import Kept, layer_by_layer, without_lowest
 
 
 BLOCK = 128
@@ -48,9 +48,7 @@ def sweep(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor,
         if pattern is None:
             share = round(zeros * stop / d) - round(zeros * start / d)
             scores = (W[..., start:stop] / pivots[..., start:stop]).square()
-            gone = scores.flatten().argsort(stable=True)[:share]
-            stays = torch.ones_like(scores.flatten(), dtype=torch.bool).index_fill_(0, gone, False)
-            kept[..., start:stop] = stays.view_as(scores)
+            kept[..., start:stop] = without_lowest(scores, share)
         errors = torch.zeros_like(W[..., start:stop])
         for i in range(start, stop):
             if pattern is not None and i % pattern.m == 0:
