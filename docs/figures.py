@@ -28,9 +28,6 @@ class Table:
             raise LookupError(f"docs/results.md has no row {row!r} in the table {self.head}")
         return found[-1]
 
-    def row(self, name: str) -> list[str]:
-        return self.rows[self.index(name)]
-
     def column(self, name: str) -> list[str]:
         return [cells[self.place(name)] for cells in self.rows]
 

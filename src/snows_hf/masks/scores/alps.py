@@ -66,8 +66,9 @@ def places(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor
         if t % EVERY == 0:
             inverse = (Q / (eigenvalues + rho)[:, None]) @ Q.mT  # (H + ρI)⁻¹
         W = (target - V + rho * D) @ inverse
-        kept = largest(W + V / rho, pattern, zeros)
-        D = (W + V / rho) * kept
+        drawn = W + V / rho
+        kept = largest(drawn, pattern, zeros)
+        D = drawn * kept
         V = V + rho * (W - D)
         if t % EVERY == EVERY - 1:
             changed = float((kept & ~before).sum() / kept.sum().clamp_min(1))
