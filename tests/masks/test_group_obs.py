@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from tiny import images, transformers_vit
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from snows_hf.adapters import build_chain
 from snows_hf.adapters.widths import widths_of
@@ -90,29 +91,47 @@ def test_repair_is_least_squares(d: int, rows: int, bias: bool, seed: int, data:
     assert bias or (shift == 0).all()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("kind, keep", [("mlp", 5), ("heads", 1)])
 def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(kind: str, keep: int) -> None:
+    """And what reads them is fitted, layer after layer, to its output and half of what the residual stream lacks."""
     model, pixels = transformers_vit(), images(40, seed=3)
     chain = build_chain(model, pixels[:1])
     widths = [width for width in widths_of(chain) if width.kind == kind]
     config = settings_for("standard", chain.family, "mlp:0.5").updated(batch_size=16)
     found = choose_units(Evidence({}, Full(), config, chain, pixels), dict.fromkeys(widths, keep))
-    for width in widths:
+    done = dict[str, Tensor]()
+    for place, width in enumerate(widths):
         (reader,) = width.readers
-        module = model.get_submodule(reader.name.removesuffix(".weight"))
-        seen = list[Tensor]()
-        with module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].flatten(0, 1))):
-            model(pixels)
-        x, W = torch.cat(seen), module.weight
-        expected = brute_force([(W, moments_of(x), 1.0)], width.units, keep)
+        name, bias = reader.name, reader.name.removesuffix("weight") + "bias"
+        after = f"vit.layers.{place}" + (".layernorm_after" if kind == "heads" else "")
+        x, z, stream = seen_in(model, {}, pixels, name, after)
+        expected = brute_force([(model.get_parameter(name).detach(), moments_of(x), 1.0)], width.units, keep)
         assert found.kept[width].tolist() == expected
+        x, z, now = seen_in(model, done, pixels, name, after)
+        wanted = z + (stream - now) / 2
         columns = torch.zeros(width.units, dtype=torch.bool).index_fill_(0, found.kept[width], True)
         columns = columns.repeat_interleave(reader.each)
         ones = torch.cat([x[:, columns], torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        best = torch.linalg.lstsq(ones, module(x)).solution
-        error = (x @ found.tensors[reader.name].T + found.tensors[f"{reader.name[:-7]}.bias"] - module(x)).square()
-        assert float(error.mean()) == pytest.approx(float((ones @ best - module(x)).square().mean()), rel=1e-2)
+        best = (ones @ torch.linalg.lstsq(ones, wanted).solution - wanted).square()
+        done |= {name: found.tensors[name], bias: found.tensors[bias]}
+        error = (x @ found.tensors[name].T + found.tensors[bias] - wanted).square()
+        assert float(error.mean()) == pytest.approx(float(best.mean()), rel=1e-2)
+
+
+@torch.no_grad()
+def seen_in(model: nn.Module, weights: dict[str, Tensor], pixels: Tensor, name: str, after: str) -> list[Tensor]:
+    """What a layer reads and puts out, and the residual stream after it, where the model has these weights."""
+    layer, block, seen = model.get_submodule(name.removesuffix(".weight")), model.get_submodule(after), {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.update({"x": args[0], "z": out})
+
+    def stream(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen["stream"] = args[0] if "norm" in after else out[0] if isinstance(out, tuple) else out
+
+    with layer.register_forward_hook(note), block.register_forward_hook(stream):
+        functional_call(model, weights, (pixels,))
+    return [seen[key].flatten(0, 1) for key in ("x", "z", "stream")]
 
 
 def test_inputs_that_never_vary_cost_nothing() -> None:

@@ -8,10 +8,11 @@ from networks import convolutions, evidence, images_for, linears
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from snows_hf.masks.aims import damped
 from snows_hf.masks.choose import choose
 from snows_hf.masks.evidence import matrix, unmatrix
 from snows_hf.masks.scores.alps import fitted, places
-from snows_hf.masks.scores.obc import damped, nm_kept, refit, unstructured_kept
+from snows_hf.masks.scores.obc import nm_kept, refit, unstructured_kept
 from snows_hf.masks.scores.sparsegpt import BLOCK, sweep
 from snows_hf.patterns import NM, Unstructured
 

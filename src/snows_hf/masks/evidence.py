@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.base import Chain, Operation, State
 from ..adapters.frozen import frozen
@@ -185,7 +185,7 @@ class Evidence:
         """
         for portion in self._portions(list(self.weights if names is None else names)):
             for name, H in self._grams(portion).items():
-                yield name, _channels_last(H, self.weights[name]).to(self.network.device)
+                yield name, channels_last(H, self.weights[name]).to(self.network.device)
 
     def moments(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Σ [x, 1][x, 1]ᵀ of what each of these layers reads, (d + 1, d + 1) with d as ``weight.flatten(1)`` counts,
@@ -215,13 +215,7 @@ class Evidence:
             with recorded(chain, [name for name in own if name in names]) as seen:
                 state = operation.run(state)
             for name, (module, x, _) in seen.items():
-                g = gram(module, x, constant)
-                if g is None:
-                    raise MaskError(
-                        f"Mask criterion {self.config.mask!r}: {name} belongs to a {type(module).__name__}, and only "
-                        "Linear and Conv2d are understood.",
-                        "Leave it out with --layers, or use a criterion that reads no inputs, such as magnitude.",
-                    )
+                g = self.gram(name, module, x, constant)
                 g = g.to(chain.weight(name).device)  # of an offloaded network's weights: main memory
                 totals[name] = totals[name] + g if name in totals else g
             return state
@@ -231,10 +225,25 @@ class Evidence:
             for batch in self.batches():
                 state: State = (batch,)
                 deque(chain.walk(state, advance, stop=last + 1), maxlen=0)  # no output is kept, as forward would
-        for name, total in totals.items():
-            if not total.isfinite().all():
-                raise NumericsError(f"The inputs of {name} are not all finite numbers.", REMEDY)
         return {name: totals[name] for name in names}
+
+    def gram(self, name: str, module: nn.Module, x: Tensor, constant: bool = False) -> Tensor:
+        """:func:`~snows_hf.method.preconditioner.gram` of what the layer of a weight reads.
+
+        Raises:
+            MaskError: it is neither a Linear nor a Conv2d as torch computes it.
+            NumericsError: an input is not finite.
+        """
+        g = gram(module, x, constant)
+        if g is None:
+            raise MaskError(
+                f"Mask criterion {self.config.mask!r}: {name} belongs to a {type(module).__name__}, and only "
+                "Linear and Conv2d are understood.",
+                "Leave it out with --layers, or use a criterion that reads no inputs, such as magnitude.",
+            )
+        if not g.isfinite().all():
+            raise NumericsError(f"The inputs of {name} are not all finite numbers.", REMEDY)
+        return g
 
 
 def matrix(weight: Tensor) -> Tensor:
@@ -248,7 +257,7 @@ def unmatrix(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1).contiguous()
 
 
-def _channels_last(g: Tensor, weight: Tensor) -> Tensor:
-    # gram() counts columns as weight.flatten(1) does.
+def channels_last(g: Tensor, weight: Tensor) -> Tensor:
+    """A Gram matrix (groups, d, d) whose columns are counted as ``weight.flatten(1)`` does, with :func:`matrix`'s."""
     order = matrix(torch.arange(weight[0].numel(), device=g.device).view(1, *weight.shape[1:]))[0]
     return g[:, order][:, :, order]

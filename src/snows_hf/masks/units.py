@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from operator import attrgetter
 from pkgutil import resolve_name
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.widths import Slot, Width
 from ..patterns import Full
+from .aims import Fit, halfway_fits
 from .criteria import find_criterion
 from .evidence import Evidence
 from .group_obs import Moments, Reader, repair, units_left, variance
@@ -31,20 +33,28 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
         evidence: of the dense network, with images.
         keep: how many units each width keeps.
     """
-    config, kept, tensors = evidence.config, dict[Width, Tensor](), dict[str, Tensor]()
+    config, kept = evidence.config, dict[Width, Tensor]()
     scores = {} if config.units == "obs" else scores_of(evidence, keep)
-    needs = config.units == "obs" or config.repair
-    totals = evidence.moments([slot.name for width in keep for slot in width.readers] if needs else [])
+    totals = evidence.moments([slot.name for width in keep for slot in width.readers] if config.units == "obs" else [])
     for width in evidence.run.track(list(keep), f"Units by {config.units}", len(keep), lambda width: width.name):
-        moments = {name: moments_of(evidence, name, total) for name, total in islice(totals, len(width.readers))}
         if config.units == "obs":
+            moments = {name: moments_of(evidence, name, total) for name, total in islice(totals, len(width.readers))}
             kept[width] = units_left(readers_of(evidence, width, moments), keep[width])
         else:
             kept[width] = scores[width].topk(keep[width]).indices.sort().values
-        if needs:
-            for slot in width.readers:
-                tensors |= repaired(evidence, slot, moments[slot.name], kept[width])
-    return Units(kept, tensors)
+    return Units(kept, repairs(evidence, kept) if config.units == "obs" or config.repair else {})
+
+
+def repairs(evidence: Evidence, kept: Mapping[Width, Tensor]) -> dict[str, Tensor]:
+    """Weights and biases of all readers, one after the other, each fitted halfway to the dense network (aims.py) with
+    the units alone that are ``kept``."""
+    slots = {slot.name: (slot, units) for width, units in kept.items() for slot in width.readers}
+    weights = {name: evidence.network.weight(name).detach() for name in slots}
+    tensors = dict[str, Tensor]()
+    fits = halfway_fits(replace(evidence, weights=weights), tensors)
+    for fit in evidence.run.track(fits, "Repairs", len(slots), attrgetter("name")):
+        tensors |= repaired(evidence, fit, *slots[fit.name])
+    return tensors
 
 
 def moments_of(evidence: Evidence, name: str, total: Tensor) -> Moments:
@@ -65,13 +75,18 @@ def readers_of(evidence: Evidence, width: Width, moments: Mapping[str, Moments])
     return [Reader(W, moments[name], width.units, shares[name]) for name, W in weights.items()]
 
 
-def repaired(evidence: Evidence, slot: Slot, moments: Moments, kept: Tensor) -> dict[str, Tensor]:
+def repaired(evidence: Evidence, fit: Fit, slot: Slot, kept: Tensor) -> dict[str, Tensor]:
     """A reader's weight and bias once only the units ``kept`` are there; a batch norm's mean in a bias's place."""
     chain = evidence.network
     weight = chain.weight(slot.name).detach()
     units = torch.zeros(weight.shape[1] // slot.each, dtype=torch.bool, device=kept.device)
     columns = units.index_fill_(0, kept, True).repeat_interleave(weight[0].numel() // len(units))
-    W, shift = repair(weight.flatten(1), moments, columns)
+    moments = moments_of(evidence, slot.name, fit.gram[0])
+    per_input = fit.shift.to(moments.mean) / float(fit.gram[0, -1, -1])
+    lacking, constant = per_input[:, :-1], per_input[:, -1]
+    change = torch.cholesky_solve((lacking - constant.outer(moments.mean)).T, moments.factored[1]).T
+    W, shift = repair(weight.flatten(1).to(change) + change, moments, columns)
+    shift = shift + constant - change @ moments.mean
     tensors = {slot.name: W.view(weight.shape).to(weight)}
     if bias := chain.biases.get(slot.name):
         owner = bias.rpartition(".")[0]

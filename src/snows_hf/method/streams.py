@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 
 import torch
 from accelerate.utils import send_to_device
@@ -91,15 +92,16 @@ def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
 
 @contextmanager
 def holding(chain: Chain, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """For the time of the block the chain's model computes with ``weights``; nothing is copied."""
-    own = {name: chain.weight(name).data for name in weights}
+    """For the time of the block the chain's model computes with ``weights``, or buffers; nothing is copied."""
+    tensors = {name: attrgetter(name)(chain.model) for name in weights}
+    own = {name: tensor.data for name, tensor in tensors.items()}
     for name, weight in weights.items():
-        chain.weight(name).data = weight
+        tensors[name].data = weight
     try:
         yield
     finally:
         for name, weight in own.items():
-            chain.weight(name).data = weight
+            tensors[name].data = weight
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...patterns import NM
+from ..aims import halfway_aims
 from ..evidence import Evidence
 from .base import Choice
 from .obc import Kept, layer_by_layer, without_lowest
@@ -44,7 +45,7 @@ def alps(evidence: Evidence) -> Choice:
         kept, D = places(W, H, pattern, zeros)
         return kept.flatten(0, 1), fitted(W, H, kept, D).flatten(0, 1)
 
-    return layer_by_layer(evidence, decide)
+    return layer_by_layer(evidence, decide, halfway_aims)
 
 
 def places(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor, Tensor]:

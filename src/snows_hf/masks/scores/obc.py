@@ -5,19 +5,17 @@ The inputs are the dense network's. Unstructured, every layer loses the same sha
 rows; a score cannot be compared between layers, whose outputs matter to the network in different measure.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from ...patterns import NM
-from ...runtime.journal import Record
-from ..evidence import Evidence, matrix, unmatrix
+from ..aims import Aim, dense_aims
+from ..evidence import Evidence, unmatrix
 from .base import Choice
 
-
-DAMPING = 0.01
-"""What is added to the diagonal of X Xᵀ, as a share of its mean (SparseGPT's and OBC's code)."""
 
 CHUNK = {"cpu": 2**21, "cuda": 2**27}
 """Numbers in the inverses that are updated together: what a cache holds, and what keeps a GPU busy in 1 GB."""
@@ -26,39 +24,33 @@ CHUNK = {"cpu": 2**21, "cuda": 2**27}
 Kept = tuple[Tensor, Tensor]
 """Which weights of a layer are kept (bool), and the values of all, zero where they are not."""
 
+Aims = Callable[[Evidence, Mapping[str, Tensor]], Iterator[Aim]]
+"""What layers are fitted to (aims.py), of all but those whose pruned weights are there; these grow meanwhile."""
+
 Decide = Callable[[Tensor, Tensor, NM | None, int], Kept]
 """W (rows, d) and H = X Xᵀ + damping (groups, d, d), both in float64, the layer's N:M or None, and how many weights
 go → which are kept, as W."""
 
 
-def damped(H: Tensor) -> Tensor:
-    """H (groups, d, d) in float64 with DAMPING on its diagonal, so that inputs which never fire, or always together,
-    leave it invertible."""
-    H = H.to(torch.float64)
-    scale = H.diagonal(dim1=-2, dim2=-1).mean(-1)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return H + DAMPING * torch.diag_embed(scale[:, None].expand(H.shape[:2]))
-
-
-def layer_by_layer(evidence: Evidence, decide: Decide) -> Choice:
+def layer_by_layer(evidence: Evidence, decide: Decide, aims: Aims = dense_aims) -> Choice:
     """What ``decide`` makes of every layer; what an earlier run made of a layer stays."""
-    journal, names = evidence.run.journal, list(evidence.weights)
-    finished = {name: journal.get(f"{evidence.record}-layer-{i:04d}") for i, name in enumerate(names)}
-    grams = evidence.grams([name for name, record in finished.items() if record is None])
-    zeros = evidence.pattern.zeros(evidence.weights)
-    masks, weights = {}, {}
-    for i, name in enumerate(evidence.run.track(names, f"Layers of {evidence.title}", len(names), str)):
-        weight, pattern, record = evidence.weights[name], evidence.pattern.of(name), finished.pop(name)
-        if record is None:
-            _, H = next(grams)
-            W = matrix(weight).to(H.device, torch.float64)
-            kept, updated = decide(W, damped(H), pattern if isinstance(pattern, NM) else None, zeros[name])
-            tensors = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
-            record = Record(tensors, {})
-            journal.put(f"{evidence.record}-layer-{i:04d}", tensors)
-        masks[name] = record.tensors["mask"].to(weight.device)
-        weights[name] = record.tensors["weight"].to(weight)
-    return Choice(masks, weights)
+    journal, zeros = evidence.run.journal, evidence.pattern.zeros(evidence.weights)
+    records = {name: f"{evidence.record}-layer-{place:04d}" for place, name in enumerate(evidence.weights)}
+    finished = {name: found.tensors for name, record in records.items() if (found := journal.get(record)) is not None}
+    weights = {name: tensors["weight"] for name, tensors in finished.items()}
+    todo = evidence.run.track(
+        aims(evidence, weights), f"Layers of {evidence.title}", len(records) - len(finished), attrgetter("name")
+    )
+    for name, W, H in todo:
+        pattern = evidence.pattern.of(name)
+        kept, updated = decide(W, H, pattern if isinstance(pattern, NM) else None, zeros[name])
+        weight = evidence.weights[name]
+        finished[name] = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
+        weights[name] = finished[name]["weight"]
+        journal.put(records[name], finished[name])
+    ordered = {name: finished[name] for name in records}
+    masks = {name: tensors["mask"].to(evidence.weights[name].device) for name, tensors in ordered.items()}
+    return Choice(masks, {name: tensors["weight"].to(evidence.weights[name]) for name, tensors in ordered.items()})
 
 
 def obc(evidence: Evidence) -> Choice:

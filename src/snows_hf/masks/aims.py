@@ -1,0 +1,157 @@
+"""What layers are fitted to, one after the other, once those before them are pruned.
+
+Pruned layers hand on x̂ where the dense network had x. A layer that keeps to W x̂ adds its own loss to theirs; one that
+keeps to W x makes up for theirs, and for noise of these very images, too. Halfway between does best (docs/results.md):
+
+    a layer whose output makes the       z* = W x̂ + b + the shift that takes that output, with the residual stream
+    operation's one to one               where it ends there, half of the way to the dense network's
+    Q, K and V, and whatever is mixed    z* = (W x̂ + W x) / 2 + b
+
+It is Eq. 3 for K = 0 with targets halfway (method/streams.py), whose solution needs no step: ‖Ŵ x̂ + b - z*‖² is, but
+for a constant, ‖(Ŵ - W*) x̂‖² with W* = W + Σ (z* - W x̂ - b) x̂ᵀ (Σ x̂ x̂ᵀ)⁻¹.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from ..adapters.base import Operation, State
+from ..adapters.frozen import frozen
+from ..method.preconditioner import mean_square, recorded
+from ..method.streams import holding, through
+from ..runtime.distributed import whole
+from ..runtime.memory import Images, Kept, Shelf
+from .evidence import Evidence, channels_last, matrix
+
+
+DAMPING = 0.01
+"""What is added to the diagonal of X Xᵀ, as a share of its mean (SparseGPT's and OBC's code)."""
+
+AT_ONCE = 32
+"""Images whose graph of an operation is there at a time, at most."""
+
+
+class Aim(NamedTuple):
+    """W* (rows, d), input channels innermost, and H = X Xᵀ + damping (groups, d, d), both in float64."""
+
+    name: str
+    W: Tensor
+    H: Tensor
+
+
+class Fit(NamedTuple):
+    """Σ [x̂, 1][x̂, 1]ᵀ, (groups, d + 1, d + 1), and Σ (z* - W x̂ - b)[x̂, 1]ᵀ, (rows, d + 1), over images and positions,
+    of a layer's weight (rows, …), whose columns count as ``weight.flatten(1)`` does."""
+
+    name: str
+    gram: Tensor
+    shift: Tensor
+
+
+def damped(H: Tensor) -> Tensor:
+    """H (groups, d, d) in float64 with DAMPING on its diagonal, so that inputs which never fire, or always together,
+    leave it invertible."""
+    H = H.to(torch.float64)
+    scale = H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return H + DAMPING * torch.diag_embed(scale[:, None].expand(H.shape[:2]))
+
+
+def dense_aims(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Aim]:
+    """The dense weights, with what they read in the dense network, of all layers that are not ``done``."""
+    for name, H in evidence.grams([name for name in evidence.weights if name not in done]):
+        yield Aim(name, matrix(evidence.weights[name]).to(H.device, torch.float64), damped(H))
+
+
+def halfway_aims(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Aim]:
+    """Those of :func:`halfway_fits`; biases stay as they are."""
+    for name, gram, shift in halfway_fits(evidence, done):
+        weight = evidence.network.weight(name).detach()
+        H = damped(channels_last(gram[:, :-1, :-1], weight))
+        rows = matrix(shift[:, :-1].view_as(weight)).to(H).unflatten(0, (len(H), -1))
+        W = matrix(weight).to(H) + torch.linalg.solve(H, rows, left=False).flatten(0, 1)
+        yield Aim(name, W, H)
+
+
+def halfway_fits(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Fit]:
+    """In forward order those of the ``evidence.weights`` that are not ``done``, on what layers read where the network
+    has all that is: a layer's pruned weight (and its bias) is there by the time that the next one is asked for.
+
+    Raises:
+        MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.
+        NumericsError: an input is not finite.
+    """
+    chain = evidence.network
+    shelf = evidence.images.shelf if isinstance(evidence.images, Images) else Shelf()
+    dense = [shelf.keep((batch.cpu(),)) for batch in evidence.batches(min(AT_ONCE, evidence.config.batch_size))]
+    pruned = list(dense)
+
+    def own(operation: Operation) -> list[str]:
+        return [name for name in (operation.group.parameters if operation.group else ()) if name in evidence.weights]
+
+    def advance(operation: Operation, flow: None) -> None:
+        for i in range(len(dense)):
+            dense[i] = shelf.keep(through(operation, dense[i].get(), chain.device))
+            with holding(chain, done):
+                pruned[i] = shelf.keep(through(operation, pruned[i].get(), chain.device))
+
+    last = max((place for place, operation in enumerate(chain.operations) if own(operation)), default=-1)
+    with frozen(chain.model):
+        for place, operation, _ in chain.walk(None, advance, stop=last + 1):
+            if names := [name for name in own(operation) if name not in done]:
+                yield from fits_of(evidence, place, names, zip(dense, pruned, strict=True))
+
+
+def fits_of(evidence: Evidence, place: int, names: Sequence[str], streams: Iterable[tuple[Kept, Kept]]) -> list[Fit]:
+    """Those of the layers ``names`` in the operation at a place, from the states before it, dense and pruned, in
+    parts."""
+    chain, sums = evidence.network, dict[str, list[Tensor]]()
+    for states in streams:
+        dense, pruned = (send_to_device(state.get(), chain.device) for state in states)
+        for name, part in terms(evidence, place, names, dense, pruned):
+            sums[name] = [total + own for total, own in zip(sums[name], part, strict=True)] if name in sums else part
+    return [
+        Fit(name, gram, shift.double() * (count / sensitivity)[:, None])
+        for name, (gram, shift, sensitivity, count) in sums.items()
+    ]
+
+
+def terms(
+    evidence: Evidence, place: int, names: Sequence[str], dense: State, pruned: State
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """What some images add to the sums of :class:`Fit`, for each layer; by what each row's shift is too large (rows,),
+    and how many images these are."""
+    chain = evidence.network
+    with torch.no_grad(), recorded(chain, names) as wanted:
+        y, *_ = chain.operations[place].run(dense)
+    weights = {name: chain.weight(name).detach().to(chain.device).requires_grad_() for name in names}
+    with recorded(chain, names) as found:
+        (output,) = chain.outputs(pruned, place, place + 1, weights)
+    for name in names:
+        module, x, z = found[name]
+        slope = slope_of(output, z) if len(names) == 1 else None
+        if slope is None:
+            lacking, squares = (wanted[name][2] - z.detach()) / 2, torch.ones_like(z)
+        else:
+            lacking, squares = grad(output, z, (y - output.detach()) / 2, retain_graph=True)[0], slope
+        (shift,) = grad(z, weights[name], lacking, retain_graph=True)
+        constant = (lacking.movedim(1, -1) if isinstance(module, nn.Conv2d) else lacking).flatten(0, -2).sum(0)
+        sensitivity = mean_square(module, squares, whole(len(x)), torch.float64) * len(x)
+        count = torch.tensor(float(len(x))).to(sensitivity)
+        gram = evidence.gram(name, module, x, constant=True)
+        yield name, [gram, torch.cat([shift.flatten(1), constant[:, None]], 1), sensitivity, count]
+
+
+def slope_of(output: Tensor, z: Tensor) -> Tensor | None:
+    """The derivative of each entry of an operation's output by the entry of a layer's output z in its place, but for
+    the sign; None where it depends on others, too: then its size depends on the signs of what is derived."""
+    if z.shape != output.shape:
+        return None
+    generator = torch.Generator(output.device).manual_seed(0)
+    signs = torch.randint(2, output.shape, generator=generator, device=output.device, dtype=output.dtype) * 2 - 1
+    slope, other = (grad(output, z, u, retain_graph=True)[0].abs() for u in (torch.ones_like(output), signs))
+    return slope if torch.allclose(slope, other, rtol=1e-3, atol=1e-6 * float(slope.max())) else None

@@ -1,0 +1,151 @@
+"""What layers are fitted to, against least squares on what they read, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import convolutions, evidence, images_for, linears
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from snows_hf.adapters import Group, Operation, build_chain, register
+from snows_hf.jobs.subject import weights_of
+from snows_hf.masks.aims import damped, dense_aims, halfway_aims, slope_of
+from snows_hf.masks.evidence import matrix
+
+
+def pruned_weights(given, seed: int = 0) -> dict[str, Tensor]:
+    """Every layer's weights, half of them gone."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: w * (torch.rand(w.shape, generator=generator) < 0.5) for n, w in given.weights.items()}
+
+
+def aims_with(given, weights):
+    """Aims of all layers where each is pruned to ``weights`` as soon as it has its own."""
+    done, aims = {}, []
+    for aim in halfway_aims(given, done):
+        aims.append(aim)
+        done[aim.name] = weights[aim.name]
+    return aims
+
+
+@pytest.mark.parametrize("make", [linears, convolutions])
+def test_of_a_network_that_stays_dense_each_layer_is_its_own_aim(make):
+    given = evidence(make(), "0.5", "alps")
+    expected = {aim.name: aim for aim in dense_aims(given, {})}
+    aims = aims_with(given, given.weights)
+    assert [aim.name for aim in aims] == list(given.weights)
+    for aim in aims:
+        torch.testing.assert_close(aim.W, expected[aim.name].W)
+        torch.testing.assert_close(aim.H, expected[aim.name].H)
+        torch.testing.assert_close(aim.W, matrix(given.weights[aim.name]))
+
+
+def recorded(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What every layer reads and puts out with these weights."""
+    seen, handles = {}, []
+    for name, module in model.named_modules():
+        if hasattr(module, "weight"):
+            note = lambda m, x, out, n=f"{name}.weight": seen.update({n: (x[0].detach(), out.detach())})  # noqa: E731
+            handles.append(module.register_forward_hook(note))
+    functional_call(model, weights, (images,))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+class Residual(nn.Module):
+    """A residual stream; what is added to it is scaled, channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.scale = nn.Parameter(torch.tensor([0.5, 2.0, 1.0, -3.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x)
+        return x + self.scale * self.two(torch.tanh(x))
+
+
+@register(Residual, family="small")
+def residual(model: Residual) -> list[Operation]:
+    def first(state):
+        return (state[0] + model.one(state[0]),)
+
+    def second(state):
+        return (state[0] + model.scale * model.two(torch.tanh(state[0])),)
+
+    return [
+        Operation("one", first, Group.of("one", "linear")),
+        Operation("two", second, Group.of("two", "linear")),
+    ]
+
+
+def test_a_layer_makes_up_for_half_of_what_the_residual_stream_lacks():
+    """z* is found by hand: (z* - W x̂) · scale is half of the difference between the two streams after the layer."""
+    model = Residual().double().eval()
+    given = evidence(linears(), "0.5", "alps")
+    chain, images = build_chain(model), images_for(linears(), 40)
+    given = replace(given, weights=weights_of(chain), chain=chain, images=images)
+    weights = pruned_weights(given)
+    _, aim = aims_with(given, weights)
+    with torch.no_grad():
+        dense, pruned = (functional_call(model, w, (images,)) for w in ({}, {"one.weight": weights["one.weight"]}))
+    _, (x, z) = recorded(model, {"one.weight": weights["one.weight"]}, images).values()
+    wanted = z + (dense - pruned) / 2 / model.scale.detach()
+    H = x.T @ x
+    ridge = (damped(H[None])[0] - H).diagonal().sqrt().diag()
+    W = model.two.weight.detach()
+    lhs, rhs = torch.cat([x, ridge]), torch.cat([wanted, ridge @ W.T])
+    torch.testing.assert_close(aim.W, torch.linalg.lstsq(lhs, rhs).solution.T)
+
+
+class Products(nn.Module):
+    """Two layers that read the same, and one that is mixed with itself afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.one, self.two, self.mixed = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        return self.mixed(self.one(x) * self.two(x)).softmax(-1)
+
+
+@register(Products, family="small")
+def products(model: Products) -> list[Operation]:
+    return [
+        Operation("first", lambda state: (model.first(state[0]).tanh(),), Group.of("first", "linear")),
+        Operation(
+            "both",
+            lambda state: (model.one(state[0]) * model.two(state[0]),),
+            Group("both", ("one.weight", "two.weight"), "linear"),
+        ),
+        Operation("mixed", lambda state: (model.mixed(state[0]).softmax(-1),), Group.of("mixed", "linear")),
+    ]
+
+
+def test_layers_whose_outputs_are_mixed_are_fitted_to_the_mean_of_their_own_outputs():
+    model = Products().double().eval()
+    chain, images = build_chain(model), images_for(linears(), 40)
+    given = evidence(linears(), "0.5", "alps")
+    given = replace(given, weights=weights_of(chain), chain=chain, images=images)
+    weights = pruned_weights(given)
+    dense, pruned = (recorded(model, w, images) for w in ({}, weights))
+    for aim in aims_with(given, weights)[1:]:
+        W, (x, _), (x_now, _) = given.weights[aim.name], dense[aim.name], pruned[aim.name]
+        ridge = (damped((x_now.T @ x_now)[None])[0] - x_now.T @ x_now).diagonal().sqrt().diag()
+        lhs, rhs = torch.cat([x_now, ridge]), torch.cat([(x + x_now) / 2 @ W.T, ridge @ W.T])
+        torch.testing.assert_close(aim.W, torch.linalg.lstsq(lhs, rhs).solution.T)
+
+
+def test_slopes_are_of_outputs_that_depend_on_one_entry_each():
+    z = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scale = torch.tensor([0.5, -2.0, 1.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(slope_of(z * scale + 1, z), scale.abs().expand(3, 5, 4))
+    torch.testing.assert_close(slope_of(z.relu(), z), (z > 0).double())
+    assert slope_of(z.softmax(-1), z) is None
+    assert slope_of(z.cumsum(1), z) is None
+    assert slope_of(z.sum(-1), z) is None
