@@ -18,7 +18,14 @@ from snows_hf.masks.criteria import SCORES
 from snows_hf.runtime.run import Progress
 
 
-QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 120, "k": 3, "joint_steps": 2, "mask": "magnitude"}
+QUICK: dict[str, Any] = {
+    "data": str(DIGITS),
+    "samples": 120,
+    "batch_size": 32,
+    "k": 3,
+    "joint_steps": 2,
+    "mask": "magnitude",
+}
 
 
 @pytest.mark.parametrize("pattern", ["mlp:0.5", pytest.param("mlp:0.5+heads:0.25+2:4", marks=pytest.mark.slow)])

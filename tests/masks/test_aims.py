@@ -10,8 +10,18 @@ from torch.func import functional_call
 
 from snows_hf.adapters import Group, Operation, build_chain, register
 from snows_hf.jobs.subject import weights_of
-from snows_hf.masks.aims import damped, dense_aims, halfway_aims, slope_of
+from snows_hf.masks.aims import (
+    EVENLY,
+    HEAVIEST,
+    channels_in_end,
+    damped,
+    dense_aims,
+    halfway_aims,
+    importance,
+    slope_of,
+)
 from snows_hf.masks.evidence import matrix
+from snows_hf.method.preconditioner import gram
 
 
 def pruned_weights(given, seed: int = 0) -> dict[str, Tensor]:
@@ -37,8 +47,51 @@ def test_of_a_network_that_stays_dense_each_layer_is_its_own_aim(make):
     assert [aim.name for aim in aims] == list(given.weights)
     for aim in aims:
         torch.testing.assert_close(aim.W, expected[aim.name].W)
-        torch.testing.assert_close(aim.H, expected[aim.name].H)
         torch.testing.assert_close(aim.W, matrix(given.weights[aim.name]))
+        if make is linears:  # of a single position
+            torch.testing.assert_close(aim.H, expected[aim.name].H)
+
+
+@pytest.mark.parametrize("make", [linears, convolutions])
+def test_positions_weigh_as_the_outputs_depend_on_them(make):
+    """By whole Jacobians; one random cotangent an image is right on average, and of one output exactly."""
+    model = make()
+    model.layers[-1] = nn.Linear(4, 1).double()
+    given = evidence(model, "0.5", "alps", count=8, batch_size=8)
+    found = importance(given, given.images)
+    for name, weights in found.items():
+        module, squares = model.get_submodule(name.removesuffix(".weight")), []
+        for image in given.images:
+
+            def replaced(z, module=module, image=image):
+                with module.register_forward_hook(lambda *_: z):
+                    return model(image[None])[0, 0]
+
+            (z, *_) = recorded_outputs(model, module, image[None])
+            jacobian = torch.autograd.functional.jacobian(replaced, z)
+            squares.append(channels_in_end(module, jacobian).square().mean(-1).flatten())
+        mean = torch.stack(squares).mean(0)
+        own = EVENLY + (1 - EVENLY) * (mean / mean.mean()).clamp_max(HEAVIEST)
+        torch.testing.assert_close(weights, own.float())
+
+
+def recorded_outputs(model: nn.Module, module: nn.Module, x: Tensor) -> list[Tensor]:
+    seen = []
+    with module.register_forward_hook(lambda m, args, out: seen.append(out.detach())):
+        model(x)
+    return seen
+
+
+def test_a_gram_matrix_of_weighted_positions_is_a_sum_over_them():
+    model = convolutions()
+    x, module = images_for(model), model.layers[1]
+    columns = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    weights = torch.rand(columns.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = sum(
+        w * torch.einsum("ngc,ngd->gcd", column, column)
+        for w, column in zip(weights, columns.unflatten(1, (2, -1)).unbind(-1), strict=True)
+    )
+    torch.testing.assert_close(gram(module, x, weights=weights), expected)
 
 
 def recorded(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

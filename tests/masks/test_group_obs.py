@@ -1,5 +1,7 @@
 """Group OBS against brute force, and its repair against least squares."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -9,6 +11,7 @@ from torch.func import functional_call
 
 from snows_hf.adapters import build_chain
 from snows_hf.adapters.widths import widths_of
+from snows_hf.masks.aims import importance
 from snows_hf.masks.evidence import Evidence
 from snows_hf.masks.group_obs import Moments, Reader, repair, units_left, variance
 from snows_hf.masks.units import choose_units
@@ -98,7 +101,10 @@ def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(kin
     chain = build_chain(model, pixels[:1])
     widths = [width for width in widths_of(chain) if width.kind == kind]
     config = settings_for("standard", chain.family, "mlp:0.5").updated(batch_size=16)
-    found = choose_units(Evidence({}, Full(), config, chain, pixels), dict.fromkeys(widths, keep))
+    given = Evidence({}, Full(), config, chain, pixels)
+    found = choose_units(given, dict.fromkeys(widths, keep))
+    weights = {slot.name: model.get_parameter(slot.name).detach() for width in widths for slot in width.readers}
+    importances = importance(replace(given, weights=weights), pixels[:16])  # the first part alone
     done = dict[str, Tensor]()
     for place, width in enumerate(widths):
         (reader,) = width.readers
@@ -112,10 +118,11 @@ def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(kin
         columns = torch.zeros(width.units, dtype=torch.bool).index_fill_(0, found.kept[width], True)
         columns = columns.repeat_interleave(reader.each)
         ones = torch.cat([x[:, columns], torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        best = (ones @ torch.linalg.lstsq(ones, wanted).solution - wanted).square()
+        roots = importances[name].sqrt().repeat(len(pixels))[:, None]
+        best = roots * (ones @ torch.linalg.lstsq(roots * ones, roots * wanted).solution - wanted)
         done |= {name: found.tensors[name], bias: found.tensors[bias]}
-        error = (x @ found.tensors[name].T + found.tensors[bias] - wanted).square()
-        assert float(error.mean()) == pytest.approx(float(best.mean()), rel=1e-2)
+        error = roots * (x @ found.tensors[name].T + found.tensors[bias] - wanted)
+        assert float(error.square().mean()) == pytest.approx(float(best.square().mean()), rel=1e-2)
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ keeps to W x makes up for theirs, and for noise of these very images, too. Halfw
     operation's one to one               where it ends there, half of the way to the dense network's
     Q, K and V, and whatever is mixed    z* = (W x̂ + W x) / 2 + b
 
+Positions count as the network's outputs depend on them: a class token for far more than a patch in late layers.
+
 It is Eq. 3 for K = 0 with targets halfway (method/streams.py), whose solution needs no step: ‖Ŵ x̂ + b - z*‖² is, but
 for a constant, ‖(Ŵ - W*) x̂‖² with W* = W + Σ (z* - W x̂ - b) x̂ᵀ (Σ x̂ x̂ᵀ)⁻¹.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -35,6 +37,17 @@ AT_ONCE = 32
 """Images whose graph of an operation is there at a time, at most."""
 
 
+PROBED = 32, 8
+"""Images from which it is estimated what positions weigh, and those whose graph of the whole network is there at a
+time, at most."""
+
+EVENLY = 0.2
+"""Share of the weight that all positions have alike."""
+
+HEAVIEST = 30.0
+"""Most that a position weighs, as a multiple of the mean."""
+
+
 class Aim(NamedTuple):
     """W* (rows, d), input channels innermost, and H = X Xᵀ + damping (groups, d, d), both in float64."""
 
@@ -44,8 +57,8 @@ class Aim(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Σ [x̂, 1][x̂, 1]ᵀ, (groups, d + 1, d + 1), and Σ (z* - W x̂ - b)[x̂, 1]ᵀ, (rows, d + 1), over images and positions,
-    of a layer's weight (rows, …), whose columns count as ``weight.flatten(1)`` does."""
+    """Σ s [x̂, 1][x̂, 1]ᵀ, (groups, d + 1, d + 1), and Σ s (z* - W x̂ - b)[x̂, 1]ᵀ, (rows, d + 1), over images and
+    positions of weight s, of a layer's weight (rows, …), whose columns count as ``weight.flatten(1)`` does."""
 
     name: str
     gram: Tensor
@@ -89,6 +102,7 @@ def halfway_fits(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Fit
     shelf = evidence.images.shelf if isinstance(evidence.images, Images) else Shelf()
     dense = [shelf.keep((batch.cpu(),)) for batch in evidence.batches(min(AT_ONCE, evidence.config.batch_size))]
     pruned = list(dense)
+    weights = importance(evidence, dense[0].get()[0])
 
     def own(operation: Operation) -> list[str]:
         return [name for name in (operation.group.parameters if operation.group else ()) if name in evidence.weights]
@@ -103,12 +117,49 @@ def halfway_fits(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Fit
     with frozen(chain.model):
         for place, operation, _ in chain.walk(None, advance, stop=last + 1):
             if names := [name for name in own(operation) if name not in done]:
-                yield from fits_of(evidence, place, names, zip(dense, pruned, strict=True))
+                own_weights = {name: weights[name] for name in names}
+                yield from fits_of(evidence, place, own_weights, zip(dense, pruned, strict=True))
 
 
-def fits_of(evidence: Evidence, place: int, names: Sequence[str], streams: Iterable[tuple[Kept, Kept]]) -> list[Fit]:
-    """Those of the layers ``names`` in the operation at a place, from the states before it, dense and pruned, in
-    parts."""
+def importance(evidence: Evidence, images: Tensor) -> dict[str, Tensor]:
+    """What the positions of each layer's output weigh, (positions,), 1 on average: the mean square of how much the
+    network's outputs depend on what is there, estimated with one random cotangent an image."""
+    chain, sums = evidence.network, dict[str, Tensor]()
+    generator = torch.Generator(chain.device).manual_seed(0)
+    with frozen(chain.model):
+        for part in images[: PROBED[0]].split(min(PROBED[1], evidence.config.batch_size)):
+            state: State = (part.to(chain.device).requires_grad_(),)
+            with recorded(chain, evidence.weights) as found:
+                for operation in chain.operations:
+                    state = operation.run(state)
+            results = [result for result in state if result.requires_grad]
+            signs = [torch.randint(2, y.shape, generator=generator, device=y.device).to(y) * 2 - 1 for y in results]
+            scales = [(y.detach().float().square().mean().sqrt() + 1e-12).to(y) * y[0].numel() ** 0.5 for y in results]
+            u = [sign / scale for sign, scale in zip(signs, scales, strict=True)]
+            z = [found[name][2] for name in evidence.weights]
+            for name, cotangent in zip(evidence.weights, grad(results, z, u, materialize_grads=True), strict=True):
+                rows = channels_in_end(found[name][0], cotangent.float()).square().mean(-1)
+                own = rows.reshape(len(part), -1).sum(0)
+                sums[name] = sums[name] + own if name in sums else own
+    return {name: EVENLY + (1 - EVENLY) * relative(total).clamp_max(HEAVIEST) for name, total in sums.items()}
+
+
+def relative(total: Tensor) -> Tensor:
+    """As multiples of the mean; 1 where all are zero."""
+    mean = total.mean()
+    return total / mean if mean > 0 else torch.ones_like(total)
+
+
+def channels_in_end(module: nn.Module, z: Tensor) -> Tensor:
+    """A layer's output with its channels last: a Linear's have them there, on feature maps and windows too."""
+    return z.movedim(1, -1) if isinstance(module, nn.Conv2d) else z
+
+
+def fits_of(
+    evidence: Evidence, place: int, names: Mapping[str, Tensor], streams: Iterable[tuple[Kept, Kept]]
+) -> list[Fit]:
+    """Those of the layers ``names``, with what their positions weigh, in the operation at a place, from the states
+    before it, dense and pruned, in parts."""
     chain, sums = evidence.network, dict[str, list[Tensor]]()
     for states in streams:
         dense, pruned = (send_to_device(state.get(), chain.device) for state in states)
@@ -121,7 +172,7 @@ def fits_of(evidence: Evidence, place: int, names: Sequence[str], streams: Itera
 
 
 def terms(
-    evidence: Evidence, place: int, names: Sequence[str], dense: State, pruned: State
+    evidence: Evidence, place: int, names: Mapping[str, Tensor], dense: State, pruned: State
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """What some images add to the sums of :class:`Fit`, for each layer; by what each row's shift is too large (rows,),
     and how many images these are."""
@@ -138,11 +189,13 @@ def terms(
             lacking, squares = (wanted[name][2] - z.detach()) / 2, torch.ones_like(z)
         else:
             lacking, squares = grad(output, z, (y - output.detach()) / 2, retain_graph=True)[0], slope
+        rows = channels_in_end(module, lacking)  # a view
+        rows *= names[name].to(rows).repeat(len(dense[0])).view(*rows.shape[:-1], 1)
         (shift,) = grad(z, weights[name], lacking, retain_graph=True)
-        constant = (lacking.movedim(1, -1) if isinstance(module, nn.Conv2d) else lacking).flatten(0, -2).sum(0)
+        constant = rows.flatten(0, -2).sum(0)
         sensitivity = mean_square(module, squares, whole(len(x)), torch.float64) * len(x)
         count = torch.tensor(float(len(x))).to(sensitivity)
-        gram = evidence.gram(name, module, x, constant=True)
+        gram = evidence.gram(name, module, x, constant=True, weights=names[name])
         yield name, [gram, torch.cat([shift.flatten(1), constant[:, None]], 1), sensitivity, count]
 
 

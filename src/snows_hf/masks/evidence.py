@@ -227,14 +227,16 @@ class Evidence:
                 deque(chain.walk(state, advance, stop=last + 1), maxlen=0)  # no output is kept, as forward would
         return {name: totals[name] for name in names}
 
-    def gram(self, name: str, module: nn.Module, x: Tensor, constant: bool = False) -> Tensor:
+    def gram(
+        self, name: str, module: nn.Module, x: Tensor, constant: bool = False, weights: Tensor | None = None
+    ) -> Tensor:
         """:func:`~snows_hf.method.preconditioner.gram` of what the layer of a weight reads.
 
         Raises:
             MaskError: it is neither a Linear nor a Conv2d as torch computes it.
             NumericsError: an input is not finite.
         """
-        g = gram(module, x, constant)
+        g = gram(module, x, constant, weights)
         if g is None:
             raise MaskError(
                 f"Mask criterion {self.config.mask!r}: {name} belongs to a {type(module).__name__}, and only "

@@ -59,16 +59,18 @@ def recorded(chain: Chain, parameters: Iterable[str]) -> Iterator[dict[str, tupl
             handle.remove()
 
 
-def gram(module: nn.Module, x: Tensor, constant: bool = False) -> Tensor | None:
+def gram(module: nn.Module, x: Tensor, constant: bool = False, weights: Tensor | None = None) -> Tensor | None:
     """Σ x xᵀ over images and positions, (groups, d, d) with d the inputs of one output; None for other modules.
 
     ``x`` is a Linear's input (n, …, in) or a Conv2d's (n, c, h, w). Half precision is summed in float32. With a
-    ``constant``, there is one input more, the last, which is 1.
+    ``constant``, there is one input more, the last, which is 1. ``weights`` are those of an image's positions.
     """
     x = x if x.dtype == torch.float64 else x.float()
+    root = None if weights is None else weights.to(x).sqrt()
     if isinstance(module, nn.Linear):
         x = x.flatten(0, -2)
         x = F.pad(x, (0, 1), value=1.0) if constant else x
+        x = x if root is None else x * root.repeat(len(x) // len(root))[:, None]
         return (x.T @ x)[None]
     if not isinstance(module, nn.Conv2d):
         return None
@@ -82,6 +84,7 @@ def gram(module: nn.Module, x: Tensor, constant: bool = False) -> Tensor | None:
         columns = F.unfold(part, module.kernel_size, module.dilation, padding, module.stride)
         columns = columns.unflatten(1, (module.groups, -1)).permute(1, 2, 0, 3).flatten(2)
         columns = F.pad(columns, (0, 0, 0, 1), value=1.0) if constant else columns
+        columns = columns if root is None else columns * root.repeat(len(part))
         block = columns @ columns.mT
         total = block if total is None else total + block
     return total
