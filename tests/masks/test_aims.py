@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from snows_hf.adapters import Group, Operation, build_chain, register
+from snows_hf.adapters.frozen import frozen
 from snows_hf.jobs.subject import weights_of
 from snows_hf.masks.aims import (
     EVENLY,
     HEAVIEST,
-    channels_in_end,
     damped,
     dense_aims,
     halfway_aims,
@@ -21,7 +21,7 @@ from snows_hf.masks.aims import (
     slope_of,
 )
 from snows_hf.masks.evidence import matrix
-from snows_hf.method.preconditioner import gram
+from snows_hf.method.preconditioner import channels_in_end, gram
 
 
 def pruned_weights(given, seed: int = 0) -> dict[str, Tensor]:
@@ -58,7 +58,8 @@ def test_positions_weigh_as_the_outputs_depend_on_them(make):
     model = make()
     model.layers[-1] = nn.Linear(4, 1).double()
     given = evidence(model, "0.5", "alps", count=8, batch_size=8)
-    found = importance(given, given.images)
+    with frozen(given.network.model):
+        found = importance(given)
     for name, weights in found.items():
         module, squares = model.get_submodule(name.removesuffix(".weight")), []
         for image in given.images:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from snows_hf.adapters import build_chain
+from snows_hf.adapters.frozen import frozen
 from snows_hf.adapters.widths import widths_of
 from snows_hf.masks.aims import importance
 from snows_hf.masks.evidence import Evidence
@@ -104,7 +105,8 @@ def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(kin
     given = Evidence({}, Full(), config, chain, pixels)
     found = choose_units(given, dict.fromkeys(widths, keep))
     weights = {slot.name: model.get_parameter(slot.name).detach() for width in widths for slot in width.readers}
-    importances = importance(replace(given, weights=weights), pixels[:16])  # the first part alone
+    with frozen(model):
+        importances = importance(replace(given, weights=weights))
     done = dict[str, Tensor]()
     for place, width in enumerate(widths):
         (reader,) = width.readers

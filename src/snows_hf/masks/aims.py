@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import grad
 
 from ..adapters.base import Operation, State
 from ..adapters.frozen import frozen
-from ..method.preconditioner import mean_square, recorded
+from ..method.preconditioner import channels_in_end, cotangents, mean_square, recorded
 from ..method.streams import holding, through
 from ..runtime.distributed import whole
 from ..runtime.memory import Images, Kept, Shelf
@@ -102,7 +102,6 @@ def halfway_fits(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Fit
     shelf = evidence.images.shelf if isinstance(evidence.images, Images) else Shelf()
     dense = [shelf.keep((batch.cpu(),)) for batch in evidence.batches(min(AT_ONCE, evidence.config.batch_size))]
     pruned = list(dense)
-    weights = importance(evidence, dense[0].get()[0])
 
     def own(operation: Operation) -> list[str]:
         return [name for name in (operation.group.parameters if operation.group else ()) if name in evidence.weights]
@@ -115,32 +114,30 @@ def halfway_fits(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Fit
 
     last = max((place for place, operation in enumerate(chain.operations) if own(operation)), default=-1)
     with frozen(chain.model):
+        weights = importance(evidence)
         for place, operation, _ in chain.walk(None, advance, stop=last + 1):
             if names := [name for name in own(operation) if name not in done]:
                 own_weights = {name: weights[name] for name in names}
                 yield from fits_of(evidence, place, own_weights, zip(dense, pruned, strict=True))
 
 
-def importance(evidence: Evidence, images: Tensor) -> dict[str, Tensor]:
+def importance(evidence: Evidence) -> dict[str, Tensor]:
     """What the positions of each layer's output weigh, (positions,), 1 on average: the mean square of how much the
     network's outputs depend on what is there, estimated with one random cotangent an image."""
     chain, sums = evidence.network, dict[str, Tensor]()
-    generator = torch.Generator(chain.device).manual_seed(0)
-    with frozen(chain.model):
-        for part in images[: PROBED[0]].split(min(PROBED[1], evidence.config.batch_size)):
-            state: State = (part.to(chain.device).requires_grad_(),)
-            with recorded(chain, evidence.weights) as found:
-                for operation in chain.operations:
-                    state = operation.run(state)
-            results = [result for result in state if result.requires_grad]
-            signs = [torch.randint(2, y.shape, generator=generator, device=y.device).to(y) * 2 - 1 for y in results]
-            scales = [(y.detach().float().square().mean().sqrt() + 1e-12).to(y) * y[0].numel() ** 0.5 for y in results]
-            u = [sign / scale for sign, scale in zip(signs, scales, strict=True)]
-            z = [found[name][2] for name in evidence.weights]
-            for name, cotangent in zip(evidence.weights, grad(results, z, u, materialize_grads=True), strict=True):
-                rows = channels_in_end(found[name][0], cotangent.float()).square().mean(-1)
-                own = rows.reshape(len(part), -1).sum(0)
-                sums[name] = sums[name] + own if name in sums else own
+    images = next(iter(evidence.batches(PROBED[0])))
+    for part in images.split(min(PROBED[1], evidence.config.batch_size)):
+        state: State = (part.requires_grad_(),)
+        with recorded(chain, evidence.weights) as found:
+            for operation in chain.operations:
+                state = operation.run(state)
+        results = [(1 / (float(y.detach().float().square().mean()) + 1e-12) / y[0].numel(), y) for y in state]
+        u, z = cotangents(results, whole(len(part))), [found[name][2] for name in evidence.weights]
+        sensitivities = grad([y for _, y in results], z, u, materialize_grads=True)
+        for name, cotangent in zip(evidence.weights, sensitivities, strict=True):
+            rows = channels_in_end(found[name][0], cotangent.float()).square().mean(-1)
+            own = rows.reshape(len(part), -1).sum(0)
+            sums[name] = sums[name] + own if name in sums else own
     return {name: EVENLY + (1 - EVENLY) * relative(total).clamp_max(HEAVIEST) for name, total in sums.items()}
 
 
@@ -148,11 +145,6 @@ def relative(total: Tensor) -> Tensor:
     """As multiples of the mean; 1 where all are zero."""
     mean = total.mean()
     return total / mean if mean > 0 else torch.ones_like(total)
-
-
-def channels_in_end(module: nn.Module, z: Tensor) -> Tensor:
-    """A layer's output with its channels last: a Linear's have them there, on feature maps and windows too."""
-    return z.movedim(1, -1) if isinstance(module, nn.Conv2d) else z
 
 
 def fits_of(
@@ -184,6 +176,7 @@ def terms(
         (output,) = chain.outputs(pruned, place, place + 1, weights)
     for name in names:
         module, x, z = found[name]
+        gram = evidence.gram(name, module, x, constant=True, weights=names[name])
         slope = slope_of(output, z) if len(names) == 1 else None
         if slope is None:
             lacking, squares = (wanted[name][2] - z.detach()) / 2, torch.ones_like(z)
@@ -195,7 +188,6 @@ def terms(
         constant = rows.flatten(0, -2).sum(0)
         sensitivity = mean_square(module, squares, whole(len(x)), torch.float64) * len(x)
         count = torch.tensor(float(len(x))).to(sensitivity)
-        gram = evidence.gram(name, module, x, constant=True, weights=names[name])
         yield name, [gram, torch.cat([shift.flatten(1), constant[:, None]], 1), sensitivity, count]
 
 
@@ -204,7 +196,6 @@ def slope_of(output: Tensor, z: Tensor) -> Tensor | None:
     the sign; None where it depends on others, too: then its size depends on the signs of what is derived."""
     if z.shape != output.shape:
         return None
-    generator = torch.Generator(output.device).manual_seed(0)
-    signs = torch.randint(2, output.shape, generator=generator, device=output.device, dtype=output.dtype) * 2 - 1
+    (signs,) = cotangents([(1.0, output)], whole(len(output)))
     slope, other = (grad(output, z, u, retain_graph=True)[0].abs() for u in (torch.ones_like(output), signs))
     return slope if torch.allclose(slope, other, rtol=1e-3, atol=1e-6 * float(slope.max())) else None

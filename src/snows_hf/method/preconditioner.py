@@ -234,11 +234,15 @@ def cotangents(outputs: Sequence[tuple[float, Tensor]], share: Share) -> list[Te
     return u
 
 
+def channels_in_end(module: nn.Module, z: Tensor) -> Tensor:
+    """A layer's output with its channels last: a Linear's are there, on windows or feature maps (n, …, …, out) too."""
+    return z.movedim(1, -1) if isinstance(module, nn.Conv2d) else z
+
+
 def mean_square(module: nn.Module, cotangent: Tensor, share: Share, dtype: torch.dtype) -> Tensor:
     """Of a cotangent of a layer's output, over images and positions, (rows,): none far below their mean, since it may
     be nearly zero by chance."""
-    # A Linear's channels are last, on windows or feature maps (n, …, …, out) too.
-    per_row = (cotangent.movedim(1, -1) if isinstance(module, nn.Conv2d) else cotangent).flatten(0, -2)
+    per_row = channels_in_end(module, cotangent).flatten(0, -2)
     b = share.mean(per_row.to(dtype).square().mean(0))
     return b.clamp_min(LEAST * float(b.mean()))
 
