@@ -6,7 +6,6 @@ rows; a score cannot be compared between layers, whose outputs matter to the net
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -38,19 +37,17 @@ def layer_by_layer(evidence: Evidence, decide: Decide, aims: Aims = dense_aims) 
     records = {name: f"{evidence.record}-layer-{place:04d}" for place, name in enumerate(evidence.weights)}
     finished = {name: found.tensors for name, record in records.items() if (found := journal.get(record)) is not None}
     weights = {name: tensors["weight"] for name, tensors in finished.items()}
-    todo = evidence.run.track(
-        aims(evidence, weights), f"Layers of {evidence.title}", len(records) - len(finished), attrgetter("name")
-    )
-    for name, W, H in todo:
-        pattern = evidence.pattern.of(name)
-        kept, updated = decide(W, H, pattern if isinstance(pattern, NM) else None, zeros[name])
-        weight = evidence.weights[name]
-        finished[name] = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
-        weights[name] = finished[name]["weight"]
-        journal.put(records[name], finished[name])
-    ordered = {name: finished[name] for name in records}
-    masks = {name: tensors["mask"].to(evidence.weights[name].device) for name, tensors in ordered.items()}
-    return Choice(masks, {name: tensors["weight"].to(evidence.weights[name]) for name, tensors in ordered.items()})
+    todo, masks = aims(evidence, weights), dict[str, Tensor]()
+    for name in evidence.run.track(records, f"Layers of {evidence.title}", len(records), str):
+        weight, pattern = evidence.weights[name], evidence.pattern.of(name)
+        tensors = finished.pop(name, None)
+        if tensors is None:
+            _, W, H = next(todo)  # in the same order
+            kept, updated = decide(W, H, pattern if isinstance(pattern, NM) else None, zeros[name])
+            tensors = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
+            journal.put(records[name], tensors)
+        masks[name], weights[name] = tensors["mask"].to(weight.device), tensors["weight"].to(weight)
+    return Choice(masks, weights)
 
 
 def obc(evidence: Evidence) -> Choice:
