@@ -73,3 +73,12 @@ def test_no_update_for_people(run) -> None:
     assert "mask alone" in result.out
     assert "SNOWS" not in result.out
     assert "8 layers pruned to 2:4 (50.0 % zeros) by sparsegpt" in result.out
+
+
+@pytest.mark.parametrize("mask", ["magnitude", "sparsegpt"])
+def test_no_sweep_and_no_joint_step_leave_what_the_criterion_made(run, mask: str) -> None:
+    given = ("prune", VIT, "--pattern", "2:4", "--mask", mask, *QUICK)
+    assert run(*given, "--no-update", "--output", "alone").code == 0
+    assert run(*given, "--set", "sweeps=0", "--output", "out").code == 0
+    alone, out = tensors_of(Path("alone")), tensors_of(Path("out"))
+    assert all(torch.equal(alone[name], out[name]) for name in alone)

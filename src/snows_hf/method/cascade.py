@@ -56,11 +56,15 @@ def prune_chain(
     again = config.sweeps > 1 or config.joint_steps > 0
     moving = [name for name in moved(chain, masks, config.biases) if again or name not in masks]
     dense = {name: chain.weight(name).detach().clone() for name in moving}
+    start = start or {}
+    for name, mask in masks.items() if not config.sweeps else ():  # no sweep begins with these
+        weight = chain.weight(name).detach()
+        chain.put({name: start.get(name, weight).to(weight).where(mask.to(weight.device), 0)})
     gradual_steps = config.gradual_steps if pattern is not None else 0
     joint_steps = config.joint_steps - gradual_steps
     solves = config.sweeps * len(masked_operations(chain, masks))
     total = solves + (pattern is not None) + (joint_steps > 0)
-    layers = Layers(chain, masks, dense, config, run or Run(), start or {}, total, teacher)
+    layers = Layers(chain, masks, dense, config, run or Run(), start, total, teacher)
     reports: list[LayerReport] = []
     with frozen(chain.model), frozen(teacher.chain.model) if teacher else nullcontext():
         for number in range(1, config.sweeps + 1):
