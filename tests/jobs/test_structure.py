@@ -53,6 +53,8 @@ def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, tmp_path: Path) -
     found = inspect(out)
     assert found["pattern_ok"] and found["pattern"] == pattern
     assert json.loads((out / "config.json").read_text())["snows"]["pattern"] == pattern
+    card = (out / "README.md").read_text()
+    assert ("mask criterion" in card) == ("the zeros are in the file" in card) == ("2:4" in pattern)
 
 
 def test_obs_keeps_more_than_magnitude(small_vit: Path) -> None:
