@@ -379,6 +379,10 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 N_M: dict[str, Any] = {"mask": "alps", "gradual": 0.0}
 """By default, wherever a pattern has groups of M."""
 
+FITTED: dict[str, dict[str, dict[str, Any]]] = {"quick": {"vit": {"sweeps": 0}}}
+"""By effort and family, where ALPS makes such masks: it has fitted each layer to the dense network already (aims.py),
+and at a real size steps on the same images take little off what is left (docs/results.md)."""
+
 
 STRUCTURED: dict[str, dict[str, Any]] = {
     "vit": {"sweeps": 0, "emphasis": 3.0, "augment": True, "average": 10, "patience": 10},
@@ -392,8 +396,8 @@ OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
 
 
-def settings_for(effort: str, family: str, pattern: str) -> PruneConfig:
-    """The settings of an effort for a family and a pattern.
+def settings_for(effort: str, family: str, pattern: str, mask: str | None = None) -> PruneConfig:
+    """The settings of an effort for a family and a pattern, with the masks that were asked for (None: the default's).
 
     Raises:
         ConfigError: there is no such effort.
@@ -403,6 +407,8 @@ def settings_for(effort: str, family: str, pattern: str) -> PruneConfig:
     settings = EFFORTS[effort].get(family, {})
     if effort != "paper" and re.search(r"\d:\d", pattern):
         settings = settings | N_M
+        if mask in (None, N_M["mask"]):
+            settings = settings | FITTED.get(effort, {}).get(family, {})
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
     if effort != "paper" and structures:
         zeros = len(structures) < len(pattern.split("+"))

@@ -194,7 +194,9 @@ def prune(
             fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", chosen.choice.masks)
         reports: list[LayerReport] = []
         if update:
-            quick = settings_for("quick", chain.family, pattern).updated(**settings) if effort != "quick" else None
+            quick = None
+            if effort != "quick":
+                quick = settings_for("quick", chain.family, pattern, settings.get("mask")).updated(**settings)
             subject, reports = solve(run, subject, chosen, images, teacher, quick)
             report["pruned"] = measurer.accuracy("pruned")
             moving = moved(chain, chosen.choice.masks, subject.config.biases)
@@ -348,10 +350,12 @@ def tell_estimate(
         return
     some, count = images[:MORE], len(images)
     seconds = estimated_seconds(chain, some, count, masks, config)
-    if seconds is None:
+    if not seconds:
         return
     less = estimated_seconds(chain, some, count, masks, quick) if quick is not None and seconds > LONG else None
-    instead = f"; with --effort quick about {in_words(less)}" if less is not None and less < seconds / 2 else ""
+    instead = ""
+    if less is not None and less < seconds / 2:
+        instead = f"; with --effort quick {f'about {in_words(less)}' if less else 'none, which keeps the masks alone'}"
     run.say(f"The layers will take about {in_words(seconds)} on this machine{instead}")
 
 
