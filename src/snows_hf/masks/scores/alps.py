@@ -3,7 +3,8 @@ Behdin, Wang and Mazumder, 2024, section 3).
 
 W may be dense, D keeps the pattern, and V draws the two together: ρ, what it weighs that they differ, grows until D
 keeps its places. All rows of a layer share one eigendecomposition, so it costs little more than SparseGPT, and it
-takes decisions back, as greedy criteria do not. The inputs are the dense network's.
+takes decisions back, as greedy criteria do not. Layers come one after the other, each fitted on what the pruned ones
+before it give, halfway to the dense network (aims.py); the authors have the dense network's inputs.
 """
 
 import torch
