@@ -26,7 +26,7 @@ from ..adapters.frozen import frozen
 from ..method.preconditioner import channels_in_end, cotangents, mean_square, recorded
 from ..method.streams import holding, through
 from ..runtime.distributed import whole
-from ..runtime.memory import Images, Kept, Shelf
+from ..runtime.memory import Kept
 from .evidence import Evidence, channels_last, matrix
 
 
@@ -35,7 +35,6 @@ DAMPING = 0.01
 
 AT_ONCE = 32
 """Images whose graph of an operation is there at a time, at most."""
-
 
 PROBED = 32, 8
 """Images from which it is estimated what positions weigh, and those whose graph of the whole network is there at a
@@ -99,8 +98,7 @@ def halfway_fits(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Fit
         NumericsError: an input is not finite.
     """
     chain = evidence.network
-    shelf = evidence.images.shelf if isinstance(evidence.images, Images) else Shelf()
-    dense = [shelf.keep((batch.cpu(),)) for batch in evidence.batches(min(AT_ONCE, evidence.config.batch_size))]
+    shelf, dense = evidence.states(min(AT_ONCE, evidence.config.batch_size))
     pruned = list(dense)
 
     def own(operation: Operation) -> list[str]:

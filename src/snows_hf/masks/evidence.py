@@ -111,6 +111,12 @@ class Evidence:
         batches = self.run.track(self.images.split(size), f"Images for {self.title}", -(-len(self.images) // size))
         yield from (batch.to(self.network.device) for batch in batches)
 
+    def states(self, size: int | None = None) -> tuple[Shelf, list[Kept]]:
+        """What enters the chain, of :meth:`batches`, and the shelf where it rests: the images' own, as the cascade's
+        streams."""
+        shelf = self.images.shelf if isinstance(self.images, Images) else Shelf()
+        return shelf, [shelf.keep((batch.cpu(),)) for batch in self.batches(size)]
+
     def task(self, size: int | None = None) -> Iterator[tuple[float, Expansion]]:
         """The task loss, mean cross-entropy over a batch of labelled images, expanded at θ; batch after batch.
 
@@ -145,9 +151,7 @@ class Evidence:
         There the residuals vanish: the loss has no gradient, and its Hessian is Gauss-Newton's JᵀCJ.
         """
         chain, config = self.network, self.config
-        # They rest where the images do, as the cascade's streams.
-        shelf = self.images.shelf if isinstance(self.images, Images) else Shelf()
-        states = [shelf.keep((batch.cpu(),)) for batch in self.batches()]
+        shelf, states = self.states()
 
         def advance(operation: Operation, states: list[Kept]) -> list[Kept]:
             for i, kept in enumerate(states):
