@@ -6,9 +6,11 @@ python docs/settings.py > docs/settings.md
 import json
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from snows_hf.settings import (
     EFFORTS,
+    FITTED,
     N_M,
     FinetuneConfig,
     PruneConfig,
@@ -47,8 +49,13 @@ def efforts() -> Iterator[str]:
         for name in dict.fromkeys(name for settings in families.values() for name in settings):
             values = (f"`{json.dumps(s[name])}`" if name in s else "" for s in families.values())
             yield f"| `{name}` | {' | '.join(values)} |"
-    also = " and ".join(f"`{name}` = `{json.dumps(value)}`" for name, value in N_M.items())
-    yield f"\nWith N:M patterns, all but `paper` set {also} besides."
+    yield f"\nWith N:M patterns, all but `paper` set {assignments(N_M)} besides, and where ALPS makes the masks:\n"
+    for effort, families in FITTED.items():
+        yield from (f"- `{effort}`, `{family}`: {assignments(own)}" for family, own in families.items())
+
+
+def assignments(settings: dict[str, Any]) -> str:
+    return " and ".join(f"`{name}` = `{json.dumps(value)}`" for name, value in settings.items())
 
 
 lines = (line for config in (PruneConfig, SolverConfig, FinetuneConfig, TrainConfig) for line in table(config))

@@ -2,7 +2,7 @@
 and what of it an effort decides; the paper's own settings (Table 7) are one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, field, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -191,6 +191,9 @@ class PruneConfig(Settings):
     curvature_size: Annotated[int, Ge(0)] = 0
     """Images of a step's batch on which curvature products are taken, others in each step (Byrd et al., 2011); value
     and gradient are of all. 0: all of them."""
+    views: Annotated[int, Ge(1)] = 1
+    """How often layers that are fitted one after the other (masks/aims.py) see each calibration image: as it is,
+    mirrored, and then shifted at random, mirrored or not."""
     held_out: Annotated[Number, Gt(0), Lt(1)] = 0.1
     """Share of the calibration images that only judge the steps."""
     targets: Literal["dense", "cascaded", "halfway"] = "dense"
@@ -379,9 +382,13 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 N_M: dict[str, Any] = {"mask": "alps", "gradual": 0.0}
 """By default, wherever a pattern has groups of M."""
 
-FITTED: dict[str, dict[str, dict[str, Any]]] = {"quick": {"vit": {"sweeps": 0}}}
-"""By effort and family, where ALPS makes such masks: it has fitted each layer to the dense network already (aims.py),
-and at a real size steps on the same images take little off what is left (docs/results.md)."""
+FITTED: dict[str, dict[str, dict[str, Any]]] = {
+    "quick": {"vit": {"sweeps": 0}},
+    "standard": {"vit": {"sweeps": 0, "views": 4}},
+    "best": {"vit": {"sweeps": 0, "views": 16}},
+}
+"""By effort and family, where ALPS makes such masks: it has fitted each layer to the dense network already (aims.py).
+At a real size more views of the same images take far more off what is left than steps do (docs/results.md)."""
 
 
 STRUCTURED: dict[str, dict[str, Any]] = {
@@ -396,23 +403,24 @@ OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
 
 
-def settings_for(effort: str, family: str, pattern: str, mask: str | None = None) -> PruneConfig:
-    """The settings of an effort for a family and a pattern, with the masks that were asked for (None: the default's).
+def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, Any] | None = None) -> PruneConfig:
+    """The settings of an effort for a family and a pattern, with a caller's changes over them.
 
     Raises:
-        ConfigError: there is no such effort.
+        ConfigError: there is no such effort; a change that is no setting, or a value out of range.
     """
     if effort not in EFFORTS:
         raise ConfigError(f"Effort {effort!r}: expected one of {', '.join(EFFORTS)}.")
-    settings = EFFORTS[effort].get(family, {})
+    changes = dict(changes or {})
+    settings: dict[str, Any] = EFFORTS[effort].get(family, {})
     if effort != "paper" and re.search(r"\d:\d", pattern):
         settings = settings | N_M
-        if mask in (None, N_M["mask"]):
-            settings = settings | FITTED.get(effort, {}).get(family, {})
+        if changes.get("mask", N_M["mask"]) == N_M["mask"]:
+            settings = settings | FITTED[effort].get(family, {})
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
     if effort != "paper" and structures:
         zeros = len(structures) < len(pattern.split("+"))
         if not zeros and family in STRUCTURED:
             settings = settings | STRUCTURED[family] | {"joint_steps": STRUCTURED_STEPS[effort]}
         settings = settings | OF_STRUCTURES
-    return PruneConfig(pattern).updated(**settings)
+    return PruneConfig(pattern).updated(**settings | changes)

@@ -17,6 +17,7 @@ from snows_hf.masks.aims import (
     damped,
     dense_aims,
     halfway_aims,
+    halfway_fits,
     importance,
     slope_of,
 )
@@ -106,6 +107,30 @@ def recorded(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> di
     for handle in handles:
         handle.remove()
     return seen
+
+
+@pytest.mark.parametrize("count, batch_size", [(12, 12), (12, 5)])
+def test_two_views_of_each_image_are_as_many_images(count, batch_size):
+    """Mirrored images, given as images of their own, lead to the same aims where all positions weigh alike."""
+    model = convolutions()
+    images = images_for(model, count)
+    given = evidence(model, "0.5", "alps", count=count, batch_size=batch_size, views=2)
+    both = replace(given, images=torch.cat([images, images.flip(3)]), config=given.config.updated(views=1))
+    found, expected = (fits_with(own, pruned_weights(given)) for own in (given, both))
+    assert torch.equal(given.images, images)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.gram, other.gram)
+        torch.testing.assert_close(one.shift, other.shift)
+
+
+def fits_with(given, weights):
+    """As :func:`aims_with`, with positions that weigh alike."""
+    done, fits = {}, []
+    weighing = {n: len(w) for n, w in importance(given).items()}
+    for fit in halfway_fits(given, done, {n: torch.ones(size) for n, size in weighing.items()}):
+        fits.append(fit)
+        done[fit.name] = weights[fit.name]
+    return fits
 
 
 class Residual(nn.Module):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snows_hf.method.augment import augmented
+from snows_hf.method.augment import augmented, views
 from snows_hf.runtime.distributed import Share
 
 
@@ -48,3 +48,11 @@ def test_a_share_of_a_batch_comes_out_as_it_does_among_all():
     expected = augmented(images, 5)
     parts = [augmented(images[a:b], 5, Share(9, a, b)) for a, b in ((0, 3), (3, 4), (4, 9))]
     assert torch.equal(torch.cat(parts), expected)
+
+
+def test_views_are_the_images_their_mirror_images_and_then_augmented_ones():
+    images = torch.rand(8, 3, 16, 16)
+    seen = list(views(images, range(5, 9)))
+    expected = [images, images.flip(3), augmented(images, 7), augmented(images, 8)]
+    assert all(torch.equal(view, own) for view, own in zip(seen, expected, strict=True))
+    assert len(list(views(images, range(1)))) == 1

@@ -196,7 +196,7 @@ def prune(
         if update:
             quick = None
             if effort != "quick":
-                quick = settings_for("quick", chain.family, pattern, settings.get("mask")).updated(**settings)
+                quick = settings_for("quick", chain.family, pattern, settings)
             subject, reports = solve(run, subject, chosen, images, teacher, quick)
             report["pruned"] = measurer.accuracy("pruned")
             moving = moved(chain, chosen.choice.masks, subject.config.biases)

@@ -46,7 +46,7 @@ def check_pruning(pattern: str, effort: str, settings: dict[str, Any]) -> PruneC
         MaskError: no such mask file.
         PatternError: no pattern.
     """
-    asked = settings_for(effort, "", pattern).updated(**settings)
+    asked = settings_for(effort, "", pattern, settings)
     order_for(asked, layer_patterns(asked))
     check_mask(asked.mask)
     check_units(pattern, asked)
@@ -130,7 +130,7 @@ def check_sensitivity(patterns: str, effort: str, settings: dict[str, Any]) -> N
     """
     check_no_structures(patterns, "A sensitivity")
     parse_candidates(patterns)
-    mask = settings_for(effort, "", patterns).updated(**settings).mask
+    mask = settings_for(effort, "", patterns, settings).mask
     if mask.endswith(".safetensors"):
         raise ConfigError("A mask file says one sparsity for each layer; a sensitivity needs a mask criterion.")
     check_mask(mask)

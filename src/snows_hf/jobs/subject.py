@@ -135,7 +135,7 @@ def load_subject(
     checkpoint = load_told(run, model, revision)
     chain = build_chain(checkpoint.model, checkpoint.image())
     tell_dense(run, chain)
-    config = settings_for(effort, chain.family, pattern, settings.get("mask")).updated(**settings)
+    config = settings_for(effort, chain.family, pattern, settings)
     layers = select_layers(chain, config.layers)
     subject = Subject(checkpoint, chain, config, layers, copy_of(checkpoint.model))
     for candidate in candidates:

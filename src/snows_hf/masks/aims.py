@@ -13,7 +13,7 @@ It is Eq. 3 for K = 0 with targets halfway (method/streams.py), whose solution n
 for a constant, ‖(Ŵ - W*) x̂‖² with W* = W + Σ (z* - W x̂ - b) x̂ᵀ (Σ x̂ x̂ᵀ)⁻¹.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -64,6 +64,22 @@ class Fit(NamedTuple):
     shift: Tensor
 
 
+class Terms(NamedTuple):
+    """What some images add to a layer's :class:`Fit`: its gram; its shift, too large in each row by its sensitivity
+    (rows,); and how many inputs these are, (), which the sensitivity counts."""
+
+    gram: Tensor
+    shift: Tensor
+    sensitivity: Tensor
+    inputs: Tensor
+
+    def and_those(self, other: "Terms | None") -> "Terms":
+        return self if other is None else Terms(*map(torch.add, self, other))
+
+    def fit(self, name: str) -> Fit:
+        return Fit(name, self.gram, self.shift.double() * (self.inputs / self.sensitivity)[:, None])
+
+
 def damped(H: Tensor) -> Tensor:
     """H (groups, d, d) in float64 with DAMPING on its diagonal, so that inputs which never fire, or always together,
     leave it invertible."""
@@ -81,51 +97,64 @@ def dense_aims(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Aim]:
 
 def halfway_aims(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Aim]:
     """Those of :func:`halfway_fits`; biases stay as they are."""
-    for name, gram, shift in halfway_fits(evidence, done):
-        weight = evidence.network.weight(name).detach()
-        H = damped(channels_last(gram[:, :-1, :-1], weight))
-        rows = matrix(shift[:, :-1].view_as(weight)).to(H).unflatten(0, (len(H), -1))
-        W = matrix(weight).to(H) + torch.linalg.solve(H, rows, left=False).flatten(0, 1)
-        yield Aim(name, W, H)
+    return (aim_of(evidence, fit) for fit in halfway_fits(evidence, done))
 
 
-def halfway_fits(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Fit]:
+def aim_of(evidence: Evidence, fit: Fit) -> Aim:
+    """Where a fit leads while all weights are there."""
+    weight = evidence.network.weight(fit.name).detach()
+    H = damped(channels_last(fit.gram[:, :-1, :-1], weight))
+    rows = matrix(fit.shift[:, :-1].view_as(weight)).to(H).unflatten(0, (len(H), -1))
+    return Aim(fit.name, matrix(weight).to(H) + torch.linalg.solve(H, rows, left=False).flatten(0, 1), H)
+
+
+def halfway_fits(
+    evidence: Evidence, done: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
+) -> Iterator[Fit]:
     """In forward order those of the ``evidence.weights`` that are not ``done``, on what layers read where the network
     has all that is: a layer's pruned weight (and its bias) is there by the time that the next one is asked for.
+
+    Args:
+        weights: what the positions of each layer's output weigh; None: :func:`importance`.
 
     Raises:
         MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.
         NumericsError: an input is not finite.
     """
     chain = evidence.network
-    shelf, dense = evidence.states(min(AT_ONCE, evidence.config.batch_size))
-    pruned = list(dense)
+    shelf, dense = evidence.states(min(AT_ONCE, evidence.config.batch_size), evidence.config.views)
+    pruned, ahead = list(dense), ""
 
     def own(operation: Operation) -> list[str]:
         return [name for name in (operation.group.parameters if operation.group else ()) if name in evidence.weights]
 
     def advance(operation: Operation, flow: None) -> None:
         for i in range(len(dense)):
-            dense[i] = shelf.keep(through(operation, dense[i].get(), chain.device))
+            if operation.name != ahead:
+                dense[i] = shelf.keep(through(operation, dense[i].get(), chain.device))
             with holding(chain, done):
                 pruned[i] = shelf.keep(through(operation, pruned[i].get(), chain.device))
 
     last = max((place for place, operation in enumerate(chain.operations) if own(operation)), default=-1)
     with frozen(chain.model):
-        weights = importance(evidence)
+        weights = weights or importance(evidence)
         for place, operation, _ in chain.walk(None, advance, stop=last + 1):
             if names := [name for name in own(operation) if name not in done]:
-                own_weights = {name: weights[name] for name in names}
-                yield from fits_of(evidence, place, own_weights, zip(dense, pruned, strict=True))
+                sums = dict[str, Terms]()
+                for i, state in enumerate(pruned):
+                    y, found = terms(evidence, place, {name: weights[name] for name in names}, dense[i], state)
+                    dense[i] = shelf.keep(y)
+                    sums = {name: part.and_those(sums.get(name)) for name, part in found.items()}
+                ahead = operation.name
+                yield from (part.fit(name) for name, part in sums.items())
 
 
 def importance(evidence: Evidence) -> dict[str, Tensor]:
     """What the positions of each layer's output weigh, (positions,), 1 on average: the mean square of how much the
     network's outputs depend on what is there, estimated with one random cotangent an image."""
     chain, sums = evidence.network, dict[str, Tensor]()
-    images = next(iter(evidence.batches(PROBED[0])))
-    for part in images.split(min(PROBED[1], evidence.config.batch_size)):
-        state: State = (part.requires_grad_(),)
+    for part in evidence.calibration[: PROBED[0]].split(min(PROBED[1], evidence.config.batch_size)):
+        state: State = (part.to(chain.device).requires_grad_(),)
         with recorded(chain, evidence.weights) as found:
             for operation in chain.operations:
                 state = operation.run(state)
@@ -145,33 +174,18 @@ def relative(total: Tensor) -> Tensor:
     return total / mean if mean > 0 else torch.ones_like(total)
 
 
-def fits_of(
-    evidence: Evidence, place: int, names: Mapping[str, Tensor], streams: Iterable[tuple[Kept, Kept]]
-) -> list[Fit]:
-    """Those of the layers ``names``, with what their positions weigh, in the operation at a place, from the states
-    before it, dense and pruned, in parts."""
-    chain, sums = evidence.network, dict[str, list[Tensor]]()
-    for states in streams:
-        dense, pruned = (send_to_device(state.get(), chain.device) for state in states)
-        for name, part in terms(evidence, place, names, dense, pruned):
-            sums[name] = [total + own for total, own in zip(sums[name], part, strict=True)] if name in sums else part
-    return [
-        Fit(name, gram, shift.double() * (count / sensitivity)[:, None])
-        for name, (gram, shift, sensitivity, count) in sums.items()
-    ]
-
-
 def terms(
-    evidence: Evidence, place: int, names: Mapping[str, Tensor], dense: State, pruned: State
-) -> Iterator[tuple[str, list[Tensor]]]:
-    """What some images add to the sums of :class:`Fit`, for each layer; by what each row's shift is too large (rows,),
-    and how many images these are."""
-    chain = evidence.network
+    evidence: Evidence, place: int, names: Mapping[str, Tensor], dense: Kept, pruned: Kept
+) -> tuple[State, dict[str, Terms]]:
+    """The dense state after the operation at a place, and what some images add to the fits of its layers ``names``,
+    with what their positions weigh, from the states before it."""
+    chain, added = evidence.network, dict[str, Terms]()
+    before, given = (send_to_device(state.get(), chain.device) for state in (dense, pruned))
     with torch.no_grad(), recorded(chain, names) as wanted:
-        y, *_ = chain.operations[place].run(dense)
+        state = chain.operations[place].run(before)
     weights = {name: chain.weight(name).detach().to(chain.device).requires_grad_() for name in names}
     with recorded(chain, names) as found:
-        (output,) = chain.outputs(pruned, place, place + 1, weights)
+        (output,) = chain.outputs(given, place, place + 1, weights)
     for name in names:
         module, x, z = found[name]
         gram = evidence.gram(name, module, x, constant=True, weights=names[name])
@@ -179,14 +193,15 @@ def terms(
         if slope is None:
             lacking, squares = (wanted[name][2] - z.detach()) / 2, torch.ones_like(z)
         else:
-            lacking, squares = grad(output, z, (y - output.detach()) / 2, retain_graph=True)[0], slope
+            lacking, squares = grad(output, z, (state[0] - output.detach()) / 2, retain_graph=True)[0], slope
         rows = channels_in_end(module, lacking)  # a view
-        rows *= names[name].to(rows).repeat(len(dense[0])).view(*rows.shape[:-1], 1)
+        rows *= names[name].to(rows).repeat(len(before[0])).view(*rows.shape[:-1], 1)
         (shift,) = grad(z, weights[name], lacking, retain_graph=True)
         constant = rows.flatten(0, -2).sum(0)
         sensitivity = mean_square(module, squares, whole(len(x)), torch.float64) * len(x)
-        count = torch.tensor(float(len(x))).to(sensitivity)
-        yield name, [gram, torch.cat([shift.flatten(1), constant[:, None]], 1), sensitivity, count]
+        shift, inputs = torch.cat([shift.flatten(1), constant[:, None]], 1), sensitivity.new_tensor(len(x))
+        added[name] = Terms(gram, shift, sensitivity, inputs)
+    return state, added
 
 
 def slope_of(output: Tensor, z: Tensor) -> Tensor | None:

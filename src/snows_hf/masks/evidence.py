@@ -1,5 +1,6 @@
 """What a mask criterion may look at: weights, and, where they were given, the network, images and labels."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..adapters.base import Chain, Operation, State
 from ..adapters.frozen import frozen
 from ..errors import MaskError, NumericsError
+from ..method.augment import views
 from ..method.newton import Expansion
 from ..method.objective import ActiveWeights, KStepObjective, Segment, hessian_expansion
 from ..method.preconditioner import gram, recorded
@@ -99,23 +101,34 @@ class Evidence:
                 )
         return self.pattern.masks(scores)
 
-    def batches(self, size: int | None = None) -> Iterator[Tensor]:
-        """All calibration images on the network's device, ``size`` at a time (the solver's batch size for None).
+    @property
+    def calibration(self) -> Tensor | Images:
+        """The calibration images, where there must be some.
 
         Raises:
             MaskError: there are none.
         """
         if self.images is None:
             raise MaskError(f"Mask criterion {self.config.mask!r} needs calibration images, and none were given.")
-        size = size or self.config.batch_size
-        batches = self.run.track(self.images.split(size), f"Images for {self.title}", -(-len(self.images) // size))
+        return self.images
+
+    def batches(self, size: int | None = None) -> Iterator[Tensor]:
+        """All calibration images on the network's device, ``size`` at a time (the solver's batch size for None).
+
+        Raises:
+            MaskError: there are none.
+        """
+        images, size = self.calibration, size or self.config.batch_size
+        batches = self.run.track(images.split(size), f"Images for {self.title}", -(-len(images) // size))
         yield from (batch.to(self.network.device) for batch in batches)
 
-    def states(self, size: int | None = None) -> tuple[Shelf, list[Kept]]:
-        """What enters the chain, of :meth:`batches`, and the shelf where it rests: the images' own, as the cascade's
-        streams."""
+    def states(self, size: int | None = None, count: int = 1) -> tuple[Shelf, list[Kept]]:
+        """What enters the chain, of :meth:`batches`, each in so many views (augment.py), and the shelf where it rests:
+        the images' own, as the cascade's streams."""
         shelf = self.images.shelf if isinstance(self.images, Images) else Shelf()
-        return shelf, [shelf.keep((batch.cpu(),)) for batch in self.batches(size)]
+        seeds = (range(start, start + count) for start in itertools.count(1000 * self.config.seed, count))
+        seen = (view for batch, own in zip(self.batches(size), seeds) for view in views(batch.cpu(), own))  # noqa: B905
+        return shelf, [shelf.keep((view,)) for view in seen]
 
     def task(self, size: int | None = None) -> Iterator[tuple[float, Expansion]]:
         """The task loss, mean cross-entropy over a batch of labelled images, expanded at θ; batch after batch.

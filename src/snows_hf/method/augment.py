@@ -1,5 +1,7 @@
 """Variations of images that a network should take as it takes the images: mirrored and shifted."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,3 +26,14 @@ def augmented(images: Tensor, seed: int, share: Share | None = None, crop: float
     padded = F.pad(images, (most,) * 4, mode="reflect")
     shifted = [image[:, i : i + h, j : j + w] for image, (i, j) in zip(padded, offsets, strict=True)]
     return torch.stack(shifted).contiguous(memory_format=torch.channels_last)
+
+
+def views(images: Tensor, seeds: Sequence[int]) -> Iterator[Tensor]:
+    """Images (n, c, h, w), as many times as there are seeds: as they are, mirrored, and then :func:`augmented`."""
+    for number, seed in enumerate(seeds):
+        if number == 0:
+            yield images
+        elif number == 1:
+            yield images.flip(3).contiguous(memory_format=torch.channels_last)
+        else:
+            yield augmented(images, seed)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...patterns import NM
 from ..aims import halfway_aims
+from ..estimate import tell_estimate
 from ..evidence import Evidence
 from .base import Choice
 from .obc import Kept, layer_by_layer, without_lowest
@@ -40,13 +41,14 @@ PRODUCTS = 50
 
 
 def alps(evidence: Evidence) -> Choice:
-    def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
-        # Single precision says as well which weights go.
-        W, H = W.unflatten(0, (len(H), -1)).float(), H.float()
-        kept, D = places(W, H, pattern, zeros)
-        return kept.flatten(0, 1), fitted(W, H, kept, D).flatten(0, 1)
-
+    tell_estimate(evidence, decide)
     return layer_by_layer(evidence, decide, halfway_aims)
+
+
+def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
+    W, H = W.unflatten(0, (len(H), -1)).float(), H.float()  # single precision says as well which weights go
+    kept, D = places(W, H, pattern, zeros)
+    return kept.flatten(0, 1), fitted(W, H, kept, D).flatten(0, 1)
 
 
 def places(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,67 @@
+"""How long it will take to fit all layers and to choose their masks, from a few images and layers that are timed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..adapters.frozen import frozen
+from ..method.estimate import MORE, WORTH_SAYING, in_words, timed
+from ..patterns import NM
+from ..runtime.run import Run
+from .aims import PROBED, aim_of, halfway_fits, importance
+from .evidence import Evidence
+
+
+Decide = Callable[[Tensor, Tensor, NM | None, int], object]
+"""That of scores/obc.py."""
+
+
+def tell_estimate(evidence: Evidence, decide: Decide) -> None:
+    """Says how long layers that are fitted halfway (aims.py) will take, before the work begins; not of work that goes
+    on."""
+    run, views = evidence.run, evidence.config.views
+    if any(name.startswith(f"{evidence.record}-layer-") for name in run.journal.names()):
+        return
+    found = estimated_seconds(evidence, decide)
+    if found is not None:
+        fixed, each = found
+        once = f"; with --effort quick, one view of each image, about {in_words(fixed + each)}" if views > 1 else ""
+        run.say(f"The masks will take about {in_words(fixed + views * each)} on this machine{once}")
+
+
+def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float] | None:
+    """Seconds however many images there are, and seconds for one view of each; None where it is not long. Of groups
+    of layers with the same shapes the first is timed."""
+    chain, count, zeros = evidence.network, len(evidence.calibration), evidence.pattern.zeros(evidence.weights)
+    images = evidence.calibration[:MORE]
+    few = replace(evidence, images=images, run=Run(), config=evidence.config.updated(views=1))
+    with frozen(chain.model), torch.no_grad():
+        chain((images.to(chain.device),))
+        one_pass = timed(chain, lambda: chain((images.to(chain.device),)))[1]
+    if one_pass * count / len(images) < WORTH_SAYING:
+        return None
+    with frozen(chain.model):
+        weights, probing = timed(chain, lambda: importance(few))
+    own = [[name for name in group.parameters if name in evidence.weights] for _, group in chain.groups()]
+    kinds = {tuple(names): tuple(evidence.weights[name].shape for name in names) for names in own if names}
+    known, done = dict[tuple[torch.Size, ...], tuple[float, float]](), dict[str, Tensor]()
+    fits = halfway_fits(few, done, weights)
+    for names, kind in kinds.items():
+        if len(known) == len(set(kinds.values())):
+            break
+        waited = decided = 0.0
+        for name in names:
+            fit, seconds = timed(chain, lambda: next(fits))
+            waited += seconds
+            if kind not in known:
+                pattern = evidence.pattern.of(name)
+                nm = pattern if isinstance(pattern, NM) else None
+                _, W, H = aim_of(few, fit)
+                decided += timed(chain, partial(decide, W, H, nm, zeros[name]))[1]
+            done[name] = evidence.weights[name]
+        known.setdefault(kind, (decided, waited * count / len(images)))
+    fixed, each = (sum(costs) for costs in zip(*(known[kind] for kind in kinds.values()), strict=True))
+    return fixed + probing * min(PROBED[0], count) / len(images), each
