@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from embedded import DIGITS, RESNET, VIT, tensors_of
+from embedded import DIGITS, RESNET, VIT, copy_of, tensors_of, write_tensors
 
 from snows_hf.masks.criteria import CRITERIA, needs_labels
 from snows_hf.patterns import NM
@@ -82,3 +82,19 @@ def test_no_sweep_and_no_joint_step_leave_what_the_criterion_made(run, mask: str
     assert run(*given, "--set", "sweeps=0", "--output", "out").code == 0
     alone, out = tensors_of(Path("alone")), tensors_of(Path("out"))
     assert all(torch.equal(alone[name], out[name]) for name in alone)
+
+
+def test_where_alps_fits_every_layer_it_is_held_against_the_zeros_alone(run) -> None:
+    """No step follows: what ALPS made is the result, and what came before are the dense weights under its mask."""
+    result = run("prune", VIT, "--pattern", "1:4", *MEASURED, "--output", "out")
+    report = json.loads(result.out)
+    assert result.code == 0 and report["settings"]["sweeps"] == 0
+    before, after = tensors_of(VIT), tensors_of(Path("out"))
+    pruned = [name for name in before if not torch.equal(before[name], after[name])]
+    zeros = copy_of(VIT, Path("zeros"))
+    write_tensors(zeros, before | {name: before[name].where(after[name] != 0, 0) for name in pruned})
+    measured = json.loads(run("eval", zeros, "--data", DIGITS, "--split", "test", "--json").out)
+    assert report["masked"]["top1"] == pytest.approx(measured["top1"])
+    assert report["masked"]["top1"] < report["pruned"]["top1"]
+    card = Path("out", "README.md").read_text()
+    assert "| zeros alone |" in card and "fitted, layer after layer" in card and "K = " not in card

@@ -58,7 +58,8 @@ def page(path: Path) -> Page:
 
 def test_prune_with_report(run, small_vit: Path) -> None:
     options = ("--pattern", "2:4", "--data", DIGITS, "--eval-data", DIGITS, "--samples", 32, "--k", 1)
-    assert run("prune", small_vit, *options, "--layers", "*layers.0*", "--output", "v", "--report").code == 0
+    steps = ("--layers", "*layers.0*", "--set", "sweeps=1")
+    assert run("prune", small_vit, *options, *steps, "--output", "v", "--report").code == 0
     report = json.loads(Path("v/report.json").read_text())
     shown = page(Path("v/report.html"))
     assert shown.tags.count("img") == 1  # attention maps

@@ -22,7 +22,7 @@ from snows_hf.method.factors import (
     shared_entries,
 )
 from snows_hf.method.objective import ActiveWeights, KStepObjective, Segment
-from snows_hf.method.preconditioner import MIN_IMAGES, SAMPLES, factorised, gram, sampled
+from snows_hf.method.preconditioner import MIN_IMAGES, SAMPLES, factorised, gram, outer, sampled
 from snows_hf.runtime.distributed import Share
 
 
@@ -78,6 +78,12 @@ def test_a_constant_is_an_input_more(name):
     total = sums.movedim(1, -1) if sums.dim() == 4 else sums
     first = total.flatten(0, -2).sum(0).unflatten(0, (len(G), -1))[:, 0]  # a row of each group
     torch.testing.assert_close(G[:, -1, :-1].sum(1), first)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 128, 40), (2, 300, 7)])
+def test_a_gram_matrix_in_strips_is_one_product(shape):
+    X = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(outer(X), X @ X.mT)
 
 
 def test_layers_it_cannot_unfold_have_no_gram():

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.names import local_folder
 from .load import Checkpoint, leads_out
-from .save import alone_of, maker_of, retrainings
+from .save import alone_of, maker_of, retrainings, takes_steps
 
 
 PLACEHOLDER = "THIS_FOLDER"
@@ -57,6 +57,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, report: dict[str, Any]) -> 
         is_classifier=checkpoint.is_classifier,
         here=PLACEHOLDER,
         alone=alone_of(report) if maker == "prune" else "",
+        steps=maker == "prune" and takes_steps(report),
     )
     ModelCard(text).save(folder / "README.md")
 

@@ -185,9 +185,18 @@ def maker_of(report: dict[str, Any]) -> str:
     return "train" if "collapse" in report else "finetune" if "finetune" in report else "prune"
 
 
+def takes_steps(report: Mapping[str, Any]) -> bool:
+    """Whether Newton steps moved the weights of a prune, after what the criterion made of them."""
+    settings = report["settings"]
+    return report["update"] and bool(settings.get("sweeps", 1) or settings.get("joint_steps"))
+
+
 def alone_of(report: Mapping[str, Any]) -> str:
-    """What a report's result without SNOWS is called; a criterion's own weights are part of it."""
-    return "units cut" if report.get("units") else "mask alone"
+    """What the result before SNOWS is called. A criterion's own weights are part of it, but where they are all that
+    SNOWS makes of it."""
+    if report.get("units"):
+        return "units cut"
+    return "zeros alone" if report["update"] and not takes_steps(report) else "mask alone"
 
 
 def is_a(value: object, kind: Any) -> bool:

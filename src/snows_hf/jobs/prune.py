@@ -188,7 +188,9 @@ def prune(
         chosen = choose(run, subject, candidates, images, labels, flops, update)
         fidelity: dict[str, Any] = {}
         if evaluation is not None or not update:
-            chain.put(alone(chosen.choice, subject.original))
+            stepless = update and not (subject.config.sweeps or subject.config.joint_steps)
+            before = Choice(chosen.choice.masks) if stepless else chosen.choice
+            chain.put(alone(before, subject.original))
             restore_untouched(subject.network, subject.original, chosen.choice.masks)
             report["masked"] = report["pruned"] = measurer.accuracy("masked")
             fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", chosen.choice.masks)

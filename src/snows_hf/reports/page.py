@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from ..hub.save import alone_of, retrainings
+from ..hub.save import alone_of, retrainings, takes_steps
 
 
 LISTED = 20
@@ -70,7 +70,7 @@ def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in as_reported} | {
         "mask": found["settings"]["mask"],
         "retrained": bool(retrained),
-        "k": found["settings"]["k"],
+        "k": found["settings"]["k"] if takes_steps(found) else None,
         "dense": dense,
         "masked": masked,
         "pruned": pruned,
@@ -98,6 +98,7 @@ def view_of(found: Mapping[str, Any]) -> dict[str, Any]:
     fidelity = found.get("fidelity")
     return {
         "alone": alone,
+        "steps": takes_steps(found),
         "accuracy": [(what, key, found[key]) for what, key in steps if found[key]],
         "fidelity": [(what, key, fidelity[key]) for what, key in steps[1:]] if fidelity else [],
         "cosine": min(figures["cosine"] for figures in fidelity["pruned"]["outputs"].values()) if fidelity else None,
