@@ -502,9 +502,8 @@ def test_a_layer_that_overflows_is_reported_as_null(run, monkeypatch: pytest.Mon
         return [replace(report, loss_start=float("inf")) for report in real(*arguments)]
 
     monkeypatch.setattr(JOB, "prune_chain", overflowing)
-    result = run(
-        "prune", VIT, "--pattern", "2:4", "--data", DIGITS, "--samples", 8, "--k", 0, "--output", "o", "--json"
-    )
+    given = ("--pattern", "2:4", "--mask", "wanda", "--data", DIGITS, "--samples", 8, "--k", 0)
+    result = run("prune", VIT, *given, "--output", "o", "--json")
     assert result.code == 0
     assert json.loads(result.out)["layers"][0]["loss_start"] is None
 

@@ -42,7 +42,7 @@ def test_a_disk_without_room_is_refused_before_the_work(run, small_disk: Path) -
     assert list(small_disk.iterdir()) == []
 
 
-SETTINGS = {"data": str(DIGITS), "samples": 8, "k": 0}
+SETTINGS = {"data": str(DIGITS), "samples": 8, "k": 0, "sweeps": 1}
 
 
 @pytest.fixture(scope="module")

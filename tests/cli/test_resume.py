@@ -21,7 +21,7 @@ from snows_hf.patterns import NM
 from snows_hf.runtime.run import Progress
 
 
-QUICK = {"data": str(DIGITS), "samples": 32, "k": 1}
+QUICK = {"data": str(DIGITS), "samples": 32, "k": 1, "sweeps": 1}
 JOINT = QUICK | {"mask": "sparsegpt", "layer_steps": 1, "joint_steps": 6, "batch_size": 16}
 WORK = ".out.snows-work"
 
@@ -100,7 +100,7 @@ def broken_off(
 
 def command_line(*options: object, model: Path = VIT) -> list[str]:
     given = ("prune", model, "--pattern", "2:4", "--data", DIGITS, "--samples", 32, "--k", 1, "--output", "out")
-    return [str(word) for word in (*given, *options)]
+    return [str(word) for word in (*given, "--set", "sweeps=1", *options)]
 
 
 @pytest.fixture
