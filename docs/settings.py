@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from snows_hf.settings import (
+    ALPS,
     EFFORTS,
     FITTED,
-    N_M,
     FinetuneConfig,
     PruneConfig,
     Settings,
@@ -49,7 +49,8 @@ def efforts() -> Iterator[str]:
         for name in dict.fromkeys(name for settings in families.values() for name in settings):
             values = (f"`{json.dumps(s[name])}`" if name in s else "" for s in families.values())
             yield f"| `{name}` | {' | '.join(values)} |"
-    yield f"\nWith N:M patterns, all but `paper` set {assignments(N_M)} besides, and where ALPS makes the masks:\n"
+    where = "With N:M patterns, and for a share of zeros in ViTs where no allocation is asked for"
+    yield f"\n{where}, all but `paper` set {assignments(ALPS)} besides, and where ALPS makes the masks:\n"
     for effort, families in FITTED.items():
         yield from (f"- `{effort}`, `{family}`: {assignments(own)}" for family, own in families.items())
 

@@ -379,15 +379,16 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 """Settings by effort and family of architectures."""
 
 
-N_M: dict[str, Any] = {"mask": "alps", "gradual": 0.0}
-"""By default, wherever a pattern has groups of M."""
+ALPS: dict[str, Any] = {"mask": "alps", "gradual": 0.0}
+"""By default, wherever a pattern has groups of M, and for a share of zeros in ViTs where no allocation is asked for:
+its layers all lose that share."""
 
 FITTED: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {"vit": {"sweeps": 0}},
     "standard": {"vit": {"sweeps": 0, "views": 4}},
     "best": {"vit": {"sweeps": 0, "views": 16}},
 }
-"""By effort and family, where ALPS makes such masks: it has fitted each layer to the dense network already (aims.py).
+"""By effort and family, where ALPS makes the masks: it has fitted each layer to the dense network already (aims.py).
 At a real size more views of the same images take far more off what is left than steps do (docs/results.md)."""
 
 
@@ -413,10 +414,11 @@ def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, A
         raise ConfigError(f"Effort {effort!r}: expected one of {', '.join(EFFORTS)}.")
     changes = dict(changes or {})
     settings: dict[str, Any] = EFFORTS[effort].get(family, {})
-    if effort != "paper" and re.search(r"\d:\d", pattern):
-        settings = settings | N_M
-        if changes.get("mask", N_M["mask"]) == N_M["mask"]:
-            settings = settings | FITTED[effort].get(family, {})
+    share = family == "vit" and "allocation" not in changes and re.fullmatch(r"(.*\+)?\s*0?\.\d+\s*", pattern)
+    if effort != "paper" and (share or re.search(r"\d:\d", pattern)):
+        settings = settings | ALPS
+    if effort != "paper" and changes.get("mask", settings.get("mask")) == ALPS["mask"]:
+        settings = settings | FITTED[effort].get(family, {})
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
     if effort != "paper" and structures:
         zeros = len(structures) < len(pattern.split("+"))

@@ -21,7 +21,7 @@ def work(config: PruneConfig, batches: int = 2) -> int:
 def test_more_effort_is_more_work(family, pattern):
     """Steps, or views where layers are fitted already."""
     quick, standard, best = (settings_for(effort, family, pattern) for effort in ("quick", "standard", "best"))
-    if (family, pattern) in [("vit", "2:4"), ("vit", "mlp:0.5+2:4")]:
+    if family == "vit" and pattern != "mlp:0.5":
         assert work(best) == 0 and quick.views < standard.views < best.views
     else:
         assert 0 < work(quick) < work(standard) < work(best)
@@ -32,11 +32,21 @@ def test_no_effort_but_the_papers_own_changes_the_masks():
         assert len({settings_for(effort, family, "2:4").mask for effort in ("quick", "standard", "best")}) == 1
 
 
+@pytest.mark.parametrize("pattern", ["0.7", ".7", "mlp:0.5+0.7", "2:4", "1:4,2:4,dense"])
+def test_alps_chooses_the_zeros_of_vits(pattern):
+    """But where the user says how layers share them: by its scores, which ALPS has none of."""
+    assert settings_for("standard", "vit", pattern).mask == "alps" != settings_for("paper", "vit", pattern).mask
+    if ":" not in pattern:
+        assert settings_for("standard", "resnet", pattern).mask == "magnitude"
+        assert settings_for("standard", "vit", pattern, {"allocation": "global"}).mask == "magnitude"
+
+
 def test_no_step_is_taken_where_alps_has_fitted_the_layers():
     for effort in ("quick", "standard", "best"):
         for mask in ({}, {"mask": "alps"}):
             assert settings_for(effort, "vit", "2:4", mask).sweeps == 0
-        others = [("vit", "2:4", {"mask": "sparsegpt"}), ("vit", "0.7"), ("vit", "mlp:0.5+0.7"), ("resnet", "2:4")]
+            assert settings_for(effort, "vit", "0.7", mask).sweeps == 0
+        others = [("vit", "2:4", {"mask": "sparsegpt"}), ("vit", "0.7", {"mask": "wanda"}), ("resnet", "2:4")]
         assert all(settings_for(effort, *other).sweeps == 1 for other in others)
     assert settings_for("quick", "vit", "2:4", {"sweeps": 2}).sweeps == 2
 

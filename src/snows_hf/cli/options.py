@@ -10,7 +10,7 @@ import yaml
 from ..data.names import data_folder, model_folder
 from ..errors import ConfigError, one_line
 from ..runtime.launch import check_device
-from ..settings import N_M, PruneConfig, Settings, check_seed
+from ..settings import ALPS, PruneConfig, Settings, check_seed
 
 
 V = TypeVar("V")
@@ -69,8 +69,8 @@ def setting(config: type[Settings], name: str, panel: str | None = None, hidden:
     field = (config.own() | config.known())[name]
     text = " ".join((field.description or "").split()).replace("``", "")
     default: str | bool = not field.is_required() and field.default not in (None, ()) and str(field.default)
-    if config is PruneConfig and name in N_M:
-        default = f"for N:M {N_M[name]}; else {default}"
+    if config is PruneConfig and name in ALPS:
+        default = f"for N:M, and in ViTs, {ALPS[name]}; else {default}"
     return typer.Option(help=text, show_default=default, rich_help_panel=panel, hidden=hidden)
 
 
