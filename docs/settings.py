@@ -49,7 +49,7 @@ def efforts() -> Iterator[str]:
         for name in dict.fromkeys(name for settings in families.values() for name in settings):
             values = (f"`{json.dumps(s[name])}`" if name in s else "" for s in families.values())
             yield f"| `{name}` | {' | '.join(values)} |"
-    where = "With N:M patterns, and for a share of zeros in ViTs where no allocation is asked for"
+    where = "With N:M patterns, and for a share of zeros in ViTs, unless an allocation but `uniform` is asked for"
     yield f"\n{where}, all but `paper` set {assignments(ALPS)} besides, and where ALPS makes the masks:\n"
     for effort, families in FITTED.items():
         yield from (f"- `{effort}`, `{family}`: {assignments(own)}" for family, own in families.items())

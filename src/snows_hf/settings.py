@@ -380,8 +380,8 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 ALPS: dict[str, Any] = {"mask": "alps", "gradual": 0.0}
-"""By default, wherever a pattern has groups of M, and for a share of zeros in ViTs where no allocation is asked for:
-its layers all lose that share."""
+"""By default, wherever a pattern has groups of M, and for a share of zeros in ViTs: its layers all lose that
+share, where no other allocation is asked for."""
 
 FITTED: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {"vit": {"sweeps": 0}},
@@ -414,7 +414,8 @@ def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, A
         raise ConfigError(f"Effort {effort!r}: expected one of {', '.join(EFFORTS)}.")
     changes = dict(changes or {})
     settings: dict[str, Any] = EFFORTS[effort].get(family, {})
-    share = family == "vit" and "allocation" not in changes and re.fullmatch(r"(.*\+)?\s*0?\.\d+\s*", pattern)
+    alike = family == "vit" and changes.get("allocation", "uniform") == "uniform"
+    share = alike and re.fullmatch(r"(.*\+)?\s*0?\.\d+\s*", pattern)
     if effort != "paper" and (share or re.search(r"\d:\d", pattern)):
         settings = settings | ALPS
     if effort != "paper" and changes.get("mask", settings.get("mask")) == ALPS["mask"]:

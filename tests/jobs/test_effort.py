@@ -39,6 +39,7 @@ def test_alps_chooses_the_zeros_of_vits(pattern):
     if ":" not in pattern:
         assert settings_for("standard", "resnet", pattern).mask == "magnitude"
         assert settings_for("standard", "vit", pattern, {"allocation": "global"}).mask == "magnitude"
+        assert settings_for("standard", "vit", pattern, {"allocation": "uniform"}).mask == "alps"
 
 
 def test_no_step_is_taken_where_alps_has_fitted_the_layers():
