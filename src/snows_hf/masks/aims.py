@@ -177,7 +177,7 @@ def relative(total: Tensor) -> Tensor:
 def terms(
     evidence: Evidence, place: int, names: Mapping[str, Tensor], dense: Kept, pruned: Kept
 ) -> tuple[State, dict[str, Terms]]:
-    """The dense state after the operation at a place, and what some images add to the fits of its layers ``names``,
+    """The dense state after the operation at a place, on the CPU, and what some images add to the fits of its layers ``names``,
     with what their positions weigh, from the states before it."""
     chain, added = evidence.network, dict[str, Terms]()
     before, given = (send_to_device(state.get(), chain.device) for state in (dense, pruned))
@@ -201,7 +201,7 @@ def terms(
         sensitivity = mean_square(module, squares, whole(len(x)), torch.float64) * len(x)
         shift, inputs = torch.cat([shift.flatten(1), constant[:, None]], 1), sensitivity.new_tensor(len(x))
         added[name] = Terms(gram, shift, sensitivity, inputs)
-    return state, added
+    return send_to_device(state, torch.device("cpu")), added
 
 
 def slope_of(output: Tensor, z: Tensor) -> Tensor | None:
