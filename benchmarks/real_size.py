@@ -5,8 +5,8 @@
 
 ``mask`` is the mask alone. Every case is one call of ``snows_hf.prune``, from loading to saving: ``wall`` seconds, and
 ``processor`` seconds, which other programs hardly change. A stage's seconds do not hold those of stages within it;
-``other`` is what no stage has. Accuracy, agreement with the dense network and the
-divergence from it are those of the first images of the test split, shuffled with seed 1.
+``other`` is what no stage has. Accuracy, agreement with the dense network and the divergence from it are those of the
+first images of the test split, shuffled with seed 1.
 """
 
 import argparse
