@@ -122,8 +122,8 @@ def prune(
         revision: of the model on the Hub.
         memory: budget of main memory for this process, in GB. Batches are made small enough for it, and activations
             beyond a quarter of it rest on disk. None: half of what is free for each of the two.
-        effort: ``quick``, ``standard`` or ``best``, of the time that the weights' steps take, or ``paper`` for the
-            paper's own settings.
+        effort: ``quick``, ``standard`` or ``best``, of the time that the weights may take (steps, or views of each
+            image), or ``paper`` for the paper's own settings.
         update: whether SNOWS re-optimises the kept weights; without it they are the dense ones, or what a criterion
             with an update of its own (sparsegpt, obc, alps) makes of them.
         allow_custom: make a smaller network also where no configuration of its class describes it; only this package

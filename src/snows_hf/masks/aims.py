@@ -177,8 +177,8 @@ def relative(total: Tensor) -> Tensor:
 def terms(
     evidence: Evidence, place: int, names: Mapping[str, Tensor], dense: Kept, pruned: Kept
 ) -> tuple[State, dict[str, Terms]]:
-    """The dense state after the operation at a place, on the CPU, and what some images add to the fits of its layers ``names``,
-    with what their positions weigh, from the states before it."""
+    """The dense state after the operation at a place, on the CPU, and what some images add to the fits of its layers
+    ``names``, with what their positions weigh, from the states before it."""
     chain, added = evidence.network, dict[str, Terms]()
     before, given = (send_to_device(state.get(), chain.device) for state in (dense, pruned))
     with torch.no_grad(), recorded(chain, names) as wanted:
