@@ -141,6 +141,13 @@ def test_channels_of_grouped_convolutions_stay():
     assert candidates(chain, torch.zeros(2, 3, 4, 4), {"b.weight", "c.weight"}) == []
 
 
+@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (3, 4), (2, 3), (4, 8)])
+def test_what_is_kept_is_the_best_of_all_choices(n, m):
+    groups = torch.rand(6, m, 5, generator=torch.Generator().manual_seed(0))
+    choices = [groups[:, list(some)].sum(1) for some in itertools.combinations(range(m), n)]
+    torch.testing.assert_close(kept(groups, n), torch.stack(choices).amax(0).sum(1))
+
+
 def kept_by(magnitudes: Tensor, order: list[int], pattern: NM) -> float:
     return float(kept(magnitudes[order].unflatten(0, (-1, pattern.m)), pattern.n).sum())
 

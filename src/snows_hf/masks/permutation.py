@@ -178,7 +178,13 @@ def order_like(chain: Chain, other: Mapping[str, Tensor], images: Tensor, names:
 
 def kept(groups: Tensor, n: int) -> Tensor:
     """What the n largest of each row keep: (…, m, rows) → (…)."""
-    return (groups.amax(-2) if n == 1 else groups.topk(n, dim=-2).values.sum(-2)).sum(-1)
+    if n == 1:
+        return groups.amax(-2).sum(-1)
+    if (n, groups.shape[-2]) == (2, 4):  # a seventeenth of topk's time
+        a, b, c, d = groups.unbind(-2)
+        one_of_each = torch.maximum(a, b) + torch.maximum(c, d)
+        return torch.maximum(one_of_each, torch.maximum(a + b, c + d)).sum(-1)
+    return groups.topk(n, dim=-2).values.sum((-2, -1))
 
 
 def better_order(magnitudes: Tensor, pattern: NM) -> Tensor:
