@@ -133,7 +133,7 @@ def test_the_help_of_prune_is_short_and_names_the_rest(run) -> None:
     table = shown.partition("For more:")[0]
     options = [word for line in table.splitlines() for word in line.split()[:3] if word.startswith("--")]
     assert len(set(options)) <= 12
-    for part in ("What to prune", "Images", "Result", "512", "for N:M alps;", "else magnitude", "NAME=VALUE"):
+    for part in ("What to prune", "Images", "Result", "512", "for N:M and in ViTs alps;", "magnitude)", "NAME=VALUE"):
         assert part in table
     accepted = {f"--{name.replace('_', '-')}" for name in signature(prune).parameters}
     assert {name for name in accepted if name not in shown} == {"--model", "--pairs", "--as-json"}

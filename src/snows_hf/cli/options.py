@@ -70,7 +70,7 @@ def setting(config: type[Settings], name: str, panel: str | None = None, hidden:
     text = " ".join((field.description or "").split()).replace("``", "")
     default: str | bool = not field.is_required() and field.default not in (None, ()) and str(field.default)
     if config is PruneConfig and name in ALPS:
-        default = f"for N:M, and in ViTs, {ALPS[name]}; else {default}"
+        default = f"for N:M and in ViTs {ALPS[name]}; else {default}"
     return typer.Option(help=text, show_default=default, rich_help_panel=panel, hidden=hidden)
 
 
