@@ -250,7 +250,8 @@ def criteria() -> Figure:
 @picture
 def efforts() -> Figure:
     figure, (ax,) = panels(1, 1, height=3)
-    ours, others = tables("Efforts on a network")[:2]
+    timed = (table for table in tables("Efforts on a network") if any(cell.startswith("time") for cell in table.head))
+    ours, others = timed
     for table, colour, masks, below in ((ours, OURS, "ALPS", -12), (others, GREY, "SparseGPT", 6)):
         rows = [row for row in table.rows if numbers(row[table.place("time")])]
         for row in rows:

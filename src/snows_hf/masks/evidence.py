@@ -127,8 +127,8 @@ class Evidence:
         the images' own, as the cascade's streams."""
         shelf = self.images.shelf if isinstance(self.images, Images) else Shelf()
         seeds = (range(start, start + count) for start in itertools.count(1000 * self.config.seed, count))
-        seen = (view for batch, own in zip(self.batches(size), seeds) for view in views(batch.cpu(), own))  # noqa: B905
-        return shelf, [shelf.keep((view,)) for view in seen]
+        batches = zip(self.batches(size), seeds, strict=False)  # of seeds there is no end
+        return shelf, [shelf.keep((view,)) for batch, own in batches for view in views(batch.cpu(), own)]
 
     def task(self, size: int | None = None) -> Iterator[tuple[float, Expansion]]:
         """The task loss, mean cross-entropy over a batch of labelled images, expanded at θ; batch after batch.
