@@ -262,7 +262,7 @@ def efforts() -> Figure:
             place = (5, 6 if alone else below)
             ax.annotate(name, (time, value), place, textcoords="offset points", fontsize=8.5)
     ax.set(title="DINOv2-S, 2:4: divergence by time", xlabel="time, SparseGPT alone being 1")
-    ax.set(xlim=(0, 20), ylim=(0, 0.37))
+    ax.set(xlim=(0, 10), ylim=(0, 0.37))
     return figure
 
 
