@@ -11,7 +11,7 @@ from ..adapters.frozen import frozen
 from ..method.estimate import MORE, WORTH_SAYING, in_words, timed
 from ..patterns import NM
 from ..runtime.run import Run
-from .aims import PROBED, aim_of, halfway_fits, importance
+from .aims import AT_ONCE, PROBED, Fit, aim_of, halfway_fits, importance
 from .evidence import Evidence
 
 
@@ -36,19 +36,26 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
     """Seconds however many images there are, and seconds for one view of each; None where it is not long. Of groups
     of layers with the same shapes the first is timed."""
     chain, count, zeros = evidence.network, len(evidence.calibration), evidence.pattern.zeros(evidence.weights)
-    images = evidence.calibration[:MORE]
+    images = evidence.calibration[: min(AT_ONCE, evidence.config.batch_size)]  # as many as are fitted at a time
     few = replace(evidence, images=images, run=Run(), config=evidence.config.updated(views=1))
+    fewer = images[:MORE].to(chain.device)
     with frozen(chain.model), torch.no_grad():
-        chain((images.to(chain.device),))
-        one_pass = timed(chain, lambda: chain((images.to(chain.device),)))[1]
-    if one_pass * count / len(images) < WORTH_SAYING:
+        chain((fewer,))
+        one_pass = timed(chain, lambda: chain((fewer,)))[1]
+    if one_pass * count / len(fewer) < WORTH_SAYING:
         return None
     with frozen(chain.model):
-        weights, probing = timed(chain, lambda: importance(few))
+        weights, probing = timed(chain, lambda: importance(replace(few, images=fewer)))
     own = [[name for name in group.parameters if name in evidence.weights] for _, group in chain.groups()]
     kinds = {tuple(names): tuple(evidence.weights[name].shape for name in names) for names in own if names}
     known, done = dict[tuple[torch.Size, ...], tuple[float, float]](), dict[str, Tensor]()
     fits = halfway_fits(few, done, weights)
+
+    def settle(fit: Fit) -> None:
+        _, W, H = aim_of(few, fit)
+        pattern = evidence.pattern.of(fit.name)
+        decide(W, H, pattern if isinstance(pattern, NM) else None, zeros[fit.name])
+
     for names, kind in kinds.items():
         if len(known) == len(set(kinds.values())):
             break
@@ -57,11 +64,8 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
             fit, seconds = timed(chain, lambda: next(fits))
             waited += seconds
             if kind not in known:
-                pattern = evidence.pattern.of(name)
-                nm = pattern if isinstance(pattern, NM) else None
-                _, W, H = aim_of(few, fit)
-                decided += timed(chain, partial(decide, W, H, nm, zeros[name]))[1]
+                decided += timed(chain, partial(settle, fit))[1]
             done[name] = evidence.weights[name]
         known.setdefault(kind, (decided, waited * count / len(images)))
     fixed, each = (sum(costs) for costs in zip(*(known[kind] for kind in kinds.values()), strict=True))
-    return fixed + probing * min(PROBED[0], count) / len(images), each
+    return fixed + probing * min(PROBED[0], count) / len(fewer), each
