@@ -414,14 +414,16 @@ def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, A
         raise ConfigError(f"Effort {effort!r}: expected one of {', '.join(EFFORTS)}.")
     changes = dict(changes or {})
     settings: dict[str, Any] = EFFORTS[effort].get(family, {})
+    if effort == "paper":  # whose settings are the same for all patterns
+        return PruneConfig(pattern).updated(**settings | changes)
     alike = family == "vit" and changes.get("allocation", "uniform") == "uniform"
     share = alike and re.fullmatch(r"(.*\+)?\s*0?\.\d+\s*", pattern)
-    if effort != "paper" and (share or re.search(r"\d:\d", pattern)):
+    if share or re.search(r"\d:\d", pattern):
         settings = settings | ALPS
-    if effort != "paper" and changes.get("mask", settings.get("mask")) == ALPS["mask"]:
+    if changes.get("mask", settings.get("mask")) == ALPS["mask"]:
         settings = settings | FITTED[effort].get(family, {})
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
-    if effort != "paper" and structures:
+    if structures:
         zeros = len(structures) < len(pattern.split("+"))
         if not zeros and family in STRUCTURED:
             settings = settings | STRUCTURED[family] | {"joint_steps": STRUCTURED_STEPS[effort]}

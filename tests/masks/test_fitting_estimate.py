@@ -1,7 +1,6 @@
 """How long fitted layers will take, as it is told before the work begins."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,5 +52,5 @@ def test_it_is_said_before_the_layers_and_not_once_more_where_they_go_on(monkeyp
 
 def test_short_work_is_not_estimated():
     said = []
-    alps(replace(evidence(said, count=12)))
+    alps(evidence(said, count=12))
     assert said == []

@@ -140,9 +140,9 @@ def halfway_fits(
         weights = weights or importance(evidence)
         for place, operation, _ in chain.walk(None, advance, stop=last + 1):
             if names := [name for name in own(operation) if name not in done]:
-                sums = dict[str, Terms]()
+                own_weights, sums = {name: weights[name] for name in names}, dict[str, Terms]()
                 for i, state in enumerate(pruned):
-                    y, found = terms(evidence, place, {name: weights[name] for name in names}, dense[i], state)
+                    y, found = terms(evidence, place, own_weights, dense[i], state)
                     dense[i] = shelf.keep(y)
                     sums = {name: part.and_those(sums.get(name)) for name, part in found.items()}
                 ahead = operation.name

@@ -1,6 +1,5 @@
 """How long it will take to fit all layers and to choose their masks, from a few images and layers that are timed."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -8,15 +7,12 @@ import torch
 from torch import Tensor
 
 from ..adapters.frozen import frozen
-from ..method.estimate import MORE, WORTH_SAYING, in_words, timed
+from ..method.estimate import MORE, WORTH_SAYING, in_words, pass_seconds, timed
 from ..patterns import NM
 from ..runtime.run import Run
 from .aims import AT_ONCE, PROBED, Fit, aim_of, halfway_fits, importance
 from .evidence import Evidence
-
-
-Decide = Callable[[Tensor, Tensor, NM | None, int], object]
-"""That of scores/obc.py."""
+from .scores.obc import Decide
 
 
 def tell_estimate(evidence: Evidence, decide: Decide) -> None:
@@ -39,10 +35,7 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
     images = evidence.calibration[: min(AT_ONCE, evidence.config.batch_size)]  # as many as are fitted at a time
     few = replace(evidence, images=images, run=Run(), config=evidence.config.updated(views=1))
     fewer = images[:MORE].to(chain.device)
-    with frozen(chain.model), torch.no_grad():
-        chain((fewer,))
-        one_pass = timed(chain, lambda: chain((fewer,)))[1]
-    if one_pass * count / len(fewer) < WORTH_SAYING:
+    if pass_seconds(chain, fewer, count) < WORTH_SAYING:
         return None
     with frozen(chain.model):
         weights, probing = timed(chain, lambda: importance(replace(few, images=fewer)))

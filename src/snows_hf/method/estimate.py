@@ -35,9 +35,7 @@ def estimated_seconds(chain: Chain, images: Tensor, count: int, masks: Masks, co
     """
     start: State = (images.to(chain.device),)
     todo = set(masked_operations(chain, masks)) if config.sweeps else set[int]()
-    with frozen(chain.model), torch.no_grad():
-        chain(start)
-        one_pass = count / len(images) * timed(chain, lambda: chain(start))[1]
+    one_pass = pass_seconds(chain, start[0], count)
     if one_pass < WORTH_SAYING:
         return None
     known: dict[tuple[object, ...], float] = {}
@@ -54,6 +52,13 @@ def estimated_seconds(chain: Chain, images: Tensor, count: int, masks: Masks, co
         if config.joint_steps:
             total += solve_seconds(whole_network(chain, masks), start, count, masks, config, config.joint_steps)
     return total
+
+
+def pass_seconds(chain: Chain, images: Tensor, count: int) -> float:
+    """Of ``count`` images once through the network, from those (n, 3, h, w) that are on its device."""
+    with frozen(chain.model), torch.no_grad():
+        chain((images,))
+        return count / len(images) * timed(chain, lambda: chain((images,)))[1]
 
 
 def solve_seconds(
