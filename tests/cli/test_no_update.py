@@ -82,6 +82,9 @@ def test_no_sweep_and_no_joint_step_leave_what_the_criterion_made(run, mask: str
     assert run(*given, "--set", "sweeps=0", "--output", "out").code == 0
     alone, out = tensors_of(Path("alone")), tensors_of(Path("out"))
     assert all(torch.equal(alone[name], out[name]) for name in alone)
+    fitted, card = mask == "sparsegpt", Path("out", "README.md").read_text()  # whose weights are its own
+    assert json.loads(Path("out", "snows_config.json").read_text())["update"] == fitted
+    assert ("fitted, layer after layer" in card) == fitted and ("took no step" in card) != fitted
 
 
 def test_where_alps_fits_every_layer_it_is_held_against_the_zeros_alone(run) -> None:

@@ -51,7 +51,7 @@ def show_smaller(sink: Sink, result: dict[str, Any]) -> None:
     columns = {"batch": "{batch}", "dense (ms)": "{dense_ms:.1f}", "smaller (ms)": "{smaller_ms:.1f}"}
     title = f"{result['source']} in {result['dtype']} on {result['device']}, {result['threads']} threads"
     sink.table(columns | {"ratio": "{ratio:.2f}"}, result["batches"], title)
-    sink.text(f"{parameters['dense'] / 1e6:.1f} → {parameters['smaller'] / 1e6:.1f} million parameters.")
+    sink.text(f"{parameters['dense']:,} → {parameters['smaller']:,} parameters.")
 
 
 def show(sink: Sink, result: dict[str, Any]) -> None:

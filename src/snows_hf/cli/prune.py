@@ -188,7 +188,7 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
     if "units" in report:
         parameters, flops = report["parameters"], report["flops"]
         sink.text(
-            f"{parameters['dense'] / 1e6:.1f} → {parameters['total'] / 1e6:.1f} million parameters, "
+            f"{parameters['dense']:,} → {parameters['total']:,} parameters, "
             f"{flops['dense'] / flops['pruned']:.2f} times fewer operations."
         )
     zeros = f"{100 * report['sparsity']:.1f} % zeros"

@@ -66,7 +66,7 @@ def show(sink: Sink, report: dict[str, Any]) -> None:
         sink.text("The logits do not depend on the images.")
     if "units" in report:
         parameters = report["parameters"]
-        sink.text(f"{parameters['dense'] / 1e6:.1f} → {parameters['total'] / 1e6:.1f} million parameters.")
+        sink.text(f"{parameters['dense']:,} → {parameters['total']:,} parameters.")
     what = f"{report['pattern']} ({100 * report['sparsity']:.1f} % zeros)" if report["pattern"] else "dense"
     sink.text(
         f"{report['architecture']}, {what}: {report['settings']['epochs']} epochs of {report['images']} images in "

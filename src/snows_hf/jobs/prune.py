@@ -17,7 +17,7 @@ from ..data.names import Name
 from ..hub.card import write_card
 from ..hub.load import Checkpoint
 from ..hub.repack import pack_into
-from ..hub.save import claim, claim_of_speed, save_checkpoint
+from ..hub.save import claim, claim_of_speed, save_checkpoint, takes_steps
 from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
 from ..masks.choose import load_masks
 from ..masks.evidence import Evidence
@@ -186,10 +186,13 @@ def prune(
             chain, flops = subject.chain, count_flops(subject.chain, images[:1])
             measurer = Measurer(run, subject, evaluation, teacher)
         chosen = choose(run, subject, candidates, images, labels, flops, update)
+        steps = takes_steps({"update": update, "settings": subject.config.to_dict()})
+        if update and not (steps or keep or chosen.choice.weights):
+            run.say(f"No steps were asked for, and {subject.config.mask} leaves weights as they are: its masks alone")
+            update = False
         fidelity: dict[str, Any] = {}
         if evaluation is not None or not update:
-            stepless = update and not (subject.config.sweeps or subject.config.joint_steps)
-            before = Choice(chosen.choice.masks) if stepless else chosen.choice
+            before = Choice(chosen.choice.masks) if update and not steps else chosen.choice
             chain.put(alone(before, subject.original))
             restore_untouched(subject.network, subject.original, chosen.choice.masks)
             report["masked"] = report["pruned"] = measurer.accuracy("masked")
