@@ -220,6 +220,44 @@ def test_layers_whose_outputs_are_mixed_are_fitted_to_the_mean_of_their_own_outp
         torch.testing.assert_close(aim.W, torch.linalg.lstsq(lhs, rhs).solution.T)
 
 
+class NormBetween(nn.Module):
+    """A batch norm that no operation ends with: it is part of the next layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.norm, self.two = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.norm(self.one(x)))
+
+
+@register(NormBetween, family="small")
+def norm_between(model: NormBetween) -> list[Operation]:
+    return [
+        Operation("one", lambda state: (model.one(state[0]),), Group.of("one", "linear")),
+        Operation("two", lambda state: (model.two(model.norm(state[0])),), Group.of("two", "linear")),
+    ]
+
+
+def test_a_layer_reads_what_a_mean_that_has_moved_makes_of_the_layer_before():
+    model = NormBetween().double().eval()
+    chain, images = build_chain(model), images_for(linears(), 40)
+    given = evidence(linears(), "0.5", "alps")
+    given = replace(given, weights=weights_of(chain), chain=chain, images=images)
+    done = dict[str, Tensor]()
+    fits = halfway_fits(given, done)
+    next(fits)
+    done |= {"one.weight": pruned_weights(given)["one.weight"], "norm.running_mean": torch.arange(4.0).double()}
+    fit = next(fits)
+    with torch.no_grad():
+        own = functional_call(model.one, {"weight": done["one.weight"]}, images)
+        x = functional_call(model.norm, {"running_mean": done["norm.running_mean"]}, own)
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    torch.testing.assert_close(fit.gram[0], (x.T @ x).to(fit.gram))
+    assert not model.norm.running_mean.any()  # that of the dense network stays
+
+
 def test_slopes_are_of_outputs_that_depend_on_one_entry_each():
     z = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     scale = torch.tensor([0.5, -2.0, 1.0, 3.0], dtype=torch.float64)

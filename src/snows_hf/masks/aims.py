@@ -142,7 +142,7 @@ def halfway_fits(
             if names := [name for name in own(operation) if name not in done]:
                 own_weights, sums = {name: weights[name] for name in names}, dict[str, Terms]()
                 for i, state in enumerate(pruned):
-                    y, found = terms(evidence, place, own_weights, dense[i], state)
+                    y, found = terms(evidence, place, own_weights, dense[i], state, done)
                     dense[i] = shelf.keep(y)
                     sums = {name: part.and_those(sums.get(name)) for name, part in found.items()}
                 ahead = operation.name
@@ -175,16 +175,17 @@ def relative(total: Tensor) -> Tensor:
 
 
 def terms(
-    evidence: Evidence, place: int, names: Mapping[str, Tensor], dense: Kept, pruned: Kept
+    evidence: Evidence, place: int, names: Mapping[str, Tensor], dense: Kept, pruned: Kept, done: Mapping[str, Tensor]
 ) -> tuple[State, dict[str, Terms]]:
     """The dense state after the operation at a place, on the CPU, and what some images add to the fits of its layers
-    ``names``, with what their positions weigh, from the states before it."""
+    ``names``, with what their positions weigh, from the states before it. What is ``done`` may be part of the
+    operation: the batch norm of the layer before is, where nothing else follows that layer."""
     chain, added = evidence.network, dict[str, Terms]()
     before, given = (send_to_device(state.get(), chain.device) for state in (dense, pruned))
     with torch.no_grad(), recorded(chain, names) as wanted:
         state = chain.operations[place].run(before)
     weights = {name: chain.weight(name).detach().to(chain.device).requires_grad_() for name in names}
-    with recorded(chain, names) as found:
+    with holding(chain, done), recorded(chain, names) as found:
         (output,) = chain.outputs(given, place, place + 1, weights)
     for name in names:
         module, x, z = found[name]
