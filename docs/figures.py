@@ -115,7 +115,7 @@ def kept() -> list[Kept]:
     units = next(table for table in tables("Structured pruning") if table.head[0].startswith("DINOv2-S"))
     return [
         stacked("DINOv2-S", "`2:4`", efforts, "dense", ".* alone", "`standard`"),
-        stacked("DINOv2-S", "`0.7`", share, "dense", "SparseGPT alone", "ALPS fitted"),
+        stacked("DINOv2-S", "`0.7`", share, "dense", ".* alone", "`standard`"),
         stacked("DINOv2-S", "`mlp:0.5`", units, "dense", "group OBS", "… then SNOWS"),
         stacked("EfficientNet-Lite0", "`2:4`", efficientnet, "dense", ".* alone", "SNOWS"),
         in_a_row("ResNet-20", "`2:4`", "ResNet-20, 2:4"),
