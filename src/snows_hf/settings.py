@@ -393,7 +393,7 @@ At a real size more views of the same images take far more off what is left than
 
 
 STRUCTURED: dict[str, dict[str, Any]] = {
-    "vit": {"sweeps": 0, "emphasis": 3.0, "augment": True, "average": 10, "patience": 10},
+    "vit": {"sweeps": 0, "emphasis": 3.0, "augment": True, "average": 10, "patience": 3},
 }
 """By default, by family, where units go and nothing else: what reads them is repaired already, and no layer by itself
 does better; all together do, in so many joint steps by effort:"""
