@@ -396,7 +396,7 @@ STRUCTURED: dict[str, dict[str, Any]] = {
     "vit": {"sweeps": 0, "emphasis": 3.0, "augment": True, "average": 10, "patience": 3},
 }
 """By default, by family, where units go and nothing else: what reads them is repaired already, and no layer by itself
-does better; all together do, in so many joint steps by effort:"""
+does better; all together may, in at most so many joint steps by effort:"""
 
 STRUCTURED_STEPS = {"quick": 4, "standard": 12, "best": 40}
 

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from ..adapters.frozen import frozen
 from ..method.estimate import MORE, WORTH_SAYING, in_words, pass_seconds, timed
-from ..patterns import NM
 from ..runtime.run import Run
 from .aims import AT_ONCE, PROBED, Fit, aim_of, halfway_fits, importance
 from .evidence import Evidence
-from .scores.obc import Decide
+from .scores.obc import Decide, decide_for
 
 
 def tell_estimate(evidence: Evidence, decide: Decide) -> None:
@@ -45,9 +44,7 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
     fits = halfway_fits(few, done, weights)
 
     def settle(fit: Fit) -> None:
-        _, W, H = aim_of(few, fit)
-        pattern = evidence.pattern.of(fit.name)
-        decide(W, H, pattern if isinstance(pattern, NM) else None, zeros[fit.name])
+        decide_for(few, decide, aim_of(few, fit), zeros[fit.name])
 
     for names, kind in kinds.items():
         if len(known) == len(set(kinds.values())):

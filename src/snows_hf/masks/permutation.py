@@ -181,13 +181,14 @@ def kept(groups: Tensor, n: int) -> Tensor:
     return groups.topk(n, dim=-2).values.sum((-2, -1))
 
 
-def left_out(groups: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Of columns (…, m, rows) each left out: above what another in its place would be kept in each row, (…, m, rows),
-    and what the group keeps less as long as there is none, (…, m)."""
+def left_out(groups: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a group (…, m, rows) keeps, as :func:`kept`; and of its columns each left out: above what another in its
+    place would be kept in each row, (…, m, rows), and what the group keeps less as long as there is none, (…, m)."""
     top = groups.topk(n + 1, dim=-2).values
     last, following = top[..., n - 1 : n, :], top[..., n:, :]
     largest = groups >= last
-    return following.where(largest, last), (groups - following).where(largest, 0).sum(-1)
+    loss = (groups - following).where(largest, 0).sum(-1)
+    return top[..., :n, :].sum((-2, -1)), following.where(largest, last), loss
 
 
 def better_order(magnitudes: Tensor, pattern: NM) -> Tensor:
@@ -205,15 +206,15 @@ def better_order(magnitudes: Tensor, pattern: NM) -> Tensor:
         first, second = order[:half], order[half : 2 * half]
         a, b = groups[first], groups[second]  # (pairs, m) columns
         ours, theirs = magnitudes[a], magnitudes[b]
-        (our_bar, our_loss), (their_bar, their_loss) = left_out(ours, n), left_out(theirs, n)
+        our_sum, our_bar, our_loss = left_out(ours, n)
+        their_sum, their_bar, their_loss = left_out(theirs, n)
         gains = -our_loss[:, :, None] - their_loss[:, None]
         for i in range(m):
             for j in range(m):
                 gains[:, i, j] += (theirs[:, j] - our_bar[:, i]).relu_().sum(-1)
                 gains[:, i, j] += (ours[:, i] - their_bar[:, j]).relu_().sum(-1)
-        before = kept(ours, n) + kept(theirs, n)
         best, swap = gains.flatten(1).max(1)
-        better = (best > 1e-6 * before).nonzero()[:, 0]
+        better = (best > 1e-6 * (our_sum + their_sum)).nonzero()[:, 0]
         at, to = swap[better] // m, swap[better] % m
         groups[first[better], at], groups[second[better], to] = b[better, to], a[better, at]
         stale = 0 if len(better) else stale + 1

@@ -39,15 +39,20 @@ def layer_by_layer(evidence: Evidence, decide: Decide, aims: Aims = dense_aims) 
     weights = {name: tensors["weight"] for name, tensors in finished.items()}
     todo, masks = aims(evidence, weights), dict[str, Tensor]()
     for name in evidence.run.track(records, f"Layers of {evidence.title}", len(records), str):
-        weight, pattern = evidence.weights[name], evidence.pattern.of(name)
+        weight = evidence.weights[name]
         tensors = finished.pop(name, None)
         if tensors is None:
-            _, W, H = next(todo)  # in the same order
-            kept, updated = decide(W, H, pattern if isinstance(pattern, NM) else None, zeros[name])
+            kept, updated = decide_for(evidence, decide, next(todo), zeros[name])  # in the same order
             tensors = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
             journal.put(records[name], tensors)
         masks[name], weights[name] = tensors["mask"].to(weight.device), tensors["weight"].to(weight)
     return Choice(masks, weights)
+
+
+def decide_for(evidence: Evidence, decide: Decide, aim: Aim, zeros: int) -> Kept:
+    """What ``decide`` makes of the layer of an aim, which loses so many weights."""
+    pattern = evidence.pattern.of(aim.name)
+    return decide(aim.W, aim.H, pattern if isinstance(pattern, NM) else None, zeros)
 
 
 def obc(evidence: Evidence) -> Choice:
