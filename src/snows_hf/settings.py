@@ -168,6 +168,9 @@ class PruneConfig(Settings):
     ``magnitude``, summed over each unit's."""
     repair: bool = True
     """Layers that read a structure's units make up, by least squares, for those that go; with ``obs`` always."""
+    fit_dense: bool = True
+    """Layers that the pattern does not fit make up for those before them, too, where layers are fitted one after the
+    other (masks/aims.py); unless ``layers`` names those to prune."""
     permute: bool | None = None
     """Put input channels in an order that N:M suits better, where they are free (permutation.py). None: if one N:M
     for all layers keeps less than half of the weights, and the masks do not come from a file."""
@@ -388,17 +391,9 @@ FITTED: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {"vit": {"sweeps": 0, "views": 4}},
     "best": {"vit": {"sweeps": 0, "views": 16}},
 }
-"""By effort and family, where ALPS makes the masks: it has fitted each layer to the dense network already (aims.py).
-At a real size more views of the same images take far more off what is left than steps do (docs/results.md)."""
-
-
-STRUCTURED: dict[str, dict[str, Any]] = {
-    "vit": {"sweeps": 0, "emphasis": 3.0, "augment": True, "average": 10, "patience": 3},
-}
-"""By default, by family, where units go and nothing else: what reads them is repaired already, and no layer by itself
-does better; all together may, in at most so many joint steps by effort:"""
-
-STRUCTURED_STEPS = {"quick": 4, "standard": 12, "best": 40}
+"""By effort and family, where ALPS makes the masks, or units go: each layer is fitted to the dense network already
+(aims.py). At a real size more views of the same images take far more off what is left than steps do
+(docs/results.md)."""
 
 OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
@@ -420,12 +415,10 @@ def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, A
     share = alike and re.fullmatch(r"(.*\+)?\s*0?\.\d+\s*", pattern)
     if share or re.search(r"\d:\d", pattern):
         settings = settings | ALPS
-    if changes.get("mask", settings.get("mask")) == ALPS["mask"]:
-        settings = settings | FITTED[effort].get(family, {})
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
     if structures:
-        zeros = len(structures) < len(pattern.split("+"))
-        if not zeros and family in STRUCTURED:
-            settings = settings | STRUCTURED[family] | {"joint_steps": STRUCTURED_STEPS[effort]}
         settings = settings | OF_STRUCTURES
+    zeros = len(structures) < len(pattern.split("+"))
+    if not zeros or changes.get("mask", settings.get("mask")) == ALPS["mask"]:
+        settings = settings | FITTED[effort].get(family, {})
     return PruneConfig(pattern).updated(**settings | changes)

@@ -11,9 +11,12 @@ from torch.func import functional_call
 from snows_hf.adapters import Group, Operation, build_chain, register
 from snows_hf.adapters.frozen import frozen
 from snows_hf.jobs.subject import weights_of
+from snows_hf.masks import aims
 from snows_hf.masks.aims import (
     EVENLY,
     HEAVIEST,
+    aim_of,
+    bias_for,
     damped,
     dense_aims,
     halfway_aims,
@@ -21,7 +24,9 @@ from snows_hf.masks.aims import (
     importance,
     slope_of,
 )
-from snows_hf.masks.evidence import matrix
+from snows_hf.masks.evidence import matrix, unmatrix
+from snows_hf.masks.scores.alps import alps
+from snows_hf.masks.scores.obc import refit
 from snows_hf.method.preconditioner import channels_in_end, gram
 
 
@@ -33,20 +38,20 @@ def pruned_weights(given, seed: int = 0) -> dict[str, Tensor]:
 
 def aims_with(given, weights):
     """Aims of all layers where each is pruned to ``weights`` as soon as it has its own."""
-    done, aims = {}, []
+    done, found = {}, []
     for aim in halfway_aims(given, done):
-        aims.append(aim)
+        found.append(aim)
         done[aim.name] = weights[aim.name]
-    return aims
+    return found
 
 
 @pytest.mark.parametrize("make", [linears, convolutions])
 def test_of_a_network_that_stays_dense_each_layer_is_its_own_aim(make):
     given = evidence(make(), "0.5", "alps")
     expected = {aim.name: aim for aim in dense_aims(given, {})}
-    aims = aims_with(given, given.weights)
-    assert [aim.name for aim in aims] == list(given.weights)
-    for aim in aims:
+    found = aims_with(given, given.weights)
+    assert [aim.name for aim in found] == list(given.weights)
+    for aim in found:
         torch.testing.assert_close(aim.W, expected[aim.name].W)
         torch.testing.assert_close(aim.W, matrix(given.weights[aim.name]))
         if make is linears:  # of a single position
@@ -218,6 +223,75 @@ def test_layers_whose_outputs_are_mixed_are_fitted_to_the_mean_of_their_own_outp
         ridge = (damped((x_now.T @ x_now)[None])[0] - x_now.T @ x_now).diagonal().sqrt().diag()
         lhs, rhs = torch.cat([x_now, ridge]), torch.cat([(x + x_now) / 2 @ W.T, ridge @ W.T])
         torch.testing.assert_close(aim.W, torch.linalg.lstsq(lhs, rhs).solution.T)
+
+
+class Biased(nn.Module):
+    """Two convolutions, the second one in groups, the last with a bias of its own or a batch norm after it."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 6, (1, 2), groups=2, bias=not norm)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.two(self.one(x).tanh()))
+
+
+@register(Biased, family="small")
+def biased(model: Biased) -> list[Operation]:
+    bias = "two.bias" if isinstance(model.norm, nn.Identity) else "norm.bias"
+    return [
+        Operation("one", lambda state: (model.one(state[0]).tanh(),), Group.of("one", "conv", "one.bias")),
+        Operation("two", lambda state: (model.norm(model.two(state[0])),), Group.of("two", "conv", bias)),
+    ]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_bias_that_moves_is_fitted_with_the_weights_that_are_left(monkeypatch, norm):
+    """Against least squares of each row on what it still reads and a constant; positions weigh alike."""
+    monkeypatch.setattr(aims, "DAMPING", 1e-9)
+    model = Biased(norm).double().eval()
+    chain, images = build_chain(model), images_for(convolutions(), 60)
+    given = evidence(convolutions(), "0.5", "alps", biases=True)
+    given = replace(given, weights=weights_of(chain), chain=chain, images=images)
+    weights = pruned_weights(given)
+    _, fit = fits_with(given, weights)
+    aim = aim_of(given, fit)
+    kept = torch.rand(aim.W.shape, generator=torch.Generator().manual_seed(3)) < 0.6
+    updated = refit(aim.W, aim.H, kept)
+    ((name, bias),) = bias_for(given, aim, updated).items()
+
+    with torch.no_grad():
+        x = functional_call(model.one, {"weight": weights["one.weight"]}, images).tanh()
+        wanted = (model.two(x) + model.two(model.one(images).tanh())) / 2  # norms only scale what is lacking
+        columns = nn.functional.unfold(x, (1, 2)).unflatten(1, (2, -1)).movedim(-1, 1).flatten(0, 1)
+        if norm:
+            bias = -bias  # the norm's mean was 0
+    assert name == ("norm.running_mean" if norm else "two.bias")
+    for row in range(6):
+        own = unmatrix(kept, model.two.weight.shape)[row].flatten()
+        inputs = torch.cat([columns[:, row // 3, own], torch.ones(len(columns), 1)], 1)
+        found = torch.linalg.lstsq(inputs, wanted[:, row].flatten()).solution
+        torch.testing.assert_close(unmatrix(updated, model.two.weight.shape)[row].flatten()[own], found[:-1])
+        torch.testing.assert_close(bias[row], found[-1])
+
+
+def test_biases_stay_where_they_are_not_asked_to_move():
+    given = evidence(convolutions(), "0.5", "alps")
+    assert all(bias_for(given, aim, aim.W) == {} for aim in aims_with(given, pruned_weights(given)))
+
+
+def test_a_layer_that_stays_dense_reaches_its_aim_and_those_after_read_what_it_makes_then():
+    """It has no mask; with the last layer free, what that ends with is the aim of one that is not pruned."""
+    given = evidence(convolutions(), "0.5", "alps")
+    *_, (last, weight) = given.weights.items()
+    given = replace(given, weights={n: w for n, w in given.weights.items() if n != last}, free={last: weight})
+    choice = alps(given)
+    assert list(choice.masks) == list(given.weights) and list(choice.free) == [last]
+    aim = aims_with(given, {**choice.weights, last: weight})[-1]
+    torch.testing.assert_close(matrix(choice.weights[last]), aim.W)
+    assert not torch.allclose(choice.weights[last], weight)
 
 
 class NormBetween(nn.Module):

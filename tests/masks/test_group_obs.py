@@ -101,7 +101,7 @@ def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(kin
     model, pixels = transformers_vit(), images(40, seed=3)
     chain = build_chain(model, pixels[:1])
     widths = [width for width in widths_of(chain) if width.kind == kind]
-    config = settings_for("standard", chain.family, "mlp:0.5").updated(batch_size=16)
+    config = settings_for("quick", chain.family, "mlp:0.5").updated(batch_size=16)
     given = Evidence({}, Full(), config, chain, pixels)
     found = choose_units(given, dict.fromkeys(widths, keep))
     weights = {slot.name: model.get_parameter(slot.name).detach() for width in widths for slot in width.readers}

@@ -290,6 +290,27 @@ def test_the_joint_solve_lowers_the_loss_of_the_whole_network(network):
     assert joint.loss_pruned < joint.loss_start
 
 
+def test_weights_without_a_mask_are_there_from_the_beginning_and_targets_are_of_the_dense_network():
+    """A joint loss recomputed by hand, where the last layer's weight was doubled beforehand."""
+    network = tiny.cifar_resnet()
+    chain, images = tiny.chain_of(copy.deepcopy(network)), tiny.images(40)
+    config = tiny.config(joint_steps=1, sweeps=0, max_backtracks=0, cg_max_iter=1)
+    *others, last = (name for _, group in chain.groups() for name in group.parameters)
+    masks = {name: torch.ones_like(chain.weight(name), dtype=torch.bool) for name in others}
+    doubled = 2 * chain.weight(last).detach()
+    *_, joint = prune_chain(chain, images, masks, config, start={last: doubled})
+    assert torch.equal(chain.weight(last), doubled)
+
+    judges = images[split_images(len(images), config.batch_size, config.held_out)[-1]]
+    with torch.no_grad(), frozen(network):
+        dense, started = tiny.chain_of(network)((judges,)), tiny.chain_of(copy.deepcopy(network))
+        started.put({last: doubled})
+        with frozen(started.model):
+            outputs = started((judges,))
+    loss = sum(float((o - y).square().mean()) for o, y in zip(outputs, dense, strict=True))
+    assert joint.loss_start == pytest.approx(loss, rel=1e-9) and loss > 0
+
+
 @pytest.mark.slow
 def test_augmented_images_teach_and_never_judge():
     settings = {"joint_steps": 4, "average": 3}

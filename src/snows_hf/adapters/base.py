@@ -5,6 +5,7 @@ An architecture is one file beside this one: a function that cuts a model into o
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -153,11 +154,16 @@ class Chain(nn.Module):
     def weight(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(name)
 
+    def tensor(self, name: str) -> Tensor:
+        """A weight or a buffer."""
+        tensor: Tensor = attrgetter(name)(self.model)
+        return tensor
+
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Overwrites the model's weights of these names."""
+        """Overwrites the model's weights, or buffers, of these names."""
         for name, weight in weights.items():
-            self.weight(name).copy_(weight)
+            self.tensor(name).copy_(weight)
 
 
 Builder = Callable[[nn.Module], Iterable[Operation]]

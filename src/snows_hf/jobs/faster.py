@@ -282,7 +282,9 @@ def loss_once(
     count = learners[-1].stop
     keep = counts_left(subject, widths_asked_for(subject), shares_of(pattern))
     alone = replace(run, journal=Journal())  # these units are not those of the result
-    checkpoint = cut_checkpoint(alone, subject, keep, images.first(count), None if labels is None else labels[:count])
+    one_view = replace(subject, config=subject.config.updated(views=1))
+    labels = None if labels is None else labels[:count]
+    checkpoint, _ = cut_checkpoint(alone, one_view, keep, images.first(count), labels)
     smaller = checkpoint.model.to(run.device, run.dtype)
     network = subject.network if subject.chain.offloaded is None else Whole(subject.chain)
     models = outputs_on_device(network), outputs_on_device(smaller)

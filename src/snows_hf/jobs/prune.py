@@ -18,8 +18,9 @@ from ..hub.card import write_card
 from ..hub.load import Checkpoint
 from ..hub.repack import pack_into
 from ..hub.save import claim, claim_of_speed, save_checkpoint, takes_steps
-from ..masks.choices import alone, find_allocation, find_choice, find_first_masks
-from ..masks.choose import load_masks
+from ..masks.choices import alone, find_allocation, find_choice, find_first_masks, masked
+from ..masks.choose import left_dense, load_masks
+from ..masks.criteria import fits_layers
 from ..masks.evidence import Evidence
 from ..masks.permutation import order_channels
 from ..masks.scores.base import Choice
@@ -42,7 +43,7 @@ from .calibration import calibrate, first_pass
 from .faster import check_can_be_smaller, choose_pattern
 from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
 from .request import DEFAULT_DATA, check_faster, check_pruning, check_request, find_dtype
-from .structure import cut_units, units_to_keep
+from .structure import Cut, cut_units, units_to_keep
 from .subject import Subject, copy_of, load_subject, restore_untouched
 
 
@@ -179,37 +180,40 @@ def prune(
             keep = units_to_keep(subject, split_structures(pattern)[0], allow_custom)
         measurer = Measurer(run, subject, evaluation)
         report |= {"dense": measurer.accuracy("dense"), "masked": None, "pruned": None}
-        teacher, dense = None, describe_size(subject.network, {}, flops)
+        cut, dense = Cut(subject), describe_size(subject.network, {}, flops)
         if keep:
-            subject, teacher, report["units"] = cut_units(run, subject, keep, images, labels, allow_custom)
+            cut = cut_units(run, subject, keep, images, labels, allow_custom)
+            subject, report["units"] = cut.subject, cut.units
             report["custom"] = subject.checkpoint.custom
             chain, flops = subject.chain, count_flops(subject.chain, images[:1])
-            measurer = Measurer(run, subject, evaluation, teacher)
+            measurer = Measurer(run, subject, evaluation, cut.teacher)
         chosen = choose(run, subject, candidates, images, labels, flops, update)
         steps = takes_steps({"update": update, "settings": subject.config.to_dict()})
-        if update and not (steps or keep or chosen.choice.weights):
+        if update and not (steps or cut.bare or chosen.choice.weights):
             run.say(f"No steps were asked for, and {subject.config.mask} leaves weights as they are: its masks alone")
             update = False
         fidelity: dict[str, Any] = {}
         if evaluation is not None or not update:
             before = Choice(chosen.choice.masks) if update and not steps else chosen.choice
             chain.put(alone(before, subject.original))
-            restore_untouched(subject.network, subject.original, chosen.choice.masks)
-            report["masked"] = report["pruned"] = measurer.accuracy("masked")
-            fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", chosen.choice.masks)
+            restore_untouched(subject.network, subject.original, [*before.masks, *before.free])
+            with holding(chain, masked(cut.bare, before.masks) if update and not steps else {}):
+                report["masked"] = report["pruned"] = measurer.accuracy("masked")
+                fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", [*before.masks, *before.free])
         reports: list[LayerReport] = []
         if update:
             quick = None
             if effort != "quick":
                 quick = settings_for("quick", chain.family, pattern, settings)
-            subject, reports = solve(run, subject, chosen, images, teacher, quick)
+            subject, reports = solve(run, subject, chosen, images, cut.teacher, quick)
             report["pruned"] = measurer.accuracy("pruned")
-            moving = moved(chain, chosen.choice.masks, subject.config.biases)
+            moving = [*moved(chain, chosen.choice.masks, subject.config.biases), *chosen.choice.free]
             fidelity["pruned"] = measurer.fidelity("pruned", moving)
         report["fidelity"] = fidelity if evaluation is not None else None
         subject.network.to("cpu")
         report |= describe(run, subject, chosen, flops, reports, dense) | {
             "update": update,
+            "fitted_dense": [name for name, weight in chosen.choice.free.items() if weight.ndim > 1],
             "permuted": permuted,
             "samples": len(images),
             "calibration_data": describe_data(data, data_split),
@@ -245,7 +249,7 @@ class Measurer:
         if self.teacher is not None:
             dense_outputs = outputs_on_device(self.teacher.chain.model)
             return measure_fidelity(self.run, what, dense_outputs, self.network, self.subject.checkpoint, self.data)
-        weights = {name: self.subject.original[name].to(chain.weight(name).device) for name in changed}
+        weights = {name: self.subject.original[name].to(chain.tensor(name).device) for name in changed}
 
         def dense(images: Tensor) -> dict[str, Tensor]:
             with holding(chain, weights):
@@ -303,6 +307,8 @@ def choose(
     allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
     if by_sensitivity(config):
         evidence, allocation = find_allocation(evidence, candidates, flops)
+    if update and config.fit_dense and not config.layers and fits_layers(config.mask):
+        evidence = replace(evidence, free=left_dense(chain, evidence.pattern))
     choice, seconds = find_choice(evidence)
     begin, final = find_first_masks(evidence, choice) if update else (choice, None)
     criterion = {
@@ -330,7 +336,7 @@ def solve(
         The subject with the batches that fitted into memory, and what happened to each layer.
     """
     chain, masks = subject.chain, chosen.choice.masks
-    moving = moved(chain, masks, subject.config.biases)
+    moving = [*moved(chain, masks, subject.config.biases), *chosen.begin.free]
     chain.put({name: subject.original[name] for name in moving})
     subject.network.to(run.dtype)
     config = find_batches(run, chain, images[:2], chosen.begin.masks, subject.config)

@@ -3,6 +3,7 @@ dense one teaches."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -158,6 +159,23 @@ def without_reading(chain: Chain, kept: Mapping[Width, Tensor]) -> dict[str, Ten
     return weights
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A subject without the units that go, or, by itself, one that loses none.
+
+    Attributes:
+        subject: with what is left repaired.
+        teacher: the dense network, where that is another one.
+        bare: the tensors that the repair has changed, by name, as they were before it.
+        units: what the report says of each width.
+    """
+
+    subject: Subject
+    teacher: Teacher | None = None
+    bare: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, Any] = field(default_factory=dict)
+
+
 def cut_units(
     run: Run,
     subject: Subject,
@@ -165,18 +183,18 @@ def cut_units(
     images: Tensor | Images,
     labels: Tensor | None,
     allow_custom: bool = False,
-) -> tuple[Subject, Teacher, dict[str, Any]]:
-    """The subject without the units that go, those left repaired; its teacher, the dense network; and what the report
-    says of it. Chosen by an earlier run where there was one."""
+) -> Cut:
+    """The subject without the units that go, chosen by an earlier run where there was one."""
     chain, config = subject.chain, subject.config
-    checkpoint = cut_checkpoint(run, subject, keep, images, labels, allow_custom)
+    checkpoint, bare = cut_checkpoint(run, subject, keep, images, labels, allow_custom)
     smaller = build_chain(checkpoint.model, images[:1])
     chosen = {group.name for group in subject.layers}
     layers = [group for _, group in smaller.groups() if group.name in chosen]
     result = Subject(checkpoint, smaller, config, layers, copy_of(checkpoint.model))
     checkpoint.model.to(chain.device, run.dtype)
     facts = {width.name: {"kind": width.kind, "before": width.units, "after": count} for width, count in keep.items()}
-    return result, Teacher.of(chain, smaller, images[:1].to(run.dtype)), facts
+    teacher = Teacher.of(chain, smaller, images[:1].to(run.dtype))
+    return Cut(result, teacher, {name: tensor.to(chain.device) for name, tensor in bare.items()}, facts)
 
 
 def cut_checkpoint(
@@ -186,9 +204,9 @@ def cut_checkpoint(
     images: Tensor | Images,
     labels: Tensor | None,
     allow_custom: bool = False,
-) -> Checkpoint:
-    """The checkpoint, on the CPU in its own types, without the units that go, those left repaired; the subject's
-    network, which is left as it is, computes in the run's type from here on."""
+) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """The checkpoint, on the CPU in its own types, without the units that go, those left repaired; and what the repair
+    has changed, as it was. The subject's network, which is left as it is, computes in the run's type from here on."""
     chain, config = subject.chain, subject.config
     subject.network.to(run.dtype)
     widths = list(keep)
@@ -205,6 +223,7 @@ def cut_checkpoint(
     found = run.journal.once("units", decide).tensors
     kept = {width: found[f"kept {i}"] for i, width in enumerate(widths)}
     tensors = {name.removeprefix("tensor "): value for name, value in found.items() if name.startswith("tensor ")}
-    original = {name: tensors.get(name, value.cpu()).to(value.dtype) for name, value in subject.original.items()}
-    state, sizes = cut(original, kept), sizes_of(subject, keep)
-    return resized(subject.checkpoint, state, sizes, allow_custom, unread(chain))
+    bare = cut(subject.original, kept)
+    state = cut(subject.original | {name: value.to(bare[name].dtype) for name, value in tensors.items()}, kept)
+    smaller = resized(subject.checkpoint, state, sizes_of(subject, keep), allow_custom, unread(chain))
+    return smaller, {name: bare[name] for name in tensors}

@@ -165,10 +165,10 @@ def cut_at_random(
     dense = sum(parameter.numel() for parameter in subject.network.parameters())
     subject = replace(subject, original=copy_of(subject.network))  # with the batch norms' statistics as they are now
     some = slice(0, config.criterion_samples)
-    smaller, _, units = cut_units(run, subject, keep, images[some], labels[some], allow_custom)
-    total = sum(parameter.numel() for parameter in smaller.network.parameters())
+    cut = cut_units(run, subject, keep, images[some], labels[some], allow_custom)
+    total = sum(parameter.numel() for parameter in cut.subject.network.parameters())
     parameters = {"dense": dense, "total": total}
-    return smaller, {"units": units, "custom": smaller.checkpoint.custom, "parameters": parameters}
+    return cut.subject, {"units": cut.units, "custom": cut.subject.checkpoint.custom, "parameters": parameters}
 
 
 def choose_masks(

@@ -21,7 +21,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.autograd import grad
 
-from ..adapters.base import Operation, State
+from ..adapters.base import Chain, Operation, State
 from ..adapters.frozen import frozen
 from ..method.preconditioner import channels_in_end, cotangents, mean_square, recorded
 from ..method.streams import holding, through
@@ -48,11 +48,17 @@ HEAVIEST = 30.0
 
 
 class Aim(NamedTuple):
-    """W* (rows, d), input channels innermost, and H = X Xᵀ + damping (groups, d, d), both in float64."""
+    """W* (rows, d), input channels innermost, and H = X Xᵀ + damping (groups, d, d), both in float64.
+
+    Where the layer's bias moves, X is around its mean (groups, d), and z* is by ``above`` (rows,) over the layer's
+    output, on average.
+    """
 
     name: str
     W: Tensor
     H: Tensor
+    mean: Tensor | None = None
+    above: Tensor | None = None
 
 
 class Fit(NamedTuple):
@@ -96,23 +102,53 @@ def dense_aims(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Aim]:
 
 
 def halfway_aims(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Aim]:
-    """Those of :func:`halfway_fits`; biases stay as they are."""
+    """Those of :func:`halfway_fits`."""
     return (aim_of(evidence, fit) for fit in halfway_fits(evidence, done))
 
 
 def aim_of(evidence: Evidence, fit: Fit) -> Aim:
-    """Where a fit leads while all weights are there."""
+    """Where a fit leads while all weights are there; biases move by ``evidence.config.biases``."""
     weight = evidence.network.weight(fit.name).detach()
-    H = damped(channels_last(fit.gram[:, :-1, :-1], weight))
-    rows = matrix(fit.shift[:, :-1].view_as(weight)).to(H).unflatten(0, (len(H), -1))
-    return Aim(fit.name, matrix(weight).to(H) + torch.linalg.solve(H, rows, left=False).flatten(0, 1), H)
+    gram = channels_last(fit.gram[:, :-1, :-1], weight).double()
+    lacking = matrix(fit.shift[:, :-1].view_as(weight)).to(gram).unflatten(0, (len(gram), -1))
+    mean = above = None
+    if evidence.config.biases and fit.name in evidence.network.biases:
+        count = fit.gram[0, -1, -1].double()
+        sums = matrix(fit.gram[:, -1, :-1].reshape(-1, *weight.shape[1:])).to(gram)
+        mean, above = sums / count, fit.shift[:, -1].to(gram) / count
+        gram = gram - sums[:, :, None] * mean[:, None]
+        lacking = lacking - above.view(len(gram), -1, 1) * sums[:, None]
+    H = damped(gram)
+    W = matrix(weight).to(H) + torch.linalg.solve(H, lacking, left=False).flatten(0, 1)
+    return Aim(fit.name, W, H, mean, above)
+
+
+def bias_for(evidence: Evidence, aim: Aim, updated: Tensor) -> dict[str, Tensor]:
+    """The bias, where it moves, of a layer whose weights became ``updated``, as W*."""
+    if aim.mean is None or aim.above is None:
+        return {}
+    dense = matrix(evidence.network.weight(aim.name).detach()).to(updated)
+    lost = (dense - updated).unflatten(0, (len(aim.mean), -1)) @ aim.mean.to(updated)[:, :, None]
+    return shifted(evidence.network, aim.name, aim.above + lost.flatten())
+
+
+def shifted(chain: Chain, weight: str, shift: Tensor) -> dict[str, Tensor]:
+    """What is there in place of a layer's bias once its output is higher by a shift (rows,): the bias, or, of a
+    convolution's batch norm, the mean."""
+    bias = chain.biases[weight]
+    owner = bias.rpartition(".")[0]
+    if owner == weight.rpartition(".")[0]:
+        own = chain.weight(bias).detach()
+        return {bias: (own + shift).to(own)}
+    mean = chain.model.get_buffer(f"{owner}.running_mean")
+    return {f"{owner}.running_mean": (mean - shift).to(mean)}
 
 
 def halfway_fits(
     evidence: Evidence, done: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
 ) -> Iterator[Fit]:
-    """In forward order those of the ``evidence.weights`` that are not ``done``, on what layers read where the network
-    has all that is: a layer's pruned weight (and its bias) is there by the time that the next one is asked for.
+    """In forward order those of the layers that are ``evidence.fitted`` and not ``done``, on what they read where the
+    network has all that is: a layer's new weight (and its bias) is there by the time that the next one is asked for.
 
     Args:
         weights: what the positions of each layer's output weigh; None: :func:`importance`.
@@ -125,9 +161,6 @@ def halfway_fits(
     shelf, dense = evidence.states(min(AT_ONCE, evidence.config.batch_size), evidence.config.views)
     pruned, ahead = list(dense), ""
 
-    def own(operation: Operation) -> list[str]:
-        return [name for name in (operation.group.parameters if operation.group else ()) if name in evidence.weights]
-
     def advance(operation: Operation, flow: None) -> None:
         for i in range(len(dense)):
             if operation.name != ahead:
@@ -135,11 +168,11 @@ def halfway_fits(
             with holding(chain, done):
                 pruned[i] = shelf.keep(through(operation, pruned[i].get(), chain.device))
 
-    last = max((place for place, operation in enumerate(chain.operations) if own(operation)), default=-1)
+    fitted = [place for place, operation in enumerate(chain.operations) if evidence.fitted_in(operation)]
     with frozen(chain.model):
         weights = weights or importance(evidence)
-        for place, operation, _ in chain.walk(None, advance, stop=last + 1):
-            if names := [name for name in own(operation) if name not in done]:
+        for place, operation, _ in chain.walk(None, advance, stop=max(fitted, default=-1) + 1):
+            if names := [name for name in evidence.fitted_in(operation) if name not in done]:
                 own_weights, sums = {name: weights[name] for name in names}, dict[str, Terms]()
                 for i, state in enumerate(pruned):
                     y, found = terms(evidence, place, own_weights, dense[i], state, done)
@@ -152,16 +185,16 @@ def halfway_fits(
 def importance(evidence: Evidence) -> dict[str, Tensor]:
     """What the positions of each layer's output weigh, (positions,), 1 on average: the mean square of how much the
     network's outputs depend on what is there, estimated with one random cotangent an image."""
-    chain, sums = evidence.network, dict[str, Tensor]()
+    chain, names, sums = evidence.network, list(evidence.fitted), dict[str, Tensor]()
     for part in evidence.calibration[: PROBED[0]].split(min(PROBED[1], evidence.config.batch_size)):
         state: State = (part.to(chain.device).requires_grad_(),)
-        with recorded(chain, evidence.weights) as found:
+        with recorded(chain, names) as found:
             for operation in chain.operations:
                 state = operation.run(state)
         results = [(1 / (float(y.detach().float().square().mean()) + 1e-12) / y[0].numel(), y) for y in state]
-        u, z = cotangents(results, whole(len(part))), [found[name][2] for name in evidence.weights]
+        u, z = cotangents(results, whole(len(part))), [found[name][2] for name in names]
         sensitivities = grad([y for _, y in results], z, u, materialize_grads=True)
-        for name, cotangent in zip(evidence.weights, sensitivities, strict=True):
+        for name, cotangent in zip(names, sensitivities, strict=True):
             rows = channels_in_end(found[name][0], cotangent.float()).square().mean(-1)
             own = rows.reshape(len(part), -1).sum(0)
             sums[name] = sums[name] + own if name in sums else own

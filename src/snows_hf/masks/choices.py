@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import MemoryLimitError
 from ..method.fitting import fit_batches
-from ..patterns import Pattern, PerLayer
+from ..patterns import Masks, Pattern, PerLayer
 from ..patterns.plan import Candidate
 from ..runtime.journal import Record
 from ..runtime.memory import until_it_fits
@@ -72,10 +72,11 @@ def find_choice(evidence: Evidence) -> tuple[Choice, float]:
     kept = run.journal.once(evidence.record, decide)
     run.journal.drop(f"{evidence.record}-layer-")
     found: dict[str, dict[str, Tensor]] = {"mask": {}, "weight": {}}
-    for name, weight in evidence.weights.items():  # in their order
-        for kind, tensors in found.items():
-            if f"{kind} {name}" in kept.tensors:
-                tensors[name] = kept.tensors[f"{kind} {name}"].to(weight.device)
+    places = {name: place for place, name in enumerate(evidence.weights)}
+    device = next(iter(evidence.weights.values())).device
+    for key in sorted(kept.tensors, key=lambda key: places.get(key.split(" ", 1)[1], len(places))):
+        kind, name = key.split(" ", 1)
+        found[kind][name] = kept.tensors[key].to(device)
     return Choice(found["mask"], found["weight"], kept.facts["facts"]), kept.facts["seconds"]
 
 
@@ -114,10 +115,14 @@ def find_first_masks(evidence: Evidence, choice: Choice) -> tuple[Choice, Patter
 
 def alone(choice: Choice, original: dict[str, Tensor]) -> dict[str, Tensor]:
     """Full weights of a criterion without SNOWS: its own update where it has one, else the dense weights masked."""
-    return {  # not a product, which would leave zeros of negative weights negative
-        name: choice.weights.get(name, original[name]).to(mask.device).where(mask, 0)
-        for name, mask in choice.masks.items()
-    }
+    weights = {name: choice.weights.get(name, original[name]).to(mask.device) for name, mask in choice.masks.items()}
+    return masked(weights, choice.masks) | choice.free
+
+
+def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+    """Weights with zeros where their masks, if they have such, keep none."""
+    # not a product, which would leave zeros of negative weights negative
+    return {name: weight.where(masks[name], 0) if name in masks else weight for name, weight in weights.items()}
 
 
 def fit_sensitivity(evidence: Evidence, candidates: Sequence[Candidate]) -> Evidence:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..adapters import Chain
 from ..errors import MaskError, PatternError
 from ..patterns import NM, Full, Masks, Pattern, Unstructured
 from ..settings import PruneConfig
@@ -33,6 +34,15 @@ def split_by_fit(weights: Mapping[str, Tensor], pattern: Pattern) -> tuple[list[
             "Choose an M that divides them, or an unstructured sparsity such as 0.5.",
         )
     return fitting, [name for name in weights if name not in fitting]
+
+
+def left_dense(chain: Chain, pattern: Pattern) -> dict[str, Tensor]:
+    """The weights, by name, that a pattern does not fit, of layers after one that it fits."""
+    weights = {name: chain.weight(name).detach() for _, group in chain.groups() for name in group.parameters}
+    fitting, unfit = split_by_fit(weights, pattern)
+    names = list(weights)
+    later = names[min(map(names.index, fitting)) :]
+    return {name: weights[name] for name in later if name in unfit}
 
 
 def choose(evidence: Evidence) -> Choice:

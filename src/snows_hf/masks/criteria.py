@@ -8,11 +8,13 @@ from ..errors import ConfigError
 @dataclass(frozen=True)
 class Criterion:
     """Where a criterion's function is, as ``module:function`` of :mod:`snows_hf.masks.scores`, whether it reads the
-    labels of the calibration images, and whether it makes masks itself, without a score for each weight."""
+    labels of the calibration images, whether it makes masks itself, without a score for each weight, and whether it
+    fits layer after layer to make up for those before it (aims.py), those that stay dense, too."""
 
     function: str
     labels: bool = False
     whole: bool = False
+    fits: bool = False
 
 
 CRITERIA = {
@@ -20,7 +22,7 @@ CRITERIA = {
     "random": Criterion("random:random"),
     "wanda": Criterion("wanda:wanda"),
     "sparsegpt": Criterion("sparsegpt:sparsegpt", whole=True),
-    "alps": Criterion("alps:alps", whole=True),
+    "alps": Criterion("alps:alps", whole=True, fits=True),
     "obc": Criterion("obc:obc", whole=True),
     "grad-norm": Criterion("gradient:grad_norm", labels=True),
     "snip": Criterion("gradient:snip", labels=True),
@@ -51,6 +53,11 @@ def find_criterion(name: str) -> Criterion:
 
 SCORES = tuple(sorted(name for name, criterion in CRITERIA.items() if not criterion.whole))
 """Those with scores of weights, which can be summed over units."""
+
+
+def fits_layers(name: str) -> bool:
+    """Whether a criterion fits layer after layer, those that stay dense, too; a mask file does not."""
+    return name in CRITERIA and CRITERIA[name].fits
 
 
 def needs_labels(*names: str) -> bool:

@@ -31,6 +31,7 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
     """Seconds however many images there are, and seconds for one view of each; None where it is not long. Of groups
     of layers with the same shapes the first is timed."""
     chain, count, zeros = evidence.network, len(evidence.calibration), evidence.pattern.zeros(evidence.weights)
+    layers = evidence.fitted
     images = evidence.calibration[: min(AT_ONCE, evidence.config.batch_size)]  # as many as are fitted at a time
     few = replace(evidence, images=images, run=Run(), config=evidence.config.updated(views=1))
     fewer = images[:MORE].to(chain.device)
@@ -38,13 +39,13 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
         return None
     with frozen(chain.model):
         weights, probing = timed(chain, lambda: importance(replace(few, images=fewer)))
-    own = [[name for name in group.parameters if name in evidence.weights] for _, group in chain.groups()]
-    kinds = {tuple(names): tuple(evidence.weights[name].shape for name in names) for names in own if names}
+    own = map(evidence.fitted_in, chain.operations)
+    kinds = {tuple(names): tuple(layers[name].shape for name in names) for names in own if names}
     known, done = dict[tuple[torch.Size, ...], tuple[float, float]](), dict[str, Tensor]()
     fits = halfway_fits(few, done, weights)
 
     def settle(fit: Fit) -> None:
-        decide_for(few, decide, aim_of(few, fit), zeros[fit.name])
+        decide_for(few, decide, aim_of(few, fit), zeros.get(fit.name, 0))
 
     for names, kind in kinds.items():
         if len(known) == len(set(kinds.values())):
@@ -55,7 +56,7 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
             waited += seconds
             if kind not in known:
                 decided += timed(chain, partial(settle, fit))[1]
-            done[name] = evidence.weights[name]
+            done[name] = layers[name]
         known.setdefault(kind, (decided, waited * count / len(images)))
     fixed, each = (sum(costs) for costs in zip(*(known[kind] for kind in kinds.values()), strict=True))
     return fixed + probing * min(PROBED[0], count) / len(fewer), each

@@ -52,6 +52,7 @@ class Evidence:
         labels: the model's class of each image (n,), or None.
         run: its journal keeps masks that are chosen layer by layer.
         record: under which name.
+        free: weights of layers that stay dense, which criteria that fit layers may move; others leave them alone.
     """
 
     weights: Mapping[str, Tensor]
@@ -62,6 +63,7 @@ class Evidence:
     labels: Tensor | None = None
     run: Run = field(default_factory=Run)
     record: str = "choice"
+    free: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def network(self) -> Chain:
@@ -73,6 +75,17 @@ class Evidence:
         if self.chain is None:
             raise MaskError(f"Mask criterion {self.config.mask!r} needs the network, and only weights were given.")
         return self.chain
+
+    def fitted_in(self, operation: Operation) -> list[str]:
+        """Those of ``weights`` and ``free`` that act in an operation, by name."""
+        own = operation.group.parameters if operation.group else ()
+        return [name for name in own if name in self.weights or name in self.free]
+
+    @property
+    def fitted(self) -> dict[str, Tensor]:
+        """``weights`` and ``free``, by name, in the order in which they act."""
+        names = (name for operation in self.network.operations for name in self.fitted_in(operation))
+        return {name: self.weights[name] if name in self.weights else self.free[name] for name in names}
 
     @property
     def title(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters.widths import Slot, Width
 from ..patterns import Full
-from .aims import Fit, halfway_fits
+from .aims import Fit, halfway_fits, shifted
 from .criteria import find_criterion
 from .evidence import Evidence
 from .group_obs import Moments, Reader, repair, units_left, variance
@@ -88,14 +88,7 @@ def repaired(evidence: Evidence, fit: Fit, slot: Slot, kept: Tensor) -> dict[str
     W, shift = repair(weight.flatten(1).to(change) + change, moments, columns)
     shift = shift + constant - change @ moments.mean
     tensors = {slot.name: W.view(weight.shape).to(weight)}
-    if bias := chain.biases.get(slot.name):
-        owner = bias.rpartition(".")[0]
-        if owner == slot.name.rpartition(".")[0]:
-            tensors[bias] = (chain.weight(bias).detach() + shift).to(weight)
-        else:
-            mean = chain.model.get_buffer(f"{owner}.running_mean")
-            tensors[f"{owner}.running_mean"] = (mean - shift).to(mean)
-    return tensors
+    return tensors | (shifted(chain, slot.name, shift) if slot.name in chain.biases else {})
 
 
 def scores_of(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:

@@ -38,6 +38,7 @@ def prune_chain(
             finished layer, and has those that an earlier run has finished.
         start: full weights that a criterion has updated for these masks. A layer starts from them in the first sweep
             where their held-out loss is below that of the dense weights masked; targets stay the dense network's.
+            Those of parameters without a mask are there from the beginning, and stay.
         pattern: to which the masks, which keep more, thin out after the sweeps (gradual.py), in
             ``config.gradual_steps`` joint steps. None: they stay as they are.
         teacher: the dense network, where the chain's model is a smaller one that was cut out of it.
@@ -55,8 +56,10 @@ def prune_chain(
     # a batch norm may act after the layer that comes next (a shortcut's convolution).
     again = config.sweeps > 1 or config.joint_steps > 0
     moving = [name for name in moved(chain, masks, config.biases) if again or name not in masks]
-    dense = {name: chain.weight(name).detach().clone() for name in moving}
     start = start or {}
+    free = {name: weight for name, weight in start.items() if name not in masks}
+    dense = {name: chain.tensor(name).detach().clone() for name in dict.fromkeys([*moving, *free])}
+    chain.put(free)
     for name, mask in masks.items() if not config.sweeps else ():  # no sweep begins with these
         weight = chain.weight(name).detach()
         chain.put({name: start.get(name, weight).to(weight).where(mask.to(weight.device), 0)})

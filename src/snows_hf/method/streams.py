@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from operator import attrgetter
 
 import torch
 from accelerate.utils import send_to_device
@@ -93,7 +92,7 @@ def split_images(n: int, batch_size: int, held_out: float) -> list[slice]:
 @contextmanager
 def holding(chain: Chain, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """For the time of the block the chain's model computes with ``weights``, or buffers; nothing is copied."""
-    tensors = {name: attrgetter(name)(chain.model) for name in weights}
+    tensors = {name: chain.tensor(name) for name in weights}
     own = {name: tensor.data for name, tensor in tensors.items()}
     for name, weight in weights.items():
         tensors[name].data = weight

@@ -15,7 +15,8 @@ class Choice:
 
     Attributes:
         masks: parameter name → bool mask (True: kept) of the parameter's shape.
-        weights: full weights, zero where masked, of a criterion that updates what it keeps; empty for the others.
+        weights: full weights, zero where masked, of a criterion that updates what it keeps; empty for the others. Of
+            layers without a mask, too, where it moves such.
         facts: what the report should say about how it was decided.
         scores: what the masks were ranked by, where a criterion has both scores and facts.
     """
@@ -24,6 +25,11 @@ class Choice:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def free(self) -> dict[str, Tensor]:
+        """The weights of layers without a mask."""
+        return {name: weight for name, weight in self.weights.items() if name not in self.masks}
 
 
 Score = Callable[[Evidence], dict[str, Tensor] | Choice]

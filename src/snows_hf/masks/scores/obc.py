@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...patterns import NM
-from ..aims import Aim, dense_aims
+from ..aims import Aim, bias_for, dense_aims
 from ..evidence import Evidence, unmatrix
 from .base import Choice
 
@@ -33,24 +33,29 @@ go → which are kept, as W."""
 
 def layer_by_layer(evidence: Evidence, decide: Decide, aims: Aims = dense_aims) -> Choice:
     """What ``decide`` makes of every layer; what an earlier run made of a layer stays."""
-    journal, zeros = evidence.run.journal, evidence.pattern.zeros(evidence.weights)
-    records = {name: f"{evidence.record}-layer-{place:04d}" for place, name in enumerate(evidence.weights)}
+    journal, layers, zeros = evidence.run.journal, evidence.fitted, evidence.pattern.zeros(evidence.weights)
+    records = {name: f"{evidence.record}-layer-{place:04d}" for place, name in enumerate(layers)}
     finished = {name: found.tensors for name, record in records.items() if (found := journal.get(record)) is not None}
-    weights = {name: tensors["weight"] for name, tensors in finished.items()}
+    weights = {name: own for tensors in finished.values() for name, own in tensors.items() if name != "mask"}
     todo, masks = aims(evidence, weights), dict[str, Tensor]()
     for name in evidence.run.track(records, f"Layers of {evidence.title}", len(records), str):
-        weight = evidence.weights[name]
+        weight = layers[name]
         tensors = finished.pop(name, None)
         if tensors is None:
-            kept, updated = decide_for(evidence, decide, next(todo), zeros[name])  # in the same order
-            tensors = {"mask": unmatrix(kept, weight.shape), "weight": unmatrix(updated, weight.shape).to(weight)}
+            aim = next(todo)  # in the same order
+            kept, updated = decide_for(evidence, decide, aim, zeros.get(name, 0))
+            tensors = {"mask": unmatrix(kept, weight.shape), name: unmatrix(updated, weight.shape).to(weight)}
+            tensors |= bias_for(evidence, aim, updated)
             journal.put(records[name], tensors)
-        masks[name], weights[name] = tensors["mask"].to(weight.device), tensors["weight"].to(weight)
-    return Choice(masks, weights)
+        masks[name] = tensors.pop("mask").to(weight.device)
+        weights |= {name: tensor.to(weight) for name, tensor in tensors.items()}
+    return Choice({name: mask for name, mask in masks.items() if name in evidence.weights}, weights)
 
 
 def decide_for(evidence: Evidence, decide: Decide, aim: Aim, zeros: int) -> Kept:
-    """What ``decide`` makes of the layer of an aim, which loses so many weights."""
+    """What ``decide`` makes of the layer of an aim, which loses so many weights; one that is free reaches its aim."""
+    if aim.name in evidence.free:
+        return torch.ones_like(aim.W, dtype=torch.bool), aim.W
     pattern = evidence.pattern.of(aim.name)
     return decide(aim.W, aim.H, pattern if isinstance(pattern, NM) else None, zeros)
 
