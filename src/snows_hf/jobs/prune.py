@@ -194,12 +194,14 @@ def prune(
             update = False
         fidelity: dict[str, Any] = {}
         if evaluation is not None or not update:
-            before = Choice(chosen.choice.masks) if update and not steps else chosen.choice
-            chain.put(alone(before, subject.original))
-            restore_untouched(subject.network, subject.original, [*before.masks, *before.free])
-            with holding(chain, masked(cut.bare, before.masks) if update and not steps else {}):
+            as_cut = update and not steps  # before any fit, which is the result then
+            before = Choice(chosen.choice.masks) if as_cut else chosen.choice
+            changed = alone(before, subject.original)
+            chain.put(changed)
+            restore_untouched(subject.network, subject.original, changed)
+            with holding(chain, masked(cut.bare, before.masks) if as_cut else {}):
                 report["masked"] = report["pruned"] = measurer.accuracy("masked")
-                fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", [*before.masks, *before.free])
+                fidelity["masked"] = fidelity["pruned"] = measurer.fidelity("masked", changed)
         reports: list[LayerReport] = []
         if update:
             quick = None
