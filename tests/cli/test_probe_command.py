@@ -8,8 +8,8 @@ from embedded import DIGITS, RESNET, VIT
 
 def test_several_models_in_one_table(run) -> None:
     options = ("--data", DIGITS, "--samples", 200)
-    assert run("prune", VIT, "--pattern", "1:8", "--data", DIGITS, "--samples", 8, "--no-update",
-               "--output", "mask").code == 0  # fmt: skip
+    options_of_mask = ("--pattern", "1:8", "--mask", "magnitude", "--data", DIGITS, "--samples", 8, "--no-update")
+    assert run("prune", VIT, *options_of_mask, "--output", "mask").code == 0
     result = run("probe", VIT, RESNET, "mask", *options, "--json")
     assert result.code == 0
     report = json.loads(result.out)
