@@ -7,13 +7,15 @@ import pytest
 import tiny
 
 from snows_hf.adapters import build_chain
+from snows_hf.adapters.widths import widths_of
 from snows_hf.jobs.subject import weights_of
 from snows_hf.masks import estimate
-from snows_hf.masks.aims import halfway_aims
+from snows_hf.masks.aims import Fit, aim_of, halfway_aims
 from snows_hf.masks.evidence import Evidence
 from snows_hf.masks.scores.alps import alps, decide
-from snows_hf.masks.scores.obc import layer_by_layer
-from snows_hf.patterns import parse_pattern
+from snows_hf.masks.scores.obc import Kept, decide_for, layer_by_layer
+from snows_hf.masks.units import choose_units
+from snows_hf.patterns import Full, parse_pattern
 from snows_hf.runtime.journal import Journal
 from snows_hf.runtime.run import Run
 
@@ -30,7 +32,11 @@ def test_an_estimate_is_of_the_size_of_the_truth(monkeypatch):
     monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
     given = evidence([], views=2)
     before = {name: weight.clone() for name, weight in given.weights.items()}
-    fixed, each = estimate.estimated_seconds(given, decide)
+
+    def settle(few: Evidence, fit: Fit) -> Kept:
+        return decide_for(few, decide, aim_of(few, fit), zeros=0)
+
+    fixed, each = estimate.estimated_seconds(given, settle)
     assert all(weight.equal(before[name]) for name, weight in weights_of(given.network).items())
     started = time.perf_counter()
     layer_by_layer(given, decide, halfway_aims)
@@ -48,6 +54,17 @@ def test_it_is_said_before_the_layers_and_not_once_more_where_they_go_on(monkeyp
     assert ("with --effort quick" in said[0]) == (views > 1)
     alps(given)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_repairs_of_units_are_estimated_where_there_are_any(monkeypatch, repair):
+    monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
+    said, chain = [], build_chain(tiny.transformers_vit())
+    config = tiny.config(pattern="mlp:0.5", units="magnitude", repair=repair)
+    given = Evidence({}, Full(), config, chain, tiny.images(48), run=Run(on_stage=said.append))
+    keep = {width: width.units // 2 for width in widths_of(chain) if width.kind == "mlp"}
+    choose_units(given, keep)
+    assert [line.split(" about ")[0] for line in said] == ["The repairs will take"] * repair
 
 
 def test_short_work_is_not_estimated():

@@ -1,5 +1,6 @@
-"""How long it will take to fit all layers and to choose their masks, from a few images and layers that are timed."""
+"""How long it will take to fit layers and to choose what they keep, from a few images and layers that are timed."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -9,29 +10,31 @@ from torch import Tensor
 from ..adapters.frozen import frozen
 from ..method.estimate import MORE, WORTH_SAYING, in_words, pass_seconds, timed
 from ..runtime.run import Run
-from .aims import AT_ONCE, PROBED, Fit, aim_of, halfway_fits, importance
+from .aims import AT_ONCE, PROBED, Fit, halfway_fits, importance
 from .evidence import Evidence
-from .scores.obc import Decide, decide_for
 
 
-def tell_estimate(evidence: Evidence, decide: Decide) -> None:
-    """Says how long layers that are fitted halfway (aims.py) will take, before the work begins; not of work that goes
-    on."""
+Settle = Callable[[Evidence, Fit], object]
+"""What is done with a layer's fit, as it is timed."""
+
+
+def tell_estimate(evidence: Evidence, settle: Settle, what: str) -> None:
+    """Says how long it will take to fit layers halfway (aims.py), to masks or repairs, before the work begins; not of
+    work that goes on."""
     run, views = evidence.run, evidence.config.views
     if any(name.startswith(f"{evidence.record}-layer-") for name in run.journal.names()):
         return
-    found = estimated_seconds(evidence, decide)
+    found = estimated_seconds(evidence, settle)
     if found is not None:
         fixed, each = found
         once = f"; with --effort quick, one view of each image, about {in_words(fixed + each)}" if views > 1 else ""
-        run.say(f"The masks will take about {in_words(fixed + views * each)} on this machine{once}")
+        run.say(f"The {what} will take about {in_words(fixed + views * each)} on this machine{once}")
 
 
-def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float] | None:
+def estimated_seconds(evidence: Evidence, settle: Settle) -> tuple[float, float] | None:
     """Seconds however many images there are, and seconds for one view of each; None where it is not long. Of groups
     of layers with the same shapes the first is timed."""
-    chain, count, zeros = evidence.network, len(evidence.calibration), evidence.pattern.zeros(evidence.weights)
-    layers = evidence.fitted
+    chain, count, layers = evidence.network, len(evidence.calibration), evidence.fitted
     images = evidence.calibration[: min(AT_ONCE, evidence.config.batch_size)]  # as many as are fitted at a time
     few = replace(evidence, images=images, run=Run(), config=evidence.config.updated(views=1))
     fewer = images[:MORE].to(chain.device)
@@ -44,9 +47,6 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
     known, done = dict[tuple[torch.Size, ...], tuple[float, float]](), dict[str, Tensor]()
     fits = halfway_fits(few, done, weights)
 
-    def settle(fit: Fit) -> None:
-        decide_for(few, decide, aim_of(few, fit), zeros.get(fit.name, 0))
-
     for names, kind in kinds.items():
         if len(known) == len(set(kinds.values())):
             break
@@ -55,7 +55,7 @@ def estimated_seconds(evidence: Evidence, decide: Decide) -> tuple[float, float]
             fit, seconds = timed(chain, lambda: next(fits))
             waited += seconds
             if kind not in known:
-                decided += timed(chain, partial(settle, fit))[1]
+                decided += timed(chain, partial(settle, few, fit))[1]
             done[name] = layers[name]
         known.setdefault(kind, (decided, waited * count / len(images)))
     fixed, each = (sum(costs) for costs in zip(*(known[kind] for kind in kinds.values()), strict=True))

@@ -1,6 +1,6 @@
 """Which units of a structure go, and how the layers that read them make up for those."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import attrgetter
@@ -13,6 +13,7 @@ from ..adapters.widths import Slot, Width
 from ..patterns import Full
 from .aims import Fit, halfway_fits, shifted
 from .criteria import find_criterion
+from .estimate import tell_estimate
 from .evidence import Evidence
 from .group_obs import Moments, Reader, repair, units_left, variance
 from .scores.base import Choice, Score
@@ -34,6 +35,10 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
         keep: how many units each width keeps.
     """
     config, kept = evidence.config, dict[Width, Tensor]()
+    mended = config.units == "obs" or config.repair
+    if mended:  # takes as long whichever units stay
+        first = {width: torch.arange(count, device=evidence.network.device) for width, count in keep.items()}
+        tell_estimate(*repairing(evidence, first), "repairs")
     scores = {} if config.units == "obs" else scores_of(evidence, keep)
     totals = evidence.moments([slot.name for width in keep for slot in width.readers] if config.units == "obs" else [])
     for width in evidence.run.track(list(keep), f"Units by {config.units}", len(keep), lambda width: width.name):
@@ -42,19 +47,26 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
             kept[width] = units_left(readers_of(evidence, width, moments), keep[width])
         else:
             kept[width] = scores[width].topk(keep[width]).indices.sort().values
-    return Units(kept, repairs(evidence, kept) if config.units == "obs" or config.repair else {})
+    return Units(kept, repairs(evidence, kept) if mended else {})
 
 
 def repairs(evidence: Evidence, kept: Mapping[Width, Tensor]) -> dict[str, Tensor]:
     """Weights and biases of all readers, one after the other, each fitted halfway to the dense network (aims.py) with
     the units alone that are ``kept``."""
+    (fitting, settle), tensors = repairing(evidence, kept), dict[str, Tensor]()
+    fits = halfway_fits(fitting, tensors)
+    for fit in evidence.run.track(fits, "Repairs", len(fitting.weights), attrgetter("name")):
+        tensors |= settle(evidence, fit)
+    return tensors
+
+
+def repairing(
+    evidence: Evidence, kept: Mapping[Width, Tensor]
+) -> tuple[Evidence, Callable[[Evidence, Fit], dict[str, Tensor]]]:
+    """Evidence of the layers that read the widths, and what becomes of each by its fit."""
     slots = {slot.name: (slot, units) for width, units in kept.items() for slot in width.readers}
     weights = {name: evidence.network.weight(name).detach() for name in slots}
-    tensors = dict[str, Tensor]()
-    fits = halfway_fits(replace(evidence, weights=weights), tensors)
-    for fit in evidence.run.track(fits, "Repairs", len(slots), attrgetter("name")):
-        tensors |= repaired(evidence, fit, *slots[fit.name])
-    return tensors
+    return replace(evidence, weights=weights), lambda own, fit: repaired(own, fit, *slots[fit.name])
 
 
 def moments_of(evidence: Evidence, name: str, total: Tensor) -> Moments:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...patterns import NM
-from ..aims import halfway_aims
+from ..aims import Fit, aim_of, halfway_aims
 from ..estimate import tell_estimate
 from ..evidence import Evidence
 from .base import Choice
-from .obc import Kept, layer_by_layer, without_lowest
+from .obc import Kept, decide_for, layer_by_layer, without_lowest
 
 
 RHO = 0.1
@@ -41,7 +41,12 @@ PRODUCTS = 50
 
 
 def alps(evidence: Evidence) -> Choice:
-    tell_estimate(evidence, decide)
+    zeros = evidence.pattern.zeros(evidence.weights)
+
+    def settle(few: Evidence, fit: Fit) -> Kept:
+        return decide_for(few, decide, aim_of(few, fit), zeros.get(fit.name, 0))
+
+    tell_estimate(evidence, settle, "masks")
     return layer_by_layer(evidence, decide, halfway_aims)
 
 
