@@ -277,6 +277,42 @@ def test_a_bias_that_moves_is_fitted_with_the_weights_that_are_left(monkeypatch,
         torch.testing.assert_close(bias[row], found[-1])
 
 
+class Hidden(nn.Module):
+    """A residual stream with units between two layers, which a smaller network has fewer of."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, units), nn.Linear(units, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(self.one(x).tanh())
+
+
+@register(Hidden, family="small")
+def hidden(model: Hidden) -> list[Operation]:
+    return [
+        Operation("one", lambda state: (model.one(state[0]).tanh(), state[0]), Group.of("one", "linear")),
+        Operation("two", lambda state: (state[1] + model.two(state[0]),), Group.of("two", "linear")),
+    ]
+
+
+def test_a_network_without_units_is_fitted_to_the_one_that_has_them():
+    """What reads the stream keeps its own units, of which the other has more; what ends in it goes halfway."""
+    whole, model = Hidden(8).double().eval(), Hidden(3).double().eval()
+    chain, images = build_chain(model), images_for(linears(), 40)
+    given = evidence(linears(), "0.5", "alps")
+    given = replace(given, weights=weights_of(chain), chain=chain, images=images, teacher=build_chain(whole))
+    one, two = aims_with(given, given.weights)
+    torch.testing.assert_close(one.W, given.weights["one.weight"])
+    with torch.no_grad():
+        x = model.one(images).tanh()
+        wanted = model.two(x) + (whole(images) - model(images)) / 2
+    ridge = (damped((x.T @ x)[None])[0] - x.T @ x).diagonal().sqrt().diag()
+    lhs, rhs = torch.cat([x, ridge]), torch.cat([wanted, ridge @ given.weights["two.weight"].T])
+    torch.testing.assert_close(two.W, torch.linalg.lstsq(lhs, rhs).solution.T)
+
+
 def test_biases_stay_where_they_are_not_asked_to_move():
     given = evidence(convolutions(), "0.5", "alps")
     assert all(bias_for(given, aim, aim.W) == {} for aim in aims_with(given, pruned_weights(given)))

@@ -187,7 +187,7 @@ def prune(
             report["custom"] = subject.checkpoint.custom
             chain, flops = subject.chain, count_flops(subject.chain, images[:1])
             measurer = Measurer(run, subject, evaluation, cut.teacher)
-        chosen = choose(run, subject, candidates, images, labels, flops, update)
+        chosen = choose(run, subject, candidates, images, labels, flops, update, cut.teacher)
         steps = takes_steps({"update": update, "settings": subject.config.to_dict()})
         if update and not (steps or cut.bare or chosen.choice.weights):
             run.say(f"No steps were asked for, and {subject.config.mask} leaves weights as they are: its masks alone")
@@ -299,13 +299,16 @@ def choose(
     labels: Tensor | None,
     flops: dict[str, int],
     update: bool,
+    teacher: Teacher | None = None,
 ) -> Chosen:
-    """Patterns and masks of all layers, from the dense network, which computes in the run's type from here on."""
+    """Patterns and masks of all layers, from the dense network, which computes in the run's type from here on; or from
+    one that was cut out of it, and has it as its ``teacher``."""
     chain, config = subject.chain, subject.config
     subject.network.to(run.dtype)
     weights = {name: weight.to(chain.weight(name).device) for name, weight in subject.weights.items()}
     first = next(candidate for candidate in candidates if candidate is not None)
     evidence = Evidence(weights, first, config, chain, images, labels, run)
+    evidence = replace(evidence, teacher=teacher.chain if teacher else None)
     allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
     if by_sensitivity(config):
         evidence, allocation = find_allocation(evidence, candidates, flops)

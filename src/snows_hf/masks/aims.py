@@ -13,7 +13,7 @@ It is Eq. 3 for K = 0 with targets halfway (method/streams.py), whose solution n
 for a constant, ‖(Ŵ - W*) x̂‖² with W* = W + Σ (z* - W x̂ - b) x̂ᵀ (Σ x̂ x̂ᵀ)⁻¹.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -157,19 +157,20 @@ def halfway_fits(
         MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.
         NumericsError: an input is not finite.
     """
-    chain = evidence.network
+    chain, teacher = evidence.network, evidence.teacher or evidence.network
+    theirs = {operation.name: operation for operation in teacher.operations}
     shelf, dense = evidence.states(min(AT_ONCE, evidence.config.batch_size), evidence.config.views)
     pruned, ahead = list(dense), ""
 
     def advance(operation: Operation, flow: None) -> None:
         for i in range(len(dense)):
             if operation.name != ahead:
-                dense[i] = shelf.keep(through(operation, dense[i].get(), chain.device))
+                dense[i] = shelf.keep(through(theirs[operation.name], dense[i].get(), chain.device))
             with holding(chain, done):
                 pruned[i] = shelf.keep(through(operation, pruned[i].get(), chain.device))
 
     fitted = [place for place, operation in enumerate(chain.operations) if evidence.fitted_in(operation)]
-    with frozen(chain.model):
+    with frozen(chain.model), frozen(teacher.model):
         weights = weights or importance(evidence)
         for place, operation, _ in chain.walk(None, advance, stop=max(fitted, default=-1) + 1):
             if names := [name for name in evidence.fitted_in(operation) if name not in done]:
@@ -215,19 +216,19 @@ def terms(
     operation: the batch norm of the layer before is, where nothing else follows that layer."""
     chain, added = evidence.network, dict[str, Terms]()
     before, given = (send_to_device(state.get(), chain.device) for state in (dense, pruned))
-    with torch.no_grad(), recorded(chain, names) as wanted:
-        state = chain.operations[place].run(before)
+    state, targets, wanted = wanted_of(evidence, place, names, before, [tensor.shape for tensor in given])
     weights = {name: chain.weight(name).detach().to(chain.device).requires_grad_() for name in names}
     with holding(chain, done), recorded(chain, names) as found:
         (output,) = chain.outputs(given, place, place + 1, weights)
+    target = next((y for y in targets if y.shape == output.shape), output.detach())
     for name in names:
         module, x, z = found[name]
         gram = evidence.gram(name, module, x, constant=True, weights=names[name])
         slope = slope_of(output, z) if len(names) == 1 else None
         if slope is None:
-            lacking, squares = (wanted[name][2] - z.detach()) / 2, torch.ones_like(z)
+            lacking, squares = (wanted.get(name, z).detach() - z.detach()) / 2, torch.ones_like(z)
         else:
-            lacking, squares = grad(output, z, (state[0] - output.detach()) / 2, retain_graph=True)[0], slope
+            lacking, squares = grad(output, z, (target - output.detach()) / 2, retain_graph=True)[0], slope
         rows = channels_in_end(module, lacking)  # a view
         rows *= names[name].to(rows).repeat(len(before[0])).view(*rows.shape[:-1], 1)
         (shift,) = grad(z, weights[name], lacking, retain_graph=True)
@@ -236,6 +237,21 @@ def terms(
         shift, inputs = torch.cat([shift.flatten(1), constant[:, None]], 1), sensitivity.new_tensor(len(x))
         added[name] = Terms(gram, shift, sensitivity, inputs)
     return send_to_device(state, torch.device("cpu")), added
+
+
+@torch.no_grad()
+def wanted_of(
+    evidence: Evidence, place: int, names: Iterable[str], before: State, shapes: list[torch.Size]
+) -> tuple[State, list[Tensor], dict[str, Tensor]]:
+    """From the dense state before the operation at a place: that after it; the outputs that the chain's may be taken
+    to, the dense one first; and those of its layers ``names``. What is of other ``shapes``, since units are gone, the
+    chain's own operation does not read."""
+    chain, teacher = evidence.network, evidence.teacher
+    states = [] if teacher is None else [teacher.operations[place].run(before)]
+    with recorded(chain, names) as found:
+        if [tensor.shape for tensor in before] == shapes:
+            states.append(chain.operations[place].run(before))
+    return states[0], [state[0] for state in states], {name: z for name, (_, _, z) in found.items()}
 
 
 def slope_of(output: Tensor, z: Tensor) -> Tensor | None:

@@ -53,6 +53,7 @@ class Evidence:
         run: its journal keeps masks that are chosen layer by layer.
         record: under which name.
         free: weights of layers that stay dense, which criteria that fit layers may move; others leave them alone.
+        teacher: the dense network, where the chain is of a smaller one that was cut out of it.
     """
 
     weights: Mapping[str, Tensor]
@@ -64,6 +65,7 @@ class Evidence:
     run: Run = field(default_factory=Run)
     record: str = "choice"
     free: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher: Chain | None = None
 
     @property
     def network(self) -> Chain:
