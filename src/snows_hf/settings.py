@@ -387,13 +387,15 @@ ALPS: dict[str, Any] = {"mask": "alps", "gradual": 0.0}
 share, where no other allocation is asked for."""
 
 FITTED: dict[str, dict[str, dict[str, Any]]] = {
-    "quick": {"vit": {"sweeps": 0}},
-    "standard": {"vit": {"sweeps": 0, "views": 4}},
-    "best": {"vit": {"sweeps": 0, "views": 16}},
+    effort: {
+        "vit": {"sweeps": 0, "views": views},
+        **{family: {"sweeps": 0, "joint_steps": joint_steps} for family in ("resnet", "mobilenet")},
+    }
+    for effort, views, joint_steps in (("quick", 1, 8), ("standard", 4, 24), ("best", 16, 60))
 }
 """By effort and family, where ALPS makes the masks, or units go: each layer is fitted to the dense network already
-(aims.py). At a real size more views of the same images take far more off what is left than steps do
-(docs/results.md)."""
+(aims.py). In ViTs more views of the same images take far more off what is left than steps do, in CNNs of a real size
+joint steps do, at a price that is affordable there without a sweep (docs/results.md)."""
 
 OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
