@@ -62,14 +62,12 @@ def variance(W: Tensor, moments: Moments) -> float:
     return float(((W @ moments.covariance) * W).sum())
 
 
-def repair(W: Tensor, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (rows, d), zero in the columns that are not ``kept`` (bool, (d,)), and a shift of the bias (rows,), that
-    keep the outputs for W best in the mean square: W C_·S (C_SS)⁻¹, where removals one by one lead, too."""
-    C, W = moments.ridged, W.double()
-    factor = torch.linalg.cholesky(C[kept][:, kept])
-    repaired = torch.zeros_like(W)
-    repaired[:, kept] = torch.cholesky_solve(C[kept] @ W.T, factor).T
-    return repaired, (W - repaired) @ moments.mean
+def repair(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
+    """Weights (rows, d), zero in the columns that are not ``kept`` (bool, (d,)), that keep the outputs of W best in
+    the mean square where inputs have the covariance C (d, d): W C_·S (C_SS)⁻¹, where removals one by one lead, too."""
+    W, repaired = W.double(), torch.zeros_like(W, dtype=torch.float64)
+    repaired[:, kept] = torch.cholesky_solve(C[kept] @ W.T, torch.linalg.cholesky(C[kept][:, kept])).T
+    return repaired
 
 
 class Reader:

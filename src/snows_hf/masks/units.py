@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..adapters.widths import Slot, Width
 from ..patterns import Full
-from .aims import Fit, halfway_fits, shifted
+from .aims import Fit, aim_of, bias_for, halfway_fits
 from .criteria import find_criterion
 from .estimate import tell_estimate
-from .evidence import Evidence
+from .evidence import Evidence, matrix, unmatrix
 from .group_obs import Moments, Reader, repair, units_left, variance
 from .scores.base import Choice, Score
 
@@ -37,7 +37,7 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
     config, kept = evidence.config, dict[Width, Tensor]()
     mended = config.units == "obs" or config.repair
     if mended:  # takes as long whichever units stay
-        first = {width: torch.arange(count, device=evidence.network.device) for width, count in keep.items()}
+        first = {width: torch.arange(count) for width, count in keep.items()}
         tell_estimate(*repairing(evidence, first), "repairs")
     scores = {} if config.units == "obs" else scores_of(evidence, keep)
     totals = evidence.moments([slot.name for width in keep for slot in width.readers] if config.units == "obs" else [])
@@ -56,7 +56,7 @@ def repairs(evidence: Evidence, kept: Mapping[Width, Tensor]) -> dict[str, Tenso
     (fitting, settle), tensors = repairing(evidence, kept), dict[str, Tensor]()
     fits = halfway_fits(fitting, tensors)
     for fit in evidence.run.track(fits, "Repairs", len(fitting.weights), attrgetter("name")):
-        tensors |= settle(evidence, fit)
+        tensors |= settle(fitting, fit)
     return tensors
 
 
@@ -66,7 +66,8 @@ def repairing(
     """Evidence of the layers that read the widths, and what becomes of each by its fit."""
     slots = {slot.name: (slot, units) for width, units in kept.items() for slot in width.readers}
     weights = {name: evidence.network.weight(name).detach() for name in slots}
-    return replace(evidence, weights=weights), lambda own, fit: repaired(own, fit, *slots[fit.name])
+    fitting = replace(evidence, weights=weights, config=evidence.config.updated(biases=True))
+    return fitting, lambda own, fit: repaired(own, fit, *slots[fit.name])
 
 
 def moments_of(evidence: Evidence, name: str, total: Tensor) -> Moments:
@@ -89,18 +90,11 @@ def readers_of(evidence: Evidence, width: Width, moments: Mapping[str, Moments])
 
 def repaired(evidence: Evidence, fit: Fit, slot: Slot, kept: Tensor) -> dict[str, Tensor]:
     """A reader's weight and bias once only the units ``kept`` are there; a batch norm's mean in a bias's place."""
-    chain = evidence.network
-    weight = chain.weight(slot.name).detach()
-    units = torch.zeros(weight.shape[1] // slot.each, dtype=torch.bool, device=kept.device)
-    columns = units.index_fill_(0, kept, True).repeat_interleave(weight[0].numel() // len(units))
-    moments = moments_of(evidence, slot.name, fit.gram[0])
-    per_input = fit.shift.to(moments.mean) / float(fit.gram[0, -1, -1])
-    lacking, constant = per_input[:, :-1], per_input[:, -1]
-    change = torch.cholesky_solve((lacking - constant.outer(moments.mean)).T, moments.factored[1]).T
-    W, shift = repair(weight.flatten(1).to(change) + change, moments, columns)
-    shift = shift + constant - change @ moments.mean
-    tensors = {slot.name: W.view(weight.shape).to(weight)}
-    return tensors | (shifted(chain, slot.name, shift) if slot.name in chain.biases else {})
+    aim, weight = aim_of(evidence, fit), evidence.network.weight(slot.name).detach()
+    units = torch.zeros(weight.shape[1] // slot.each, dtype=torch.bool, device=aim.W.device)
+    columns = units.index_fill_(0, kept.to(units.device), True).repeat_interleave(weight[0].numel() // len(units))
+    updated = repair(aim.W, aim.H[0], matrix(columns.view(1, *weight.shape[1:]))[0])
+    return {slot.name: unmatrix(updated, weight.shape).to(weight)} | bias_for(evidence, aim, updated)
 
 
 def scores_of(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:
