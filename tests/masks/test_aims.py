@@ -13,9 +13,7 @@ from snows_hf.adapters.frozen import frozen
 from snows_hf.jobs.subject import weights_of
 from snows_hf.masks import aims
 from snows_hf.masks.aims import (
-    DAMPING,
     EVENLY,
-    HALFWAY,
     HEAVIEST,
     aim_of,
     bias_for,
@@ -48,8 +46,7 @@ def aims_with(given, weights):
 
 
 @pytest.mark.parametrize("make", [linears, convolutions])
-def test_of_a_network_that_stays_dense_each_layer_is_its_own_aim(monkeypatch, make):
-    monkeypatch.setattr(aims, "HALFWAY", DAMPING)
+def test_of_a_network_that_stays_dense_each_layer_is_its_own_aim(make):
     given = evidence(make(), "0.5", "alps")
     expected = {aim.name: aim for aim in dense_aims(given, {})}
     found = aims_with(given, given.weights)
@@ -182,7 +179,7 @@ def test_a_layer_makes_up_for_half_of_what_the_residual_stream_lacks():
     _, (x, z) = recorded(model, {"one.weight": weights["one.weight"]}, images).values()
     wanted = z + (dense - pruned) / 2 / model.scale.detach()
     H = x.T @ x
-    ridge = (damped(H[None], HALFWAY)[0] - H).diagonal().sqrt().diag()
+    ridge = (damped(H[None])[0] - H).diagonal().sqrt().diag()
     W = model.two.weight.detach()
     lhs, rhs = torch.cat([x, ridge]), torch.cat([wanted, ridge @ W.T])
     torch.testing.assert_close(aim.W, torch.linalg.lstsq(lhs, rhs).solution.T)
@@ -223,7 +220,7 @@ def test_layers_whose_outputs_are_mixed_are_fitted_to_the_mean_of_their_own_outp
     dense, pruned = (recorded(model, w, images) for w in ({}, weights))
     for aim in aims_with(given, weights)[1:]:
         W, (x, _), (x_now, _) = given.weights[aim.name], dense[aim.name], pruned[aim.name]
-        ridge = (damped((x_now.T @ x_now)[None], HALFWAY)[0] - x_now.T @ x_now).diagonal().sqrt().diag()
+        ridge = (damped((x_now.T @ x_now)[None])[0] - x_now.T @ x_now).diagonal().sqrt().diag()
         lhs, rhs = torch.cat([x_now, ridge]), torch.cat([(x + x_now) / 2 @ W.T, ridge @ W.T])
         torch.testing.assert_close(aim.W, torch.linalg.lstsq(lhs, rhs).solution.T)
 
@@ -253,7 +250,7 @@ def biased(model: Biased) -> list[Operation]:
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_bias_that_moves_is_fitted_with_the_weights_that_are_left(monkeypatch, norm):
     """Against least squares of each row on what it still reads and a constant; positions weigh alike."""
-    monkeypatch.setattr(aims, "HALFWAY", 1e-9)
+    monkeypatch.setattr(aims, "CENTRED", 1e-9)
     model = Biased(norm).double().eval()
     chain, images = build_chain(model), images_for(convolutions(), 60)
     given = evidence(convolutions(), "0.5", "alps", biases=True)
@@ -311,7 +308,7 @@ def test_a_network_without_units_is_fitted_to_the_one_that_has_them():
     with torch.no_grad():
         x = model.one(images).tanh()
         wanted = model.two(x) + (whole(images) - model(images)) / 2
-    ridge = (damped((x.T @ x)[None], HALFWAY)[0] - x.T @ x).diagonal().sqrt().diag()
+    ridge = (damped((x.T @ x)[None])[0] - x.T @ x).diagonal().sqrt().diag()
     lhs, rhs = torch.cat([x, ridge]), torch.cat([wanted, ridge @ given.weights["two.weight"].T])
     torch.testing.assert_close(two.W, torch.linalg.lstsq(lhs, rhs).solution.T)
 

@@ -33,9 +33,8 @@ from .evidence import Evidence, channels_last, matrix
 DAMPING = 0.01
 """What is added to the diagonal of X Xᵀ, as a share of its mean (SparseGPT's and OBC's code)."""
 
-HALFWAY = 0.03
-"""The same where layers are fitted halfway to the dense network: they go less far after few images (docs/results.md).
-"""
+CENTRED = 0.03
+"""The same of inputs around their mean, whose squares are smaller: a fit to few images goes less far then."""
 
 AT_ONCE = 32
 """Images whose graph of an operation is there at a time, at most."""
@@ -122,7 +121,7 @@ def aim_of(evidence: Evidence, fit: Fit) -> Aim:
         mean, above = sums / count, fit.shift[:, -1].to(gram) / count
         gram = gram - sums[:, :, None] * mean[:, None]
         lacking = lacking - above.view(len(gram), -1, 1) * sums[:, None]
-    H = damped(gram, HALFWAY)
+    H = damped(gram, DAMPING if mean is None else CENTRED)
     W = matrix(weight).to(H) + torch.linalg.solve(H, lacking, left=False).flatten(0, 1)
     return Aim(fit.name, W, H, mean, above)
 
