@@ -389,13 +389,14 @@ share, where no other allocation is asked for."""
 FITTED: dict[str, dict[str, dict[str, Any]]] = {
     effort: {
         "vit": {"sweeps": 0, "views": views},
-        **{family: {"sweeps": 0, "joint_steps": joint_steps} for family in ("resnet", "mobilenet")},
+        "cifar_resnet": {"sweeps": 0, "joint_steps": small},
+        **{family: {"sweeps": 0, "joint_steps": large} for family in ("resnet", "mobilenet")},
     }
-    for effort, views, joint_steps in (("quick", 1, 8), ("standard", 4, 24), ("best", 16, 60))
+    for effort, views, small, large in (("quick", 1, 15, 8), ("standard", 4, 30, 24), ("best", 16, 120, 60))
 }
 """By effort and family, where ALPS makes the masks, or units go: each layer is fitted to the dense network already
-(aims.py). In ViTs more views of the same images take far more off what is left than steps do, in CNNs of a real size
-joint steps do, at a price that is affordable there without a sweep (docs/results.md)."""
+(aims.py), and a sweep brings no more. In ViTs further views of the same images take far more off what is left than
+steps do; in CNNs joint steps do, of which those of a real size get fewer, at a minute each (docs/results.md)."""
 
 OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
