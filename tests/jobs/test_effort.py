@@ -54,7 +54,7 @@ def test_no_step_is_taken_where_alps_has_fitted_the_layers():
 
 @pytest.mark.parametrize("family, steps", [("cifar_resnet", [15, 30, 120]), ("mobilenet", [8, 24, 60])])
 def test_cnns_take_joint_steps_alone_after_a_fit(family, steps):
-    """A sweep takes longer than all of them; from masks that nothing was fitted for it stays."""
+    """From masks that nothing was fitted for the sweep stays."""
     found = [settings_for(effort, family, "2:4") for effort in ("quick", "standard", "best")]
     assert [each.joint_steps for each in found] == steps and not any(each.sweeps for each in found)
     assert settings_for("standard", family, "channels:0.25").sweeps == 0

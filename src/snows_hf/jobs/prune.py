@@ -307,8 +307,8 @@ def choose(
     subject.network.to(run.dtype)
     weights = {name: weight.to(chain.weight(name).device) for name, weight in subject.weights.items()}
     first = next(candidate for candidate in candidates if candidate is not None)
-    evidence = Evidence(weights, first, config, chain, images, labels, run)
-    evidence = replace(evidence, teacher=teacher.chain if teacher else None)
+    whole = teacher.chain if teacher else None
+    evidence = Evidence(weights, first, config, chain, images, labels, run, teacher=whole)
     allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
     if by_sensitivity(config):
         evidence, allocation = find_allocation(evidence, candidates, flops)
