@@ -58,7 +58,7 @@ def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, steps: int, tmp_p
         assert joint["name"] == "all layers" and joint["loss_pruned"] < joint["loss_start"]
     assert report["pruned"]["top1"] > 95
     masked, pruned = (report["fidelity"][what]["divergence"] for what in ("masked", "pruned"))
-    assert steps or pruned < masked / 50  # without steps, what was cut as it was is what the repair is held against
+    assert steps or pruned < masked / 100  # without steps, what was cut as it was is what the repair is held against
     found = inspect(out)
     assert found["pattern_ok"] and found["pattern"] == pattern
     assert json.loads((out / "config.json").read_text())["snows"]["pattern"] == pattern

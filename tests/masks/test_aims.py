@@ -250,7 +250,7 @@ def biased(model: Biased) -> list[Operation]:
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_bias_that_moves_is_fitted_with_the_weights_that_are_left(monkeypatch, norm):
     """Against least squares of each row on what it still reads and a constant; positions weigh alike."""
-    monkeypatch.setattr(aims, "CENTRED", 1e-9)
+    monkeypatch.setattr(aims, "DAMPING", 1e-9)
     model = Biased(norm).double().eval()
     chain, images = build_chain(model), images_for(convolutions(), 60)
     given = evidence(convolutions(), "0.5", "alps", biases=True)

@@ -98,7 +98,7 @@ def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(
     monkeypatch: pytest.MonkeyPatch, kind: str, keep: int
 ) -> None:
     """And what reads them is fitted, layer after layer, to its output and half of what the residual stream lacks."""
-    monkeypatch.setattr(aims, "CENTRED", 1e-4)
+    monkeypatch.setattr(aims, "DAMPING", 1e-4)
     model, pixels = transformers_vit(), images(40, seed=3)
     chain = build_chain(model, pixels[:1])
     widths = [width for width in widths_of(chain) if width.kind == kind]

@@ -33,9 +33,6 @@ from .evidence import Evidence, channels_last, matrix
 DAMPING = 0.01
 """What is added to the diagonal of X Xᵀ, as a share of its mean (SparseGPT's and OBC's code)."""
 
-CENTRED = 0.03
-"""The same of inputs around their mean, whose squares are smaller: a fit to few images goes less far then."""
-
 AT_ONCE = 32
 """Images whose graph of an operation is there at a time, at most."""
 
@@ -89,13 +86,13 @@ class Terms(NamedTuple):
         return Fit(name, self.gram, self.shift.double() * (self.inputs / self.sensitivity)[:, None])
 
 
-def damped(H: Tensor, share: float = DAMPING) -> Tensor:
-    """H (groups, d, d) in float64 with a share of its mean on its diagonal, so that inputs which never fire, or always
+def damped(H: Tensor) -> Tensor:
+    """H (groups, d, d) in float64 with DAMPING of its mean on its diagonal, so that inputs which never fire, or always
     together, leave it invertible."""
     H = H.to(torch.float64)
     scale = H.diagonal(dim1=-2, dim2=-1).mean(-1)
     scale = torch.where(scale > 0, scale, 1.0)
-    return H + share * torch.diag_embed(scale[:, None].expand(H.shape[:2]))
+    return H + DAMPING * torch.diag_embed(scale[:, None].expand(H.shape[:2]))
 
 
 def dense_aims(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Aim]:
@@ -121,7 +118,7 @@ def aim_of(evidence: Evidence, fit: Fit) -> Aim:
         mean, above = sums / count, fit.shift[:, -1].to(gram) / count
         gram = gram - sums[:, :, None] * mean[:, None]
         lacking = lacking - above.view(len(gram), -1, 1) * sums[:, None]
-    H = damped(gram, DAMPING if mean is None else CENTRED)
+    H = damped(gram)
     W = matrix(weight).to(H) + torch.linalg.solve(H, lacking, left=False).flatten(0, 1)
     return Aim(fit.name, W, H, mean, above)
 
