@@ -14,6 +14,9 @@ from .aims import AT_ONCE, PROBED, Fit, halfway_fits, importance
 from .evidence import Evidence
 
 
+PASSES = 10
+"""What fitting all layers to one view of the images takes at the least, in passes of these through the network."""
+
 Settle = Callable[[Evidence, Fit], object]
 """What is done with a layer's fit, as it is timed."""
 
@@ -38,7 +41,7 @@ def estimated_seconds(evidence: Evidence, settle: Settle) -> tuple[float, float]
     images = evidence.calibration[: min(AT_ONCE, evidence.config.batch_size)]  # as many as are fitted at a time
     few = replace(evidence, images=images, run=Run(), config=evidence.config.updated(views=1))
     fewer = images[:MORE].to(chain.device)
-    if pass_seconds(chain, fewer, count) < WORTH_SAYING:
+    if evidence.config.views * PASSES * pass_seconds(chain, fewer, count) < WORTH_SAYING:
         return None
     with frozen(chain.model):
         weights, probing = timed(chain, lambda: importance(replace(few, images=fewer)))

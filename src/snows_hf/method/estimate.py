@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,8 +20,11 @@ T = TypeVar("T")
 FEW, MORE = 4, 12
 """Images of the two steps that are timed of a layer: what a step takes grows evenly with its images."""
 
-WORTH_SAYING = 2.0
-"""Seconds that all images take through the network, from which on an estimate is worth the time that it takes."""
+REPEATED = 2.0
+"""Seconds for which each of them is repeated, where once takes less."""
+
+WORTH_SAYING = 20.0
+"""Seconds that work takes at the least, from which on an estimate is worth the time that it takes."""
 
 
 def estimated_seconds(chain: Chain, images: Tensor, count: int, masks: Masks, config: PruneConfig) -> float | None:
@@ -36,7 +40,8 @@ def estimated_seconds(chain: Chain, images: Tensor, count: int, masks: Masks, co
     start: State = (images.to(chain.device),)
     todo = set(masked_operations(chain, masks)) if config.sweeps else set[int]()
     one_pass = pass_seconds(chain, start[0], count)
-    if one_pass < WORTH_SAYING:
+    one_step = config.solver.cg_max_iter * 2 * one_pass * min(1, (config.curvature_size or config.batch_size) / count)
+    if (config.sweeps * (config.k + 1) + config.joint_steps) * one_step < WORTH_SAYING:
         return None
     known: dict[tuple[object, ...], float] = {}
     total = 2 * config.sweeps * one_pass
@@ -76,7 +81,7 @@ def solve_seconds(
         for n in (min(FEW, len(state[0])), len(state[0]))
     )
     _, value = timed(segment.chain, lambda: more.value(w))
-    fewer, step = (step_seconds(objective, w) for objective in (few, more))
+    fewer, step = (least(partial(step_seconds, objective, w)) for objective in (few, more))
     each = (step - fewer) / max(more.share.total - few.share.total, 1)
     learning = max(step, step + each * (part - more.share.total)) + 2 * batch * value / more.share.total
     if part < batch:
@@ -92,6 +97,14 @@ def step_seconds(objective: KStepObjective, w: Tensor) -> float:
     precondition = local.preconditioner or (lambda r: r)
     _, product = timed(chain, lambda: precondition(local.product(local.gradient)))
     return expand + objective.solver.cg_max_iter * product
+
+
+def least(seconds: Callable[[], float]) -> float:
+    """Of repeated measurements, the first of which has to warm up: a small network's are noise by themselves."""
+    found = [seconds()]
+    while sum(found) < REPEATED:
+        found.append(seconds())
+    return min(found)
 
 
 def timed(chain: Chain, work: Callable[[], T]) -> tuple[T, float]:
