@@ -10,8 +10,10 @@ import argparse
 import time
 
 import torch
+from torch import Tensor
 
-from snows_hf.masks.group_obs import Moments, Reader, repair, units_left
+from snows_hf.masks.aims import damped
+from snows_hf.masks.group_obs import Reader, covariance, repair, units_left
 
 
 WIDTHS = {"vit-s": (384, 6), "vit-b": (768, 12), "vit-l": (1024, 16)}
@@ -20,22 +22,22 @@ WIDTHS = {"vit-s": (384, 6), "vit-b": (768, 12), "vit-l": (1024, 16)}
 TOKENS = 4096
 
 
-def moments(width: int, seed: int) -> Moments:
-    """Of correlated inputs whose mean is not zero."""
+def inputs(width: int, seed: int) -> Tensor:
+    """The covariance of correlated inputs whose mean is not zero."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(TOKENS, width, generator=generator)
     x = x * torch.linspace(0.1, 2, width) + torch.randn(TOKENS, 8, generator=generator) @ torch.randn(8, width) + 1
     x = torch.cat([x, torch.ones(TOKENS, 1)], 1)
-    return Moments.of(x.T @ x)
+    return damped(covariance(x.T @ x, centred=True)[None])[0]
 
 
 def seconds(rows: int, columns: int, units: int, keep: int, seed: int) -> float:
     """To choose the units of one layer, and to repair it."""
-    weight, inputs = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), moments(columns, seed)
+    weight, C = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), inputs(columns, seed)
     started = time.process_time()
-    kept = units_left([Reader(weight, inputs, units)], keep)
+    kept = units_left([Reader(weight, C, units)], keep)
     stays = torch.zeros(units, dtype=torch.bool).index_fill_(0, kept, True)
-    repair(weight, inputs, stays.repeat_interleave(columns // units))
+    repair(weight, C, stays.repeat_interleave(columns // units))
     return time.process_time() - started
 
 

@@ -38,7 +38,8 @@ QUICK: dict[str, Any] = {
 )
 def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, steps: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = prune(str(VIT), pattern, output=out, eval_data=str(DIGITS), **QUICK | {"joint_steps": steps})
+    changes = {"joint_steps": steps, "samples": 240}
+    result = prune(str(VIT), pattern, output=out, eval_data=str(DIGITS), **QUICK | changes)
     report = result.report
     stock = AutoModelForImageClassification.from_pretrained(out)
     assert stock.config.intermediate_size == 48
@@ -58,7 +59,7 @@ def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, steps: int, tmp_p
         assert joint["name"] == "all layers" and joint["loss_pruned"] < joint["loss_start"]
     assert report["pruned"]["top1"] > 95
     masked, pruned = (report["fidelity"][what]["divergence"] for what in ("masked", "pruned"))
-    assert steps or pruned < masked / 100  # without steps, what was cut as it was is what the repair is held against
+    assert steps or pruned < 7e-6 < masked / 50  # without steps, what was cut as it was is held against the repair
     found = inspect(out)
     assert found["pattern_ok"] and found["pattern"] == pattern
     assert json.loads((out / "config.json").read_text())["snows"]["pattern"] == pattern

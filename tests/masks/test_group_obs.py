@@ -13,9 +13,9 @@ from snows_hf.adapters import build_chain
 from snows_hf.adapters.frozen import frozen
 from snows_hf.adapters.widths import widths_of
 from snows_hf.masks import aims
-from snows_hf.masks.aims import importance
+from snows_hf.masks.aims import damped, importance
 from snows_hf.masks.evidence import Evidence
-from snows_hf.masks.group_obs import Moments, Reader, repair, units_left, variance
+from snows_hf.masks.group_obs import Reader, covariance, repair, units_left, variance
 from snows_hf.masks.units import choose_units
 from snows_hf.patterns import Full
 from snows_hf.settings import settings_for
@@ -28,22 +28,23 @@ def inputs(count: int, d: int, seed: int) -> Tensor:
     return mixed @ torch.randn(d, d, generator=generator, dtype=torch.float64) + 1
 
 
-def moments_of(x: Tensor) -> Moments:
+def ridged(x: Tensor, centred: bool = True) -> Tensor:
+    """The covariance of inputs (n, d), (d, d), with a ridge."""
     ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    return Moments.of(ones.T @ ones)
+    return damped(covariance(ones.T @ ones, centred)[None])[0]
 
 
-def brute_force(layers: list[tuple[Tensor, Moments, float]], units: int, keep: int) -> list[int]:
+def brute_force(layers: list[tuple[Tensor, Tensor, float]], units: int, keep: int) -> list[int]:
     """One unit at a time, every candidate tried with the best repair that there is for it."""
     left = list(range(units))
 
     def cost(stays: list[int]) -> float:
         total = 0.0
-        for W, moments, share in layers:
+        for W, C, share in layers:
             q = W.shape[1] // units
             columns = torch.zeros(units, dtype=torch.bool).index_fill_(0, torch.tensor(stays), True)
-            lost = W - repair(W, moments.ridged, columns.repeat_interleave(q))
-            total += share * float(((lost @ moments.ridged) * lost).sum())
+            lost = W - repair(W, C, columns.repeat_interleave(q))
+            total += share * float(((lost @ C) * lost).sum())
         return total
 
     while len(left) > keep:
@@ -56,20 +57,20 @@ def brute_force(layers: list[tuple[Tensor, Moments, float]], units: int, keep: i
 def test_units_left_are_those_of_brute_force(q: int, units: int, readers: int, seed: int) -> None:
     layers = []
     for i in range(readers):
-        moments = moments_of(inputs(200, units * q, seed + i))
+        C = ridged(inputs(200, units * q, seed + i))
         W = torch.randn(5, units * q, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        layers.append((W, moments, 1 / variance(W, moments)))
+        layers.append((W, C, 1 / variance(W, C)))
     keep = units // 2
-    found = units_left([Reader(W, moments, units, share) for W, moments, share in layers], keep)
+    found = units_left([Reader(W, C, units, share) for W, C, share in layers], keep)
     assert found.tolist() == brute_force(layers, units, keep)
 
 
 def test_what_waits_for_a_block_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs(300, 40, 0)
     W = torch.randn(6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    whole = units_left([Reader(W, moments_of(x), 40)], 11)
+    whole = units_left([Reader(W, ridged(x), 40)], 11)
     monkeypatch.setattr("snows_hf.masks.group_obs.BLOCK", 3)
-    assert torch.equal(units_left([Reader(W, moments_of(x), 40)], 11), whole)
+    assert torch.equal(units_left([Reader(W, ridged(x), 40)], 11), whole)
 
 
 @settings(max_examples=20, deadline=None)
@@ -79,13 +80,11 @@ def test_repair_is_least_squares(d: int, rows: int, bias: bool, seed: int, data:
     x, generator = inputs(60, d, seed), torch.Generator().manual_seed(seed)
     W = torch.randn(rows, d, generator=generator, dtype=torch.float64)
     kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=d, max_size=d).filter(any)))
-    moments = moments_of(x)
-    if not bias:
-        moments = Moments(torch.zeros(d, dtype=torch.float64), x.T @ x / len(x))
-    repaired = repair(W, moments.ridged, kept)
+    C = ridged(x, centred=bias)
+    repaired = repair(W, C, kept)
 
     centred = x - x.mean(0) if bias else x
-    ridge = (moments.ridged - moments.covariance).diagonal().mean()
+    ridge = (C - centred.T @ centred / len(x)).diagonal().mean()
     rows_of_ridge = (len(x) * ridge).sqrt() * torch.eye(d, dtype=x.dtype)
     system = torch.cat([centred, rows_of_ridge])
     best = torch.linalg.lstsq(system[:, kept], system @ W.T).solution.T
@@ -94,10 +93,10 @@ def test_repair_is_least_squares(d: int, rows: int, bias: bool, seed: int, data:
 
 
 @pytest.mark.parametrize("kind, keep", [("mlp", 5), ("heads", 1)])
-def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(
+def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_are_fitted_to(
     monkeypatch: pytest.MonkeyPatch, kind: str, keep: int
 ) -> None:
-    """And what reads them is fitted, layer after layer, to its output and half of what the residual stream lacks."""
+    """What reads them is fitted, layer after layer, to its output and half of what the residual stream lacks."""
     monkeypatch.setattr(aims, "DAMPING", 1e-4)
     model, pixels = transformers_vit(), images(40, seed=3)
     chain = build_chain(model, pixels[:1])
@@ -113,19 +112,28 @@ def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_read(
         (reader,) = width.readers
         name, bias = reader.name, reader.name.removesuffix("weight") + "bias"
         after = f"vit.layers.{place}" + (".layernorm_after" if kind == "heads" else "")
-        x, z, stream = seen_in(model, {}, pixels, name, after)
-        expected = brute_force([(model.get_parameter(name).detach(), moments_of(x), 1.0)], width.units, keep)
-        assert found.kept[width].tolist() == expected
+        stream = seen_in(model, {}, pixels, name, after)[2]
         x, z, now = seen_in(model, done, pixels, name, after)
         wanted = z + (stream - now) / 2
+        roots = importances[name].sqrt().repeat(len(pixels))[:, None]
+        assert found.kept[width].tolist() == brute_force([fitted(x, wanted, roots)], width.units, keep)
         columns = torch.zeros(width.units, dtype=torch.bool).index_fill_(0, found.kept[width], True)
         columns = columns.repeat_interleave(reader.each)
         ones = torch.cat([x[:, columns], torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        roots = importances[name].sqrt().repeat(len(pixels))[:, None]
         best = roots * (ones @ torch.linalg.lstsq(roots * ones, roots * wanted).solution - wanted)
         done |= {name: found.tensors[name], bias: found.tensors[bias]}
         error = roots * (x @ found.tensors[name].T + found.tensors[bias] - wanted)
         assert float(error.square().mean()) == pytest.approx(float(best.square().mean()), rel=1e-2)
+
+
+def fitted(x: Tensor, wanted: Tensor, roots: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The weights (rows, d) that take inputs (n, d) to the outputs wanted (n, rows) by weighted least squares, with a
+    constant, and those inputs' covariance (d, d)."""
+    x, wanted, roots = x.double(), wanted.double(), roots.double()
+    x = x - (roots**2 * x).sum(0) / (roots**2).sum()
+    rows = torch.cat([roots * x, roots], 1)
+    W = torch.linalg.lstsq(rows, roots * wanted).solution[:-1].T
+    return W, damped((roots * x).T @ (roots * x)[None])[0], 1.0
 
 
 @torch.no_grad()
@@ -148,12 +156,12 @@ def test_inputs_that_never_vary_cost_nothing() -> None:
     x = inputs(100, 6, 4)
     x[:, 2] = 3.0
     W = torch.ones(2, 6, dtype=torch.float64)
-    assert 2 not in units_left([Reader(W, moments_of(x), 6)], 5).tolist()
+    assert 2 not in units_left([Reader(W, ridged(x), 6)], 5).tolist()
 
 
 def test_variances_that_float32_has_lost_leave_an_inverse() -> None:
     x = 100 + 1e-3 * torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
     x = torch.cat([x, torch.ones(50, 1)], 1)
-    moments = Moments.of(x.T @ x)
-    assert moments.covariance.diagonal().min() < 0
-    assert torch.linalg.eigvalsh(moments.ridged).min() > 0
+    C = covariance(x.T @ x, centred=True)
+    assert C.diagonal().min() < 0
+    assert torch.linalg.eigvalsh(damped(C[None])[0]).min() > 0

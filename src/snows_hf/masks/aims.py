@@ -88,11 +88,16 @@ class Terms(NamedTuple):
 
 def damped(H: Tensor) -> Tensor:
     """H (groups, d, d) in float64 with DAMPING of its mean on its diagonal, so that inputs which never fire, or always
-    together, leave it invertible."""
+    together, leave it invertible; with more where sums in float32 have left nothing of small variances around large
+    means (pooled channels)."""
     H = H.to(torch.float64)
     scale = H.diagonal(dim1=-2, dim2=-1).mean(-1)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return H + DAMPING * torch.diag_embed(scale[:, None].expand(H.shape[:2]))
+    ridge = DAMPING * torch.diag_embed(torch.where(scale > 0, scale, 1.0)[:, None].expand(H.shape[:2]))
+    for _ in range(10):
+        if not torch.linalg.cholesky_ex(H + ridge).info.any():
+            break
+        ridge = 10 * ridge
+    return H + ridge
 
 
 def dense_aims(evidence: Evidence, done: Mapping[str, Tensor]) -> Iterator[Aim]:

@@ -7,59 +7,27 @@ of x: with a bias that is free, what a unit adds on average is made up for exact
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-
-RIDGE = 1e-4
-"""What is added to the diagonal of a covariance, as a share of its mean, so that inputs which never vary, or always
-together, leave it invertible."""
 
 BLOCK = 256
 """Columns whose removal reaches all of C⁻¹ and WᵀW together: fewer, and passes over these take the longest; more, and
 what waits for them does."""
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Mean (d,) and covariance (d, d) of a layer's inputs, over images and positions, in float64."""
-
-    mean: Tensor
-    covariance: Tensor
-
-    @classmethod
-    def of(cls, gram: Tensor) -> "Moments":
-        """From Σ [x, 1][x, 1]ᵀ, (d + 1, d + 1)."""
-        gram = gram.double()
-        mean, count = gram[:-1, -1] / gram[-1, -1], gram[-1, -1]
-        return cls(mean, gram[:-1, :-1] / count - mean.outer(mean))
-
-    @cached_property
-    def factored(self) -> tuple[Tensor, Tensor]:
-        """C with the ridge on its diagonal, and its Cholesky factor; with a higher ridge where sums in float32 have
-        left nothing of small variances around large means (pooled channels), and C would not be positive."""
-        scale = self.covariance.diagonal().mean()
-        ridge = RIDGE * torch.where(scale > 0, scale, 1.0) * torch.eye(len(self.mean)).to(self.covariance)
-        for _ in range(10):
-            factor, failed = torch.linalg.cholesky_ex(self.covariance + ridge)
-            if not failed:
-                return self.covariance + ridge, factor
-            ridge *= 10
-        return self.covariance + ridge, torch.linalg.cholesky(self.covariance + ridge)
-
-    @property
-    def ridged(self) -> Tensor:
-        """C with the ridge on its diagonal."""
-        return self.factored[0]
+def covariance(gram: Tensor, centred: bool) -> Tensor:
+    """C (d, d) in float64 of inputs, around their mean or around zero, from Σ [x, 1][x, 1]ᵀ, (d + 1, d + 1)."""
+    gram = gram.double()
+    mean = gram[:-1, -1] / gram[-1, -1] * centred
+    return gram[:-1, :-1] / gram[-1, -1] - mean.outer(mean)
 
 
-def variance(W: Tensor, moments: Moments) -> float:
-    """Of all outputs of W (rows, d) together."""
+def variance(W: Tensor, C: Tensor) -> float:
+    """Of all outputs of W (rows, d) together, where inputs have the covariance C (d, d)."""
     W = W.double()
-    return float(((W @ moments.covariance) * W).sum())
+    return float(((W @ C) * W).sum())
 
 
 def repair(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
@@ -79,10 +47,10 @@ class Reader:
     ``BLOCK`` of them; what scores need, the blocks on the diagonals, is kept up to date.
     """
 
-    def __init__(self, W: Tensor, moments: Moments, units: int, share: float = 1.0) -> None:
-        """``share``: what costs are multiplied with, of one layer beside others."""
+    def __init__(self, W: Tensor, C: Tensor, units: int, share: float = 1.0) -> None:
+        """C (d, d) is positive definite; costs are multiplied with the ``share``, of one layer beside others."""
         W = W.double()
-        self.gram, self.inverse = W.T @ W, torch.cholesky_inverse(moments.factored[1])
+        self.gram, self.inverse = W.T @ W, torch.cholesky_inverse(torch.linalg.cholesky(C))
         self.units, self.q, self.share, self.waiting = units, W.shape[1] // units, share, 0
         self.products, self.pivots = self._blocks(self.gram), self._blocks(self.inverse)  # (units, q, q)
         self.h, self.b = (W.new_empty(max(BLOCK, self.q), W.shape[1]) for _ in range(2))

@@ -9,13 +9,13 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor
 
-from ..adapters.widths import Slot, Width
+from ..adapters.widths import Width
 from ..patterns import Full
-from .aims import Fit, aim_of, bias_for, halfway_fits
+from .aims import Aim, Fit, aim_of, bias_for, damped, halfway_fits
 from .criteria import find_criterion
 from .estimate import tell_estimate
-from .evidence import Evidence, matrix, unmatrix
-from .group_obs import Moments, Reader, repair, units_left, variance
+from .evidence import Evidence, matrix
+from .group_obs import Reader, covariance, repair, units_left, variance
 from .scores.base import Choice, Score
 
 
@@ -28,73 +28,79 @@ class Units:
 
 
 def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
-    """Units by ``evidence.config.units``, and the repair that group OBS ends with, wherever that is asked for.
+    """Units by ``evidence.config.units``, and the repair that group OBS ends with, wherever that is asked for: the
+    layers that read units are fitted one after the other, halfway to the dense network (aims.py), with those alone
+    that stay. Group OBS chooses by these fits, too.
 
     Args:
         evidence: of the dense network, with images.
         keep: how many units each width keeps.
     """
-    config, kept = evidence.config, dict[Width, Tensor]()
-    mended = config.units == "obs" or config.repair
-    if mended:  # takes as long whichever units stay
-        first = {width: torch.arange(count) for width, count in keep.items()}
-        tell_estimate(*repairing(evidence, first), "repairs")
-    scores = {} if config.units == "obs" else scores_of(evidence, keep)
-    totals = evidence.moments([slot.name for width in keep for slot in width.readers] if config.units == "obs" else [])
-    for width in evidence.run.track(list(keep), f"Units by {config.units}", len(keep), lambda width: width.name):
-        if config.units == "obs":
-            moments = {name: moments_of(evidence, name, total) for name, total in islice(totals, len(width.readers))}
-            kept[width] = units_left(readers_of(evidence, width, moments), keep[width])
-        else:
-            kept[width] = scores[width].topk(keep[width]).indices.sort().values
-    return Units(kept, repairs(evidence, kept) if mended else {})
-
-
-def repairs(evidence: Evidence, kept: Mapping[Width, Tensor]) -> dict[str, Tensor]:
-    """Weights and biases of all readers, one after the other, each fitted halfway to the dense network (aims.py) with
-    the units alone that are ``kept``."""
-    (fitting, settle), tensors = repairing(evidence, kept), dict[str, Tensor]()
-    fits = halfway_fits(fitting, tensors)
-    for fit in evidence.run.track(fits, "Repairs", len(fitting.weights), attrgetter("name")):
-        tensors |= settle(fitting, fit)
-    return tensors
+    config, tensors = evidence.config, dict[str, Tensor]()
+    kept = shared_units(evidence, keep) if config.units == "obs" else units_by_score(evidence, keep)
+    if config.units == "obs" or config.repair:
+        tell_estimate(*repairing(evidence, keep, dict(kept)), "repairs")
+        fitting, settle = repairing(evidence, keep, kept)
+        fits = halfway_fits(fitting, tensors)
+        for fit in evidence.run.track(fits, "Repairs", len(fitting.weights), attrgetter("name")):
+            tensors |= settle(fitting, fit)
+    return Units(kept, tensors)
 
 
 def repairing(
-    evidence: Evidence, kept: Mapping[Width, Tensor]
+    evidence: Evidence, keep: Mapping[Width, int], kept: dict[Width, Tensor]
 ) -> tuple[Evidence, Callable[[Evidence, Fit], dict[str, Tensor]]]:
-    """Evidence of the layers that read the widths, and what becomes of each by its fit."""
-    slots = {slot.name: (slot, units) for width, units in kept.items() for slot in width.readers}
-    weights = {name: evidence.network.weight(name).detach() for name in slots}
+    """Evidence of the layers that read the widths, and what becomes of each by its fit: first it is chosen what stays
+    of the units, where they are not among those ``kept``."""
+    read = {slot.name: width for width in keep for slot in width.readers}
+    weights = {name: evidence.network.weight(name).detach() for name in read}
     fitting = replace(evidence, weights=weights, config=evidence.config.updated(biases=True))
-    return fitting, lambda own, fit: repaired(own, fit, *slots[fit.name])
+
+    def settle(own: Evidence, fit: Fit) -> dict[str, Tensor]:
+        aim, width, weight = aim_of(own, fit), read[fit.name], weights[fit.name]
+        W, C = by_unit(aim, weight)
+        if width not in kept:
+            kept[width] = units_left([Reader(W, C, width.units)], keep[width])
+        units = torch.arange(width.units, device=W.device).repeat_interleave(W.shape[1] // width.units)
+        stays = torch.isin(units, kept[width].to(W.device))
+        updated = repair(W, C, stays).view_as(weight)
+        return {fit.name: updated.to(weight)} | bias_for(own, aim, matrix(updated))
+
+    return fitting, settle
 
 
-def moments_of(evidence: Evidence, name: str, total: Tensor) -> Moments:
-    """Moments of what a layer reads; around zero where no bias can make up for a mean."""
-    moments = Moments.of(total)
-    if name in evidence.network.biases:
-        return moments
-    mean = moments.mean
-    return Moments(torch.zeros_like(mean), moments.covariance + mean.outer(mean))
+def by_unit(aim: Aim, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W* (rows, d) and H (d, d) of an aim, with columns as ``weight.flatten(1)`` has them, a unit's side by side."""
+    places = matrix(torch.arange(weight[0].numel()).view(1, *weight.shape[1:]))[0].argsort().to(aim.W.device)
+    return aim.W[:, places], aim.H[0][places[:, None], places]
 
 
-def readers_of(evidence: Evidence, width: Width, moments: Mapping[str, Moments]) -> list[Reader]:
-    """The layers that read a width; of several, what each loses counts as a share of its output."""
-    weights = {slot.name: evidence.network.weight(slot.name).detach().flatten(1) for slot in width.readers}
-    if len(weights) == 1:
-        return [Reader(W, moments[name], width.units) for name, W in weights.items()]
-    shares = {name: 1 / max(variance(W, moments[name]), 1e-30) for name, W in weights.items()}
-    return [Reader(W, moments[name], width.units, shares[name]) for name, W in weights.items()]
+def shared_units(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:
+    """By group OBS, of what layers read in the dense network, the units of widths that several layers read: the first
+    of them is fitted before the others'."""
+    kept, shared = dict[Width, Tensor](), [width for width in keep if len(width.readers) > 1]
+    totals = evidence.moments([slot.name for width in shared for slot in width.readers])
+    for width in evidence.run.track(shared, "Units that several layers read", len(shared), lambda width: width.name):
+        grams = dict(islice(totals, len(width.readers)))
+        kept[width] = units_left(readers_of(evidence, width, grams), keep[width])
+    return kept
 
 
-def repaired(evidence: Evidence, fit: Fit, slot: Slot, kept: Tensor) -> dict[str, Tensor]:
-    """A reader's weight and bias once only the units ``kept`` are there; a batch norm's mean in a bias's place."""
-    aim, weight = aim_of(evidence, fit), evidence.network.weight(slot.name).detach()
-    units = torch.zeros(weight.shape[1] // slot.each, dtype=torch.bool, device=aim.W.device)
-    columns = units.index_fill_(0, kept.to(units.device), True).repeat_interleave(weight[0].numel() // len(units))
-    updated = repair(aim.W, aim.H[0], matrix(columns.view(1, *weight.shape[1:]))[0])
-    return {slot.name: unmatrix(updated, weight.shape).to(weight)} | bias_for(evidence, aim, updated)
+def readers_of(evidence: Evidence, width: Width, grams: Mapping[str, Tensor]) -> list[Reader]:
+    """The layers that read a width, by Σ [x, 1][x, 1]ᵀ of their inputs, which are around zero where no bias can make
+    up for a mean. What each layer loses counts as a share of its output."""
+    readers = []
+    for slot in width.readers:
+        W = evidence.network.weight(slot.name).detach().flatten(1)
+        C = damped(covariance(grams[slot.name], slot.name in evidence.network.biases)[None])[0]
+        readers.append(Reader(W, C, width.units, 1 / max(variance(W, C), 1e-30)))
+    return readers
+
+
+def units_by_score(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:
+    """Those of the highest scores, in order."""
+    scores = scores_of(evidence, keep)
+    return {width: scores[width].topk(count).indices.sort().values for width, count in keep.items()}
 
 
 def scores_of(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:
