@@ -1,5 +1,5 @@
-"""How much faster stock libraries run what structured pruning leaves: ViT-B/16 and ResNet-50 of random weights, whole
-and as the configurations that ``prune`` writes say, in turns.
+"""How much faster stock libraries run what structured pruning leaves: ViT-B/16, DINOv2-S and ResNet-50 of random
+weights, whole and as the configurations that ``prune`` writes say, in turns.
 
     python benchmarks/structured_speed.py [--models vit-b ...] [--batch-sizes 1 8] [--threads 2] [--rounds 15]
 
@@ -23,22 +23,37 @@ def vit(**said: Any) -> nn.Module:
     return tf.ViTForImageClassification(tf.ViTConfig(**said))
 
 
+def dinov2(**said: Any) -> nn.Module:
+    return tf.Dinov2ForImageClassification(tf.Dinov2Config(hidden_size=384, **{"num_attention_heads": 6, **said}))
+
+
 def resnet(**said: Any) -> nn.Module:
     model: nn.Module = timm.create_model("resnet50", **said)
     return model
 
 
-MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, dict[str, Any]]]] = {
+MODELS: dict[str, tuple[Callable[..., nn.Module], int, dict[str, dict[str, Any]]]] = {
     "vit-b": (
         vit,
+        224,
         {
             "mlp:0.5": {"intermediate_size": 1536},
             "mlp:0.5+heads:0.33": {"intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64},
         },
     ),
-    "resnet-50": (resnet, {"channels:0.25": {"base_width": 48}, "channels:0.5": {"base_width": 32}}),
+    "dinov2-s": (
+        dinov2,
+        112,
+        {
+            "mlp:0.5": {"mlp_ratio": 2},
+            "mlp:0.75": {"mlp_ratio": 1},
+            "heads:0.33": {"num_attention_heads": 4, "head_dim": 64},
+            "mlp:0.5+heads:0.33": {"mlp_ratio": 2, "num_attention_heads": 4, "head_dim": 64},
+        },
+    ),
+    "resnet-50": (resnet, 224, {"channels:0.25": {"base_width": 48}, "channels:0.5": {"base_width": 32}}),
 }
-"""By pattern, what the configuration of the result says."""
+"""The side of its images and, by pattern, what the configuration of the result says."""
 
 
 @torch.inference_mode()
@@ -65,12 +80,12 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for name in given.models:
-        build, patterns = MODELS[name]
+        build, side, patterns = MODELS[name]
         dense = build().eval()
         for pattern, said in patterns.items():
             smaller = build(**said).eval()
             for size in given.batch_sizes:
-                found = compared(dense, smaller, torch.randn(size, 3, 224, 224), given.rounds)
+                found = compared(dense, smaller, torch.randn(size, 3, side, side), given.rounds)
                 print(f"{name} {pattern}, {size} image{'s' * (size > 1)}: {found}", flush=True)
 
 
