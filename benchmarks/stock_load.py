@@ -28,7 +28,7 @@ from snows_hf.adapters.outputs import outputs_of
 from snows_hf.errors import SnowsError
 
 
-SHARES = {"mlp": 0.5, "heads": 0.5, "channels": 0.5}
+SHARES = {"mlp": 0.5, "heads": 0.5, "ranks": 0.5, "channels": 0.5}
 IMAGE = 32
 DIGITS = Path(snows_hf.__file__).parent / "embedded" / "digits"
 ALONE: dict[str, Any] = {"samples": 4, "units": "magnitude", "repair": False, "update": False}
@@ -213,8 +213,8 @@ def rows(facts: list[dict[str, Any]]) -> Iterator[str]:
         cells = {fact["structure"]: cell(fact) for fact in facts if fact["family"] == family}
         library, _, name = family.partition(": ")
         shared.setdefault((library, *(cells[structure] for structure in SHARES)), []).append(name)
-    yield "| family | `mlp` | `heads` | `channels` |"
-    yield "|---|---|---|---|"
+    yield f"| family | {' | '.join(f'`{structure}`' for structure in SHARES)} |"
+    yield f"|---|{len(SHARES) * '---|'}"
     for (library, *own), names in shared.items():
         yield f"| {library}: {'; '.join(names)} | {' | '.join(own)} |"
 

@@ -39,6 +39,8 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], int, dict[str, dict[str, Any]]
         {
             "mlp:0.5": {"intermediate_size": 1536},
             "mlp:0.5+heads:0.33": {"intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64},
+            "mlp:0.5+ranks:0.25": {"intermediate_size": 1536, "head_dim": 48},
+            "mlp:0.5+ranks:0.5": {"intermediate_size": 1536, "head_dim": 32},
         },
     ),
     "dinov2-s": (
@@ -49,6 +51,9 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], int, dict[str, dict[str, Any]]
             "mlp:0.75": {"mlp_ratio": 1},
             "heads:0.33": {"num_attention_heads": 4, "head_dim": 64},
             "mlp:0.5+heads:0.33": {"mlp_ratio": 2, "num_attention_heads": 4, "head_dim": 64},
+            "ranks:0.25": {"head_dim": 48},
+            "ranks:0.5": {"head_dim": 32},
+            "mlp:0.5+ranks:0.25": {"mlp_ratio": 2, "head_dim": 48},
         },
     ),
     "resnet-50": (resnet, 224, {"channels:0.25": {"base_width": 48}, "channels:0.5": {"base_width": 32}}),

@@ -14,6 +14,7 @@ from torch import nn
 
 from snows_hf.adapters import build_chain, cifar_resnet  # noqa: F401  registers CIFAR ResNets
 from snows_hf.adapters.outputs import outputs_of
+from snows_hf.adapters.turn import bias_of, rescaled, turned
 from snows_hf.adapters.widths import Width, cut, unread, widths_of
 from snows_hf.errors import ConfigError
 from snows_hf.hub.load import Checkpoint
@@ -120,7 +121,7 @@ def without_reading(model: nn.Module, kept: dict[Width, torch.Tensor]) -> nn.Mod
     for width, units in kept.items():
         gone = torch.ones(width.units, dtype=torch.bool).index_fill_(0, units, False)
         for slot in width.readers:
-            model.get_parameter(slot.name)[:, gone.repeat_interleave(slot.each)] = 0
+            model.get_parameter(slot.name)[:, gone.repeat_interleave(slot.each).repeat(slot.times)] = 0
     return model
 
 
@@ -143,7 +144,8 @@ def test_a_cut_network_computes_what_the_masked_one_does(name: str) -> None:
     pixels = torch.randn(3, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     chain = build_chain(model, pixels[:1])
     widths = widths_of(chain)
-    said = [kind for kind in dict.fromkeys(width.kind for width in widths) if kind != "heads" or name in HEADS]
+    said = [kind for kind in ("mlp", "heads", "channels") if kind != "heads" or name in HEADS]
+    said = [kind for kind in said if any(width.kind == kind for width in widths)]
     assert said
     for kind in said:
         kept = kept_of(widths, kind, 0.5)
@@ -158,6 +160,45 @@ def test_a_cut_network_computes_what_the_masked_one_does(name: str) -> None:
 HEADS = {"ViT", "DINOv2", "DINOv2, gated", "DINOv2 with registers", "DeiT", "ViT-MSN", "timm's Swin"}
 HEADS |= {"BEiT", "BEiT, tables of positions"}
 """Of these a configuration can say how many heads are left."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT",
+        "BEiT, tables of positions",
+        "timm's Swin",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("DINOv2 with registers", "BEiT", "DeiT", "ViT-MSN")),
+    ],
+)
+def test_heads_compute_the_same_in_other_bases_and_lose_ranks(name: str) -> None:
+    checkpoint = {**CHECKPOINTS, **MORE}[name]()
+    model, size, generator = checkpoint.model, SIZES.get(name, 8), torch.Generator().manual_seed(2)
+    pixels = torch.randn(3, 3, size, size, dtype=torch.float64, generator=generator)
+    chain, state = build_chain(model, pixels[:1]), dict(model.state_dict())
+    widths = [width for width in widths_of(chain) if width.kind == "ranks"]
+    assert widths
+    for width in widths:
+        shape = (2, width.readers[0].times, width.units, width.units)
+        A, B = torch.randn(shape, generator=generator, dtype=torch.float64) + 3 * torch.eye(width.units)
+        state |= turned(state, width, A, B)
+    other, expected = copy.deepcopy(model), answer(model, pixels)
+    other.load_state_dict(state)
+    assert torch.allclose(answer(other, pixels), expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
+
+    kept = kept_of(widths, "ranks", 0.5)
+    counts = {width: len(units) for width, units in kept.items()}
+    smaller = resized(checkpoint, cut(rescaled(state, counts), kept), {"ranks": size_of(model, kept)})
+    for width, units in kept.items():  # queries without these ranks leave the keys' unread
+        gone = torch.ones(width.units, dtype=torch.bool).index_fill_(0, units, False)
+        slot = width.makers[0]
+        for tensor in [other.get_parameter(part.name) for part in (slot, *bias_of(width, slot))]:
+            tensor[slot.offset : slot.offset + slot.times * width.units][gone.repeat(slot.times)] = 0
+    masked, got = answer(without_reading(other, kept), pixels), answer(smaller.model, pixels)
+    assert torch.allclose(got, masked, rtol=1e-8, atol=1e-8 * float(masked.abs().max()))
+    assert not torch.allclose(masked, expected, rtol=1e-3)
+    assert type(smaller.model) is type(model)
 
 
 @pytest.mark.parametrize(
@@ -182,5 +223,5 @@ def test_what_no_configuration_says_is_refused() -> None:
 def test_residual_streams_embeddings_and_heads_of_classes_are_no_widths() -> None:
     for model in (transformers_vit(), timm_vit()):
         widths = widths_of(build_chain(model, images(1)))
-        assert [width.kind for width in widths] == ["heads", "mlp"] * 2
-        assert {width.units for width in widths} == {2, 12}
+        assert [width.kind for width in widths] == ["heads", "ranks", "mlp"] * 2
+        assert {width.units for width in widths} == {2, widths[1].units, 12}

@@ -146,8 +146,8 @@ Ratio = Callable[[str], float | None]
 
 
 def given(run: Run, subject: object, batch: int) -> Ratio:
-    """Latencies as if MLPs took half of the time, and heads a quarter."""
-    parts = {"mlp": 0.5, "heads": 0.25}
+    """Latencies as if MLPs took half of the time, and what heads compute a quarter."""
+    parts = {"mlp": 0.5, "ranks": 0.25}
 
     def ratio(pattern: str) -> float:
         pairs = (part.split(":") for part in pattern.split("+"))

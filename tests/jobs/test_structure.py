@@ -12,8 +12,9 @@ from transformers import AutoModelForImageClassification
 from vision import save_model
 
 from snows_hf import inspect, prune, train
-from snows_hf.errors import SnowsError
+from snows_hf.errors import ConfigError, SnowsError
 from snows_hf.hub.load import load
+from snows_hf.jobs import structure
 from snows_hf.masks.criteria import SCORES
 from snows_hf.runtime.run import Progress
 
@@ -127,6 +128,43 @@ def test_a_network_that_is_smaller_from_the_beginning_is_an_ordinary_one(whole: 
     assert found["pattern"] == "mlp:0.5+heads:0.25" and found["pattern_ok"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in ({"units": "magnitude"}, {"units": "magnitude", "repair": False})
+        ),
+    ],
+)
+def test_heads_that_lose_ranks_are_an_ordinary_checkpoint(changes: dict[str, Any], tmp_path: Path) -> None:
+    """By magnitude without other bases, which keeps less."""
+    out, given = tmp_path / "out", {"eval_data": str(DIGITS), **QUICK, "joint_steps": 0, **changes}
+    report = prune(str(VIT), "ranks:0.5", output=out, **given).report
+    stock = AutoModelForImageClassification.from_pretrained(out).eval()
+    assert (stock.config.num_attention_heads, stock.config.head_dim) == (4, 6)
+    checkpoint = load(str(out))
+    pixels = checkpoint.image()
+    with torch.no_grad():
+        assert torch.equal(stock(pixels).logits, checkpoint.model(pixels).logits)
+    assert {(unit["kind"], unit["before"], unit["after"]) for unit in report["units"].values()} == {("ranks", 12, 6)}
+    found = report["fidelity"]["pruned"]["divergence"]
+    assert (found < 2e-4) == (not changes)
+    if not changes:
+        assert found < report["fidelity"]["masked"]["divergence"]
+        heads = prune(str(VIT), "heads:0.5", **given).report
+        assert found < heads["fidelity"]["pruned"]["divergence"] / 100
+
+
+def test_ranks_that_a_class_does_not_let_go_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Here since its products are not taken by 1/√d: as if nothing had to be made up for."""
+    monkeypatch.setattr(structure, "rescaled", lambda state, keep: dict(state))
+    with pytest.raises(ConfigError, match="computes other logits than the whole one"):
+        prune(str(VIT), "ranks:0.5", output=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 def test_units_go_by_the_sums_of_their_scores(whole: nn.Module) -> None:
     smaller = train(VIT, DIGITS, "mlp:0.5", mask="magnitude", **UNTRAINED).model
     for i in range(len(whole.get_submodule("vit.layers"))):
@@ -143,6 +181,7 @@ REFUSED = [
     pytest.param("vit", "channels:0.5", "has no such structure that can be cut", marks=pytest.mark.slow),
     pytest.param("vit", "heads:0.2", "has 2 heads, and 2 would be left", marks=pytest.mark.slow),
     pytest.param("vit", "mlp:0.99", "has 32 units, and 0 would be left", marks=pytest.mark.slow),
+    ("clip vision", "ranks:0.5", "no configuration says ranks of 4 in place of 8"),
     pytest.param("resnet", "channels:0.5", "or --allow-custom, which makes a model", marks=pytest.mark.slow),
 ]
 

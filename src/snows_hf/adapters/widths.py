@@ -9,7 +9,7 @@ whose width all blocks share, a norm over it, an output) is left as it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from .outputs import is_two_tower
 from .trace import ACTIVATIONS, Graph, Layer, kind, reached, value_of
 
 
-KINDS = ("mlp", "heads", "channels")
+KINDS = ("mlp", "heads", "ranks", "channels")
 
 ELEMENTWISE = ACTIVATIONS | frozenset(("add", "sub", "mul", "div", "neg", "pow", "sigmoid", "hardsigmoid", "tanh"))
 ELEMENTWISE |= {"erf", "clamp", "dropout", "feature_dropout", "clone", "contiguous", "to", "alias", "detach"}
@@ -33,12 +33,18 @@ POOLINGS = frozenset(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adapti
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the units of a width are in a tensor: from ``offset`` on along ``dim``, each with ``each`` entries."""
+    """Where the units of a width are in a tensor: from ``offset`` on along ``dim``, each with ``each`` entries; all of
+    them so many ``times`` one after the other, as the dimensions of heads are."""
 
     name: str
     dim: int
     offset: int = 0
     each: int = 1
+    times: int = 1
+
+    def entries(self, units: Tensor) -> Tensor:
+        """What is said of each unit, (units,), said of each of its entries."""
+        return units.repeat_interleave(self.each).repeat(self.times)
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Width:
 
     Attributes:
         name: that of the layer that makes them, the first of several.
-        kind: ``mlp`` (between two products without a kernel), ``heads`` (of attention) or ``channels`` (inside a
-            residual unit or an inverted bottleneck).
+        kind: ``mlp`` (between two products without a kernel), ``heads`` (of attention), ``ranks`` (dimensions of each
+            of these) or ``channels`` (inside a residual unit or an inverted bottleneck).
         units: how many there are.
         makers: rows of weights.
         along: entries of what lies between: biases, norms, depthwise kernels.
@@ -387,10 +393,11 @@ def _heads(graph: Graph, prunable: Mapping[str, str]) -> Iterator[Width]:
             continue
         makers = [Slot(n.weight, 0, i * width, each) for n in layers for i in range(3 // len(layers))]
         biases = [Slot(f"{slot.name.removesuffix('weight')}bias", 0, slot.offset, each) for slot in makers]
-        along = [slot for slot in biases if slot.name in dict(graph.model.named_parameters())] + tables
-        yield Width(
-            prunable[layers[0].weight], "heads", heads, tuple(makers), tuple(along), (Slot(out.weight, 1, each=each),)
-        )
+        along = [slot for slot in biases if slot.name in dict(graph.model.named_parameters())]
+        name, reader = prunable[layers[0].weight], Slot(out.weight, 1, each=each)
+        yield Width(name, "heads", heads, tuple(makers), (*along, *tables), (reader,))
+        inside = (tuple(replace(slot, each=1, times=heads) for slot in slots) for slots in (makers, along, [reader]))
+        yield Width(name, "ranks", each, *inside)
 
 
 def _tables(graph: Graph, layers: list[Layer], product: Node, heads: int) -> list[Slot] | None:
@@ -441,8 +448,8 @@ def cut(state: Mapping[str, Tensor], kept: Mapping[Width, Tensor]) -> dict[str, 
         for slot in width.slots:
             size = state[slot.name].shape[slot.dim]
             entries = stays.setdefault((slot.name, slot.dim), torch.ones(size, dtype=torch.bool))
-            own = torch.zeros(width.units, dtype=torch.bool).index_fill_(0, units.cpu(), True)
-            entries[slot.offset : slot.offset + width.units * slot.each] = own.repeat_interleave(slot.each)
+            own = slot.entries(torch.zeros(width.units, dtype=torch.bool).index_fill_(0, units.cpu(), True))
+            entries[slot.offset : slot.offset + len(own)] = own
     smaller = {name: tensor.detach().clone() for name, tensor in state.items()}
     for (name, dim), entries in stays.items():
         smaller[name] = smaller[name].index_select(dim, entries.nonzero().flatten().to(smaller[name].device))

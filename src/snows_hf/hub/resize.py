@@ -54,7 +54,7 @@ def resized(
     allow_custom: bool = False,
     unread: Collection[str] = (),
 ) -> Checkpoint:
-    """The checkpoint with these tensors, of which structures (``mlp``, ``heads``, ``channels``) have new sizes; where
+    """The checkpoint with these tensors, of which structures (``mlp``, ``heads``, …) have new sizes; where
     no configuration says so, a custom one, if that is allowed. Tensors that are ``unread`` (no output depends on them)
     become smaller where the configuration has them so.
 
@@ -159,6 +159,10 @@ def _fields(name: str, size: Size, config: Any, path: Path, said: Mapping[str, A
     elif name == "heads":
         _, heads, each = zip(*size.stages, strict=True)
         yield {("num_heads",): list(heads), ("head_dim",): list(each)}
+    elif name == "ranks" and config is not None:
+        yield {(*path, "head_dim"): size.after}
+    elif name == "ranks":
+        yield {("head_dim",): size.after if len(size.stages) == 1 else [after for _, after, _ in size.stages]}
     elif name == "channels" and config is None:
         for (key, full), share in product({"base_width": 64, "inner": 1.0}.items(), size.shares()):
             yield {(key,): said.get(key, full) * share}

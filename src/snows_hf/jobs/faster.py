@@ -32,9 +32,9 @@ Mix = Mapping[str, float]
 
 MIXES: tuple[Mix, ...] = (
     {"mlp": 1},
-    {"mlp": 1, "heads": 1 / 3},
-    {"mlp": 1, "heads": 2 / 3},
-    {"heads": 1},
+    {"mlp": 1, "ranks": 1 / 3},
+    {"mlp": 1, "ranks": 2 / 3},
+    {"ranks": 1},
     {"channels": 1},
     {"mlp": 1, "channels": 1},
 )

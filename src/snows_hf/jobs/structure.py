@@ -5,14 +5,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters import Chain, build_chain
+from ..adapters import build_chain
 from ..adapters.check import widened
 from ..adapters.outputs import outputs_of
+from ..adapters.turn import random_bases, rescaled, without_ranks
 from ..adapters.widths import Width, cut, unread, widths_of
 from ..errors import ConfigError, PatternError, one_line
 from ..hub.load import Checkpoint
@@ -28,7 +30,7 @@ from ..runtime.run import Run
 from .subject import Subject, copy_of
 
 
-UNITS = {"mlp": "units", "heads": "heads", "channels": "channels"}
+UNITS = {"mlp": "units", "heads": "heads", "ranks": "ranks", "channels": "channels"}
 """What each structure is made of, in words."""
 
 
@@ -45,9 +47,10 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: b
     keep = counts_left(subject, widths, shares)
     if not can_be_said(subject, keep) and can_be_said(subject, fewer := rounded_down(keep, shares)):
         keep = fewer
-    smaller = resized_to_first(subject, keep, allow_custom)
-    if smaller.custom:
-        check_custom(subject, smaller, first_units(keep))
+    bases = random_bases(subject.original, (width for width in keep if width.kind == "ranks"))
+    smaller = resized_to_first(subject, keep, allow_custom, bases)
+    if smaller.custom or bases:
+        check_smaller(subject, smaller, first_units(keep), bases)
     return keep
 
 
@@ -90,19 +93,23 @@ def rounded_down(keep: Mapping[Width, int], shares: Mapping[str, float]) -> dict
 
 
 @torch.no_grad()
-def check_custom(subject: Subject, smaller: Checkpoint, kept: Mapping[Width, Tensor]) -> None:
-    """Makes sure that a custom network, whose modules were narrowed from outside, computes what the whole one does
-    where nothing reads the units that are gone.
+def check_smaller(
+    subject: Subject, smaller: Checkpoint, kept: Mapping[Width, Tensor], bases: Mapping[str, Tensor]
+) -> None:
+    """Makes sure that a smaller network whose modules were narrowed from outside, or whose heads compute in other
+    ``bases``, computes what the whole one does where nothing reads the units that are gone.
 
     Raises:
         ConfigError: it does not, or does not run.
     """
     chain, name = subject.chain, f"A narrower {type(smaller.model).__name__}"
+    whole = {**bases, **without_ranks({**subject.original, **bases}, kept)}
+    whole |= without_reading({**subject.original, **whole}, kept)
     image = chain.image if chain.image is not None else subject.checkpoint.image()
     noise = torch.randn((2, *image.shape[1:]), generator=torch.Generator().manual_seed(0))
     with widened(subject.network), widened(smaller.model):
         noise = noise.to(next(subject.network.parameters()))
-        with holding(chain, without_reading(chain, kept)):
+        with holding(chain, {name: tensor.to(chain.tensor(name)) for name, tensor in whole.items()}):
             expected = outputs_of(subject.network, noise)
         try:
             got = outputs_of(smaller.model, noise)
@@ -115,13 +122,19 @@ def check_custom(subject: Subject, smaller: Checkpoint, kept: Mapping[Width, Ten
             raise ConfigError(fault, "Its code depends on the old widths. Try zeros, such as 2:4.")
 
 
-def resized_to_first(subject: Subject, keep: Mapping[Width, int], allow_custom: bool = False) -> Checkpoint:
-    """A smaller network of the first units of each width: of the right shapes, but not one to use.
+def resized_to_first(
+    subject: Subject,
+    keep: Mapping[Width, int],
+    allow_custom: bool = False,
+    bases: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Checkpoint:
+    """A smaller network of the first units of each width, in other ``bases`` of its heads: of the right shapes, but
+    not one to use.
 
     Raises:
         ConfigError: no configuration describes it.
     """
-    state = cut(subject.original, first_units(keep))
+    state = cut(rescaled({**subject.original, **bases}, keep), first_units(keep))
     return resized(subject.checkpoint, state, sizes_of(subject, keep), allow_custom, unread(subject.chain))
 
 
@@ -148,13 +161,13 @@ def sizes_of(subject: Subject, keep: Mapping[Width, int]) -> dict[str, Size]:
     return sizes
 
 
-def without_reading(chain: Chain, kept: Mapping[Width, Tensor]) -> dict[str, Tensor]:
+def without_reading(state: Mapping[str, Tensor], kept: Mapping[Width, Tensor]) -> dict[str, Tensor]:
     """Copies of the weights that read the widths, with zeros for the units that are not ``kept``."""
-    weights = {slot.name: chain.weight(slot.name).detach().clone() for width in kept for slot in width.readers}
+    weights = {slot.name: state[slot.name].detach().clone() for width in kept for slot in width.readers}
     for width, units in kept.items():
         gone = torch.ones(width.units, dtype=torch.bool).index_fill_(0, units, False)
         for slot in width.readers:
-            columns = gone.repeat_interleave(slot.each)
+            columns = slot.entries(gone)
             weights[slot.name][:, slot.offset : slot.offset + len(columns)][:, columns] = 0
     return weights
 
@@ -218,12 +231,19 @@ def cut_checkpoint(
         run.say(f"Choosing units of {len(widths)} layers by {config.units}")
         units = in_smaller_batches(lambda fitting: choose_units(fitting, keep), fit_criterion(evidence))
         tensors = {f"kept {i}": units.kept[width].cpu() for i, width in enumerate(widths)}
-        return Record(tensors | {f"tensor {name}": value.cpu() for name, value in units.tensors.items()}, {})
+        for what, own in (("turned", units.turned), ("tensor", units.tensors)):
+            tensors |= {f"{what} {name}": value.cpu() for name, value in own.items()}
+        return Record(tensors, {})
 
     found = run.journal.once("units", decide).tensors
     kept = {width: found[f"kept {i}"] for i, width in enumerate(widths)}
-    tensors = {name.removeprefix("tensor "): value for name, value in found.items() if name.startswith("tensor ")}
-    bare = cut(subject.original, kept)
-    state = cut(subject.original | {name: value.to(bare[name].dtype) for name, value in tensors.items()}, kept)
+
+    def kept_of(what: str) -> dict[str, Tensor]:
+        own = {name.removeprefix(what): value for name, value in found.items() if name.startswith(what)}
+        return {name: value.to(subject.original[name].dtype) for name, value in own.items()}
+
+    turned, tensors = kept_of("turned "), kept_of("tensor ")
+    bare = cut(rescaled(subject.original | turned, keep), kept)
+    state = cut(rescaled(subject.original | turned | tensors, keep), kept)
     smaller = resized(subject.checkpoint, state, sizes_of(subject, keep), allow_custom, unread(chain))
     return smaller, {name: bare[name] for name in tensors}

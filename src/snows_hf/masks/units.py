@@ -9,22 +9,29 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor
 
+from ..adapters.turn import without_ranks
 from ..adapters.widths import Width
+from ..method.streams import holding
 from ..patterns import Full
 from .aims import Aim, Fit, aim_of, bias_for, damped, halfway_fits
 from .criteria import find_criterion
 from .estimate import tell_estimate
 from .evidence import Evidence, matrix
 from .group_obs import Reader, covariance, repair, units_left, variance
+from .ranks import turned_for
 from .scores.base import Choice, Score
 
 
 @dataclass(frozen=True)
 class Units:
-    """The units that each width keeps, in order, and the tensors that make up for the others, of their old shapes."""
+    """The units that each width keeps, in order, and the tensors that make up for the others, of their old shapes.
+
+    Where ranks go, it is in other bases, in which ``turned`` has the dense network's tensors.
+    """
 
     kept: dict[Width, Tensor]
     tensors: dict[str, Tensor]
+    turned: dict[str, Tensor]
 
 
 def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
@@ -36,15 +43,21 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
         evidence: of the dense network, with images.
         keep: how many units each width keeps.
     """
-    config, tensors = evidence.config, dict[str, Tensor]()
-    kept = shared_units(evidence, keep) if config.units == "obs" else units_by_score(evidence, keep)
-    if config.units == "obs" or config.repair:
-        tell_estimate(*repairing(evidence, keep, dict(kept)), "repairs")
-        fitting, settle = repairing(evidence, keep, kept)
-        fits = halfway_fits(fitting, tensors)
-        for fit in evidence.run.track(fits, "Repairs", len(fitting.weights), attrgetter("name")):
-            tensors |= settle(fitting, fit)
-    return Units(kept, tensors)
+    config, chain = evidence.config, evidence.network
+    obs = config.units == "obs"
+    ranks = [width for width in keep if width.kind == "ranks" and obs]
+    turned = turned_for(evidence, ranks)
+    with holding(chain, turned):
+        kept = shared_units(evidence, keep) if obs else units_by_score(evidence, keep)
+        kept |= {width: torch.arange(keep[width]) for width in ranks}
+        tensors = without_ranks({slot.name: chain.tensor(slot.name) for width in kept for slot in width.slots}, kept)
+        if obs or config.repair:
+            tell_estimate(*repairing(evidence, keep, dict(kept)), "repairs")
+            fitting, settle = repairing(evidence, keep, kept)
+            fits = halfway_fits(fitting, tensors)
+            for fit in evidence.run.track(fits, "Repairs", len(fitting.weights), attrgetter("name")):
+                tensors |= settle(fitting, fit)
+    return Units(kept, tensors, turned)
 
 
 def repairing(
@@ -61,7 +74,8 @@ def repairing(
         W, C = by_unit(aim, weight)
         if width not in kept:
             kept[width] = units_left([Reader(W, C, width.units)], keep[width])
-        units = torch.arange(width.units, device=W.device).repeat_interleave(W.shape[1] // width.units)
+        units = width.readers[0].entries(torch.arange(width.units))
+        units = units.repeat_interleave(W.shape[1] // len(units)).to(W.device)  # of kernels
         stays = torch.isin(units, kept[width].to(W.device))
         updated = repair(W, C, stays).view_as(weight)
         return {fit.name: updated.to(weight)} | bias_for(own, aim, matrix(updated))
@@ -122,6 +136,7 @@ def scores_of(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tens
     for width in keep:
         each = (scores[slot.name].movedim(slot.dim, 0) for slot in (*width.makers, *width.readers))
         slots = (*width.makers, *width.readers)
-        own = (s[t.offset : t.offset + width.units * t.each] for s, t in zip(each, slots, strict=True))
-        sums[width] = torch.stack([part.reshape(width.units, -1).sum(1) for part in own]).sum(0)
+        own = (s.narrow(0, t.offset, t.times * width.units * t.each) for s, t in zip(each, slots, strict=True))
+        parts = [s.reshape(t.times, width.units, -1).sum((0, 2)) for s, t in zip(own, slots, strict=True)]
+        sums[width] = torch.stack(parts).sum(0)
     return sums

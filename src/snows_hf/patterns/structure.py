@@ -7,8 +7,9 @@ import re
 from ..errors import PatternError
 
 
-STRUCTURES = ("mlp", "heads", "channels")
-"""Units of MLPs, heads of attentions, inner channels of residual units and inverted bottlenecks."""
+STRUCTURES = ("mlp", "heads", "ranks", "channels")
+"""Units of MLPs, heads of attentions, dimensions of each of these, inner channels of residual units and inverted
+bottlenecks."""
 
 
 def split_structures(text: str) -> tuple[dict[str, float], str]:
@@ -34,6 +35,8 @@ def split_structures(text: str) -> tuple[dict[str, float], str]:
         if name in shares:
             raise PatternError(f"Pattern {text!r}: {name} is said twice.")
         shares[name] = share
+    if {"heads", "ranks"} <= shares.keys():
+        raise PatternError(f"Pattern {text!r}: heads lose either some of their number or some of their ranks.")
     if len(rest) > 1:
         raise PatternError(f"Pattern {text!r}: expected at most one pattern of zeros, got {' and '.join(rest)}.")
     return shares, "".join(rest)
