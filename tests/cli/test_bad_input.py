@@ -72,8 +72,9 @@ def yaml(name: str, content: str | bytes, *expected: str) -> Fault:
 
 SETTINGS = [
     *(setting("0 < N < M", pattern=text) for text in ("5:4", "0:4", "4:4", "2:0")),
-    *(setting("expected a share between 0 and 1 of mlp, heads, channels", pattern=text) for text in STRUCTURES),
+    *(setting("expected a share between 0 and 1 of mlp, heads, ranks, channels", pattern=text) for text in STRUCTURES),
     setting("mlp is said twice", pattern="mlp:0.5+mlp:0.25"),
+    setting("heads lose either some of their number or some of their ranks", pattern="heads:0.5+ranks:0.5"),
     setting("expected at most one pattern of zeros, got 2:4 and 0.5", pattern="mlp:0.5+2:4+0.5"),
     setting("Criterion 'best' of units", pattern="mlp:0.5", set="units=best"),
     setting("Criterion 'alps' of units", pattern="mlp:0.5", set="units=alps"),
