@@ -92,7 +92,7 @@ def masked(folder: Path, units: dict[str, Any], smaller: Any, pixels: torch.Tens
     model: Any = snows_hf.load(folder).model.double()
     own, left = model.state_dict(), smaller.state_dict()
     for width in widths_of(build_chain(model, pixels[:1])):
-        if width.name in units:
+        if width.name in units and width.kind == units[width.name]["kind"]:
             slot = next(slot for slot in width.along if own[slot.name].dim() == 1)
             there = torch.isin(own[slot.name], left[slot.name])[slot.offset :][: width.units * slot.each]
             for reader in width.readers:

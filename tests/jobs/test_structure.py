@@ -158,9 +158,14 @@ def test_heads_that_lose_ranks_are_an_ordinary_checkpoint(changes: dict[str, Any
 
 
 def test_ranks_that_a_class_does_not_let_go_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Here since its products are not taken by 1/√d: as if nothing had to be made up for."""
-    monkeypatch.setattr(structure, "rescaled", lambda state, keep: dict(state))
-    with pytest.raises(ConfigError, match="computes other logits than the whole one"):
+    """As if products were not taken by 1/√d, and as if heads computed something else in other bases."""
+    with monkeypatch.context() as patch:
+        patch.setattr(structure, "rescaled", lambda state, keep: dict(state))
+        with pytest.raises(ConfigError, match="computes other outputs than the whole one"):
+            prune(str(VIT), "ranks:0.5", output=tmp_path / "out", **QUICK)
+    others = structure.random_bases
+    monkeypatch.setattr(structure, "random_bases", lambda *of: {k: 2 * v for k, v in others(*of).items()})
+    with pytest.raises(ConfigError, match="heads in other bases compute other outputs"):
         prune(str(VIT), "ranks:0.5", output=tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()
 

@@ -42,12 +42,13 @@ def bias_of(width: Width, maker: Slot) -> list[Slot]:
 
 
 def random_bases(state: Mapping[str, Tensor], widths: Iterable[Width]) -> dict[str, Tensor]:
-    """:func:`turned` at random, of the attentions whose ranks these widths are; orthonormal, so that no digits go."""
+    """:func:`turned` at random, of the attentions whose ranks these widths are, in float32; orthonormal, so that no
+    digits go."""
     generator, found = torch.Generator().manual_seed(0), dict[str, Tensor]()
     for width in widths:
         shape = (2, width.readers[0].times, width.units, width.units)
         A, B = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q
-        found |= turned(state, width, A, B)
+        found |= turned({slot.name: state[slot.name].float() for slot in width.slots}, width, A, B)
     return found
 
 

@@ -97,29 +97,51 @@ def check_smaller(
     subject: Subject, smaller: Checkpoint, kept: Mapping[Width, Tensor], bases: Mapping[str, Tensor]
 ) -> None:
     """Makes sure that a smaller network whose modules were narrowed from outside, or whose heads compute in other
-    ``bases``, computes what the whole one does where nothing reads the units that are gone.
+    ``bases``, computes what the whole one does where nothing reads the units that are gone; and the whole one what it
+    does, in these bases.
 
     Raises:
         ConfigError: it does not, or does not run.
     """
-    chain, name = subject.chain, f"A narrower {type(smaller.model).__name__}"
+    kind = type(smaller.model).__name__
     whole = {**bases, **without_ranks({**subject.original, **bases}, kept)}
     whole |= without_reading({**subject.original, **whole}, kept)
-    image = chain.image if chain.image is not None else subject.checkpoint.image()
-    noise = torch.randn((2, *image.shape[1:]), generator=torch.Generator().manual_seed(0))
     with widened(subject.network), widened(smaller.model):
-        noise = noise.to(next(subject.network.parameters()))
-        with holding(chain, {name: tensor.to(chain.tensor(name)) for name, tensor in whole.items()}):
-            expected = outputs_of(subject.network, noise)
+        expected = answers(subject, whole)
+        same = not bases or agree(answers(subject, bases), answers(subject, {}))
         try:
-            got = outputs_of(smaller.model, noise)
+            got = outputs_of(smaller.model, noise_for(subject))
         except Exception as error:  # a library's, of any type
-            fault = f"{name} cannot run: {type(error).__name__}: {one_line(error)}"
+            fault = f"A narrower {kind} cannot run: {type(error).__name__}: {one_line(error)}"
             raise ConfigError(fault, "Its code depends on the old widths. Try zeros, such as 2:4.") from error
-    for output, values in expected.items():
-        if output not in got or not torch.allclose(got[output], values, rtol=1e-3, atol=1e-3 * float(values.std())):
-            fault = f"{name} computes other {output} than the whole one without the units."
-            raise ConfigError(fault, "Its code depends on the old widths. Try zeros, such as 2:4.")
+    if not same:
+        fault = f"{kind}: heads in other bases compute other outputs, so that no ranks can go."
+        raise ConfigError(fault, "Something tells their dimensions apart (rotary positions do). Try mlp:0.5.")
+    if not agree(got, expected):
+        fault = f"A narrower {kind} computes other outputs than the whole one without the units."
+        raise ConfigError(fault, "Its code depends on the old widths. Try zeros, such as 2:4.")
+
+
+def noise_for(subject: Subject) -> Tensor:
+    """Two images of noise of the size that the model reads."""
+    image = subject.chain.image if subject.chain.image is not None else subject.checkpoint.image()
+    noise = torch.randn((2, *image.shape[1:]), generator=torch.Generator().manual_seed(0))
+    return noise.to(next(subject.network.parameters()))
+
+
+def answers(subject: Subject, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the whole network computes with some tensors in place of its own."""
+    chain = subject.chain
+    with holding(chain, {name: tensor.to(chain.tensor(name)) for name, tensor in tensors.items()}):
+        return outputs_of(subject.network, noise_for(subject))
+
+
+def agree(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether all outputs that are expected are there, but for rounding in float32."""
+    return all(
+        name in got and torch.allclose(got[name], values, rtol=1e-3, atol=1e-3 * float(values.std()))
+        for name, values in expected.items()
+    )
 
 
 def resized_to_first(
