@@ -116,7 +116,7 @@ def kept() -> list[Kept]:
     return [
         stacked("DINOv2-S", "`2:4`", efforts, "dense", ".* alone", "`standard`"),
         stacked("DINOv2-S", "`0.7`", share, "dense", ".* alone", "`standard`"),
-        stacked("DINOv2-S", "`mlp:0.5`", units, "dense", "group OBS with its repair", r"… with a \[higher"),
+        stacked("DINOv2-S", "`mlp:0.5`", units, "dense", "group OBS with its repair", r"….*`standard`"),
         stacked("EfficientNet-Lite0", "`2:4`", efficientnet, "dense", "ALPS, depthwise", ".*24 joint"),
         in_a_row("ResNet-20", "`2:4`", "ResNet-20, 2:4"),
         in_a_row("ResNet-20", "`1:4`", "ResNet-20, 1:4"),
