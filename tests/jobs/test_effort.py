@@ -65,6 +65,7 @@ def test_cnns_take_joint_steps_alone_after_a_fit(family, steps):
 def test_what_a_quick_prune_would_take_is_said_where_it_is_less_by_far(monkeypatch, told):
     """To one that is quick itself there is none to compare with."""
     monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
+    monkeypatch.setattr(estimate, "REPEATED", 0.1)
     monkeypatch.setattr(job, "LONG", 0.0)
     model, said = tiny.transformers_vit(), []
     masks, images = tiny.magnitude_masks(model), Images(Shelf())

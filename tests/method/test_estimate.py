@@ -19,6 +19,7 @@ def test_short_work_is_not_estimated():
 def test_an_estimate_is_of_the_size_of_the_truth(monkeypatch, joint_steps):
     """No layer ends early here. What other programs do at the same time is why the bounds are wide."""
     monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
+    monkeypatch.setattr(estimate, "REPEATED", 0.1)
     model, images = tiny.transformers_vit(), tiny.images(48)
     masks, chain = tiny.magnitude_masks(model), build_chain(model)
     settings = {"batch_size": 16, "patience": 99, "joint_steps": joint_steps, "cg_rtol": 0.0, "preconditioner": "gram"}
