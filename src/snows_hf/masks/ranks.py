@@ -13,6 +13,7 @@ eigenvalues of C_h^½ W_hᵀ W_h C_h^½, largest first. The basis is orthonormal
 """
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -32,9 +33,10 @@ def turned_for(evidence: Evidence, widths: Iterable[Width]) -> dict[str, Tensor]
         evidence: of the dense network, with images.
     """
     found: dict[str, Tensor] = {}
-    for width in widths:
-        names = dict.fromkeys(slot.name for slot in (*width.makers[:2], *width.readers))
-        grams = dict(evidence.moments(list(names)))
+    names = {w: list(dict.fromkeys(slot.name for slot in (*w.makers[:2], *w.readers))) for w in widths}
+    totals = evidence.moments([name for own in names.values() for name in own])
+    for width, own in names.items():
+        grams = dict(islice(totals, len(own)))
         tensors = {slot.name: evidence.network.tensor(slot.name) for slot in width.slots}
         A = of_products(*(second_moments(tensors, width, slot, grams[slot.name]) for slot in width.makers[:2]))
         name = width.readers[0].name
@@ -47,14 +49,10 @@ def second_moments(tensors: Mapping[str, Tensor], width: Width, maker: Slot, gra
     """Of each head's queries around zero, or of its keys around their mean, (heads, d, d), with a ridge; from
     Σ [x, 1][x, 1]ᵀ of what the layer reads."""
     bias = bias_of(width, maker)
-    rows = [tensors[slot.name].detach().double() for slot in (maker, *bias)]
-    rows = [
-        tensor.narrow(0, maker.offset, maker.times * width.units).reshape(maker.times, width.units, -1)
-        for tensor in rows
-    ]
-    if not bias:
-        rows.append(torch.zeros_like(rows[0][..., :1]))
-    affine = torch.cat(rows, 2)
+    parts = [tensors[slot.name].detach().double() for slot in (maker, *bias)]
+    parts = [part.narrow(0, maker.offset, maker.times * width.units) for part in parts]
+    parts = [part.reshape(maker.times, width.units, -1) for part in parts]
+    affine = torch.cat(parts if bias else [*parts, torch.zeros_like(parts[0][..., :1])], 2)
     mean = gram[:, -1:].double() / gram[-1, -1]
     moments = gram.double() / gram[-1, -1]
     if maker is not width.makers[0]:
