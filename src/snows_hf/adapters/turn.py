@@ -27,7 +27,7 @@ def turned(state: Mapping[str, Tensor], width: Width, A: Tensor, B: Tensor) -> d
     for slot, basis in zip(width.makers, (A, torch.linalg.inv(A).mT, B), strict=True):
         for own in (slot, *bias_of(width, slot)):
             tensor = found.setdefault(own.name, state[own.name].detach().double().clone())
-            part = tensor.narrow(0, own.offset, own.times * width.units)
+            part = own.part(tensor, width.units)
             part.copy_((basis @ part.reshape(own.times, width.units, -1)).view_as(part))
     (reader,) = width.readers
     out = state[reader.name].detach().double().unflatten(1, (reader.times, width.units))
@@ -59,9 +59,8 @@ def without_ranks(state: Mapping[str, Tensor], kept: Mapping[Width, Tensor]) -> 
         for maker in width.makers[:2] if width.kind == "ranks" else ():
             for slot in (maker, *bias_of(width, maker)):
                 tensor = found.setdefault(slot.name, state[slot.name].detach().clone())
-                stays = torch.zeros(width.units, dtype=torch.bool).index_fill_(0, units.cpu(), True)
-                part = tensor.narrow(0, slot.offset, slot.times * width.units)
-                part[~slot.entries(stays).to(part.device)] = 0
+                gone = ~slot.entries(width.marked(units))
+                slot.part(tensor, width.units)[gone.to(tensor.device)] = 0
     return found
 
 
@@ -71,5 +70,5 @@ def rescaled(state: Mapping[str, Tensor], keep: Mapping[Width, int]) -> dict[str
     for width, count in keep.items():
         for slot in (width.makers[0], *bias_of(width, width.makers[0])) if width.kind == "ranks" else ():
             tensor = scaled[slot.name] = scaled[slot.name].detach().clone()
-            tensor.narrow(0, slot.offset, slot.times * width.units).mul_(math.sqrt(count / width.units))
+            slot.part(tensor, width.units).mul_(math.sqrt(count / width.units))
     return scaled

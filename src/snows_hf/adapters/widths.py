@@ -23,8 +23,6 @@ from .outputs import is_two_tower
 from .trace import ACTIVATIONS, Graph, Layer, kind, reached, value_of
 
 
-KINDS = ("mlp", "heads", "ranks", "channels")
-
 ELEMENTWISE = ACTIVATIONS | frozenset(("add", "sub", "mul", "div", "neg", "pow", "sigmoid", "hardsigmoid", "tanh"))
 ELEMENTWISE |= {"erf", "clamp", "dropout", "feature_dropout", "clone", "contiguous", "to", "alias", "detach"}
 
@@ -45,6 +43,10 @@ class Slot:
     def entries(self, units: Tensor) -> Tensor:
         """What is said of each unit, (units,), said of each of its entries."""
         return units.repeat_interleave(self.each).repeat(self.times)
+
+    def part(self, tensor: Tensor, units: int) -> Tensor:
+        """The entries of so many units, a view."""
+        return tensor.narrow(self.dim, self.offset, self.times * units * self.each)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class Width:
     @property
     def slots(self) -> tuple[Slot, ...]:
         return (*self.makers, *self.along, *self.readers)
+
+    def marked(self, units: Tensor) -> Tensor:
+        """Whether each unit is one of these, (units,), on the CPU."""
+        return torch.zeros(self.units, dtype=torch.bool).index_fill_(0, units.cpu(), True)
 
 
 @dataclass(eq=False)
@@ -448,7 +454,7 @@ def cut(state: Mapping[str, Tensor], kept: Mapping[Width, Tensor]) -> dict[str, 
         for slot in width.slots:
             size = state[slot.name].shape[slot.dim]
             entries = stays.setdefault((slot.name, slot.dim), torch.ones(size, dtype=torch.bool))
-            own = slot.entries(torch.zeros(width.units, dtype=torch.bool).index_fill_(0, units.cpu(), True))
+            own = slot.entries(width.marked(units))
             entries[slot.offset : slot.offset + len(own)] = own
     smaller = {name: tensor.detach().clone() for name, tensor in state.items()}
     for (name, dim), entries in stays.items():

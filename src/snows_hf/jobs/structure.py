@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -148,7 +147,7 @@ def resized_to_first(
     subject: Subject,
     keep: Mapping[Width, int],
     allow_custom: bool = False,
-    bases: Mapping[str, Tensor] = MappingProxyType({}),
+    bases: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """A smaller network of the first units of each width, in other ``bases`` of its heads: of the right shapes, but
     not one to use.
@@ -156,7 +155,7 @@ def resized_to_first(
     Raises:
         ConfigError: no configuration describes it.
     """
-    state = cut(rescaled({**subject.original, **bases}, keep), first_units(keep))
+    state = cut(rescaled({**subject.original, **(bases or {})}, keep), first_units(keep))
     return resized(subject.checkpoint, state, sizes_of(subject, keep), allow_custom, unread(subject.chain))
 
 
@@ -187,10 +186,8 @@ def without_reading(state: Mapping[str, Tensor], kept: Mapping[Width, Tensor]) -
     """Copies of the weights that read the widths, with zeros for the units that are not ``kept``."""
     weights = {slot.name: state[slot.name].detach().clone() for width in kept for slot in width.readers}
     for width, units in kept.items():
-        gone = torch.ones(width.units, dtype=torch.bool).index_fill_(0, units, False)
         for slot in width.readers:
-            columns = slot.entries(gone)
-            weights[slot.name][:, slot.offset : slot.offset + len(columns)][:, columns] = 0
+            slot.part(weights[slot.name], width.units)[:, ~slot.entries(width.marked(units))] = 0
     return weights
 
 

@@ -48,16 +48,14 @@ def turned_for(evidence: Evidence, widths: Iterable[Width]) -> dict[str, Tensor]
 def second_moments(tensors: Mapping[str, Tensor], width: Width, maker: Slot, gram: Tensor) -> Tensor:
     """Of each head's queries around zero, or of its keys around their mean, (heads, d, d), with a ridge; from
     Σ [x, 1][x, 1]ᵀ of what the layer reads."""
-    bias = bias_of(width, maker)
-    parts = [tensors[slot.name].detach().double() for slot in (maker, *bias)]
-    parts = [part.narrow(0, maker.offset, maker.times * width.units) for part in parts]
-    parts = [part.reshape(maker.times, width.units, -1) for part in parts]
-    affine = torch.cat(parts if bias else [*parts, torch.zeros_like(parts[0][..., :1])], 2)
-    mean = gram[:, -1:].double() / gram[-1, -1]
-    moments = gram.double() / gram[-1, -1]
-    if maker is not width.makers[0]:
-        moments = moments - mean @ mean.T
-    return damped(affine @ moments @ affine.mT)
+    slots = (maker, *bias_of(width, maker))
+    parts = [slot.part(tensors[slot.name].detach().double(), width.units) for slot in slots]
+    W, *bias = (part.reshape(maker.times, width.units, -1) for part in parts)
+    moments = W @ covariance(gram, centred=True) @ W.mT
+    if maker is width.makers[0]:
+        mean = W @ (gram[:-1, -1:] / gram[-1, -1]).double() + (bias[0] if bias else 0)
+        moments = moments + mean @ mean.mT
+    return damped(moments)
 
 
 def of_products(queries: Tensor, keys: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
     with holding(chain, turned):
         kept = shared_units(evidence, keep) if obs else units_by_score(evidence, keep)
         kept |= {width: torch.arange(keep[width]) for width in ranks}
-        tensors = without_ranks({slot.name: chain.tensor(slot.name) for width in kept for slot in width.slots}, kept)
+        tensors = without_ranks(dict(chain.model.named_parameters()), kept)
         if obs or config.repair:
             tell_estimate(*repairing(evidence, keep, dict(kept)), "repairs")
             fitting, settle = repairing(evidence, keep, kept)
@@ -74,9 +74,8 @@ def repairing(
         W, C = by_unit(aim, weight)
         if width not in kept:
             kept[width] = units_left([Reader(W, C, width.units)], keep[width])
-        units = width.readers[0].entries(torch.arange(width.units))
-        units = units.repeat_interleave(W.shape[1] // len(units)).to(W.device)  # of kernels
-        stays = torch.isin(units, kept[width].to(W.device))
+        stays = width.readers[0].entries(width.marked(kept[width]))
+        stays = stays.repeat_interleave(W.shape[1] // len(stays)).to(W.device)  # of kernels
         updated = repair(W, C, stays).view_as(weight)
         return {fit.name: updated.to(weight)} | bias_for(own, aim, matrix(updated))
 
@@ -134,9 +133,7 @@ def scores_of(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tens
     evidence.ranked(scores)  # which refuses those that are no numbers
     sums = {}
     for width in keep:
-        each = (scores[slot.name].movedim(slot.dim, 0) for slot in (*width.makers, *width.readers))
         slots = (*width.makers, *width.readers)
-        own = (s.narrow(0, t.offset, t.times * width.units * t.each) for s, t in zip(each, slots, strict=True))
-        parts = [s.reshape(t.times, width.units, -1).sum((0, 2)) for s, t in zip(own, slots, strict=True)]
-        sums[width] = torch.stack(parts).sum(0)
+        parts = ((slot, slot.part(scores[slot.name], width.units).movedim(slot.dim, 0)) for slot in slots)
+        sums[width] = torch.stack([s.reshape(slot.times, width.units, -1).sum((0, 2)) for slot, s in parts]).sum(0)
     return sums
