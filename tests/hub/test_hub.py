@@ -372,6 +372,7 @@ def missing_token(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def wrong_token(hub: Hub, machine: Machine, model: Path) -> None:
     # Before any work is done: no model is loaded for a prune that could not be pushed.
     early = machine("prune", "me/vit", *QUICK, "--push-to", "me/none", token="hf_wrong")
@@ -397,6 +398,7 @@ def gated_model(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def gated_dataset(hub: Hub, machine: Machine, model: Path) -> None:
     done = machine("eval", VIT, "--data", "me/gated", token=READER)
     done.fails_with("Dataset me/gated is gated", f"licence on {hub.url}/datasets/me/gated", "HF_TOKEN")
@@ -448,6 +450,7 @@ def what_is_below_the_root_is_not_downloaded(hub: Hub, machine: Machine, model: 
 
 
 @scenario
+@pytest.mark.slow
 def a_model_below_the_root_alone(hub: Hub, machine: Machine, model: Path) -> None:
     files = {f"below/{path.name}": path.read_bytes() for path in model.iterdir()}
     hub.repositories["models", "me/below"] = Repository(commits=[("0" * 40, files)])
@@ -463,6 +466,7 @@ def corrupt_byte(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def corrupt_byte_of_a_dataset(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("GET", "digits/resolve/.*test.parquet", "corrupt")
     machine("eval", VIT, "--data", "me/digits").fails_with("me/digits", "cannot be read")
@@ -523,6 +527,7 @@ def too_many_requests(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def hub_out_of_order(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("GET", "/api/datasets/me/digits", 503)
     machine("eval", VIT, "--data", "me/digits").fails_with("out of order (503), at dataset me/digits", "later")
@@ -548,6 +553,7 @@ def with_a_part_of_the_cache(hub: Hub, machine: Machine, part: str) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def cache_that_holds_a_part(hub: Hub, machine: Machine, model: Path) -> None:
     with_a_part_of_the_cache(hub, machine, "config.json")
 

@@ -376,7 +376,7 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["vit", "timm", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_stock_loaders_fail_loudly(family: str, packed) -> None:
     libraries = ["timm", "transformers"] if family == "timm" else ["transformers"]
     for library in libraries:

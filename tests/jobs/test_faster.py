@@ -19,7 +19,7 @@ from snows_hf.runtime.run import Progress, Run
 
 
 FASTER = import_module("snows_hf.jobs.faster")
-QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 40, "k": 1, "joint_steps": 1, "mask": "magnitude"}
+QUICK: dict[str, Any] = {"data": str(DIGITS), "samples": 40, "k": 1, "joint_steps": 1, "views": 1, "mask": "magnitude"}
 
 SHARES = [f"mlp:{i / 96:.4g}" for i in range(1, 96)]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from embedded import DIGITS, VIT
 from torch import nn
@@ -78,6 +79,57 @@ def test_obs_keeps_more_than_magnitude(small_vit: Path) -> None:
     assert found["obs"] < found["ridge"] < found["magnitude"]
 
 
+def test_layers_lose_as_many_units_as_they_can_spare(tmp_path: Path) -> None:
+    out, given = tmp_path / "out", {**QUICK, "joint_steps": 0, "views": 1, "samples": 240, "eval_data": str(DIGITS)}
+    even = prune(str(VIT), "mlp:0.5", **given).report
+    report = prune(str(VIT), "mlp:0.5", output=out, allow_custom=True, allocation="sensitivity", **given).report
+    left = [unit["after"] for unit in report["units"].values()]
+    assert len(set(left)) > 1 and sum(left) == 4 * 48
+    assert report["custom"] and report["allocation"] == {"kind": "sensitivity"}
+    assert report["parameters"]["total"] == even["parameters"]["total"]
+    assert report["fidelity"]["pruned"]["divergence"] < 0.6 * even["fidelity"]["pruned"]["divergence"]
+    widths = [layer.mlp.fc1.out_features for layer in load(str(out)).model.vit.layers]
+    assert widths == left and inspect(out)["pattern_ok"]
+
+
+def test_stages_that_lose_what_they_can_spare_are_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (4, 8)}
+    torch.manual_seed(0)
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **sizes)
+    timm.models.save_for_hf(model, str(tmp_path / "swin"), model_args=sizes, safe_serialization=True)
+    given = {**QUICK, "joint_steps": 0, "samples": 32, "allocation": "sensitivity"}
+    report = prune(tmp_path / "swin", "mlp:0.5+heads:0.5", output=tmp_path / "out", **given).report
+    left = {kind: [u["after"] for u in report["units"].values() if u["kind"] == kind] for kind in ("mlp", "heads")}
+    first, _, last = left["mlp"]
+    assert left["mlp"] == [first, first, last] and 2 * first != last
+    stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert [stage.blocks[-1].mlp.fc1.out_features for stage in stock.layers] == [first, last]
+    assert [block.attn.num_heads for stage in stock.layers for block in stage.blocks] == left["heads"]
+    assert not report["custom"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "custom", "fault"),
+    [
+        ("mlp:0.5", False, "a configuration of ViTForImageClassification says one width for all"),
+        ("ranks:0.5", True, "ranks go alike everywhere"),
+    ],
+)
+def test_layers_that_cannot_lose_as_many_as_they_can_spare(
+    pattern: str, custom: bool, fault: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        prune(
+            str(VIT),
+            pattern,
+            output=tmp_path / "out",
+            allow_custom=custom,
+            allocation="sensitivity",
+            **QUICK | {"data": str(tmp_path / "no data is read before")},
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_prune_that_is_broken_off_gives_the_same_bits(tmp_path: Path) -> None:
     class BrokenOffError(Exception):
@@ -104,7 +156,9 @@ def whole() -> nn.Module:
     return train(VIT, DIGITS, **UNTRAINED).model
 
 
-@pytest.mark.parametrize("mask", SCORES)
+@pytest.mark.parametrize(
+    "mask", [m if m in ("magnitude", "hp", "synflow") else pytest.param(m, marks=pytest.mark.slow) for m in SCORES]
+)
 def test_an_untrained_network_is_cut_by_every_criterion_with_scores(mask: str, whole: nn.Module) -> None:
     result = train(VIT, DIGITS, "mlp:0.5", mask=mask, **UNTRAINED)
     name = "vit.layers.0.mlp.fc1.weight"
@@ -140,7 +194,7 @@ def test_a_network_that_is_smaller_from_the_beginning_is_an_ordinary_one(whole: 
 )
 def test_heads_that_lose_ranks_are_an_ordinary_checkpoint(changes: dict[str, Any], tmp_path: Path) -> None:
     """By magnitude without other bases, which keeps less."""
-    out, given = tmp_path / "out", {"eval_data": str(DIGITS), **QUICK, "joint_steps": 0, **changes}
+    out, given = tmp_path / "out", {"eval_data": str(DIGITS), **QUICK, "joint_steps": 0, "views": 1, **changes}
     report = prune(str(VIT), "ranks:0.5", output=out, **given).report
     stock = AutoModelForImageClassification.from_pretrained(out).eval()
     assert (stock.config.num_attention_heads, stock.config.head_dim) == (4, 6)

@@ -119,6 +119,7 @@ def test_layers_of_another_kind_are_refused(mask: str):
         choose(evidence(model, "2:4", mask))
 
 
+@pytest.mark.slow
 def test_a_new_criterion_is_one_new_file_and_one_row(tmp_path: Path):
     """A copy of the package with both has it in the command."""
     package = Path(snows_hf.__file__).parent

@@ -18,7 +18,7 @@ from snows_hf.runtime.journal import Journal
 from snows_hf.runtime.run import Progress, Run
 
 
-NETWORKS = [tiny.transformers_vit, tiny.timm_vit, tiny.timm_resnet]
+NETWORKS = [tiny.transformers_vit, pytest.param(tiny.timm_vit, marks=pytest.mark.slow), tiny.timm_resnet]
 SETTINGS = {"biases": True, "preconditioner": "gram", "batch_size": 45}
 
 
@@ -92,7 +92,7 @@ def test_biases_move_and_the_loss_is_lower(network):
     assert run.reports[-1].loss_pruned <= plain.reports[-1].loss_pruned
 
 
-@pytest.mark.parametrize("targets", ["dense", "cascaded"])
+@pytest.mark.parametrize("targets", ["dense", pytest.param("cascaded", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network", [tiny.timm_resnet, tiny.transformers_vit])
 def test_targets_are_those_of_the_dense_biases(network, targets):
     """A copy of the dense weights, which only later solves need, changes nothing: where a shortcut's convolution is

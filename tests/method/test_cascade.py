@@ -15,7 +15,9 @@ from snows_hf.runtime.memory import Shelf
 from snows_hf.runtime.run import Progress, Run
 
 
-NETWORKS = [tiny.transformers_vit, tiny.timm_vit, tiny.cifar_resnet, tiny.timm_resnet]
+ALL = [tiny.transformers_vit, tiny.timm_vit, tiny.cifar_resnet, tiny.timm_resnet]
+SLOW = {tiny.timm_vit, tiny.timm_resnet}
+NETWORKS = [pytest.param(net, marks=pytest.mark.slow) if net in SLOW else net for net in ALL]
 SETTINGS = [
     {"targets": "dense"},
     {"targets": "cascaded", "curvature": "hessian"},
@@ -28,7 +30,14 @@ def run_id(param: tuple) -> str:
     return "-".join([network.__name__, *given.values()])
 
 
-@pytest.fixture(scope="module", params=[(net, given) for net in NETWORKS for given in SETTINGS], ids=run_id)
+RUNS = [
+    pytest.param((net, given), marks=[pytest.mark.slow] if net in SLOW else [], id=run_id((net, given)))
+    for net in ALL
+    for given in SETTINGS
+]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def run(request: pytest.FixtureRequest) -> tiny.Run:
     network, given = request.param
     return tiny.prune(network(), batch_size=3, **given)

@@ -128,8 +128,15 @@ def prune(model, pattern, run: Run | None = None, count: int = 100, **changes):
     return prune_chain(build_chain(model), images, masks, config, run, pattern=pattern)
 
 
-@pytest.mark.parametrize("pattern", [NM(1, 4), Unstructured(0.8)], ids=str)
-@pytest.mark.parametrize("network", [tiny.cifar_resnet, tiny.timm_vit])
+@pytest.mark.parametrize(
+    ("network", "pattern"),
+    [
+        (tiny.cifar_resnet, NM(1, 4)),
+        (tiny.timm_vit, Unstructured(0.8)),
+        pytest.param(tiny.cifar_resnet, Unstructured(0.8), marks=pytest.mark.slow),
+        pytest.param(tiny.timm_vit, NM(1, 4), marks=pytest.mark.slow),
+    ],
+)
 def test_a_network_comes_to_the_pattern(network, pattern):
     model = network()
     seen, said = list[Progress](), list[str]()

@@ -79,7 +79,7 @@ def test_half_precision_that_does_not(network: Callable, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("damping", [1e-4, 0.0])
+@pytest.mark.parametrize("damping", [pytest.param(1e-4, marks=pytest.mark.slow), 0.0])
 @pytest.mark.parametrize("constant", [0.0, 1.0])
 def test_constant_inputs_whose_gram_matrices_are_singular(network: Callable, constant: float, damping: float) -> None:
     images = torch.full_like(tiny.images(8), constant)
@@ -87,7 +87,7 @@ def test_constant_inputs_whose_gram_matrices_are_singular(network: Callable, con
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+@pytest.mark.parametrize("curvature", ["gauss-newton", pytest.param("hessian", marks=pytest.mark.slow)])
 def test_dead_channels(network: Callable, curvature: str) -> None:
     model = network()
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_weights_of_zero(network: Callable) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("joint_steps", [0, 2])
 def test_one_image(network: Callable, count: int, joint_steps: int) -> None:
     assert statuses(solved(network(), tiny.images(count), joint_steps=joint_steps)) <= {"improved", "not_improved"}

@@ -187,6 +187,10 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
         sink.text(speed_in_words(report["faster"]))
     if "units" in report:
         parameters, flops = report["parameters"], report["flops"]
+        if report["allocation"]["kind"] == "sensitivity":
+            rows = [{"name": name, **own} for name, own in report["units"].items()]
+            title = f"Units by sensitivity, counting {report['settings']['budget']}"
+            sink.table({"layer": "{name}", "of": "{before}", "left": "{after}"}, rows, title)
         sink.text(
             f"{parameters['dense']:,} → {parameters['total']:,} parameters, "
             f"{flops['dense'] / flops['pruned']:.2f} times fewer operations."

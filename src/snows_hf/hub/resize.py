@@ -150,10 +150,14 @@ def _fields(name: str, size: Size, config: Any, path: Path, said: Mapping[str, A
         if config is not None and hasattr(config, "intermediate_size"):
             yield {(*path, "intermediate_size"): size.after}
         before = getattr(config, "mlp_ratio", None) if config is not None else size.before / size.reads
-        whole: type = int if isinstance(before, int) else float  # as the class may insist
+        number: type = int if isinstance(before, int) else float  # as the class may insist
         for ratio in [before * share for share in size.shares()] if isinstance(before, int | float) else ():
-            yield {(*path, "mlp_ratio"): whole(ratio) if ratio == int(ratio) else ratio}
+            yield {(*path, "mlp_ratio"): number(ratio) if ratio == int(ratio) else ratio}
             yield {(*path, "mlp_ratio"): 2 * ratio}  # of gated units whose two halves count
+        if config is None and len(size.stages) > 1:
+            whole = size.before / size.reads
+            for more in (0, 0.25):  # of a unit, which rounding down takes off again
+                yield {("mlp_ratio",): [whole * (after + more) / units for units, after, _ in size.stages]}
     elif name == "heads" and config is not None:
         yield {(*path, "num_attention_heads"): size.after, (*path, "head_dim"): size.each}
     elif name == "heads":

@@ -43,7 +43,7 @@ from .calibration import calibrate, first_pass
 from .faster import check_can_be_smaller, choose_pattern
 from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
 from .request import DEFAULT_DATA, check_faster, check_pruning, check_request, find_dtype
-from .structure import Cut, cut_units, units_to_keep
+from .structure import Cut, counts_by_sensitivity, cut_units, units_to_keep
 from .subject import Subject, copy_of, load_subject, restore_untouched
 
 
@@ -182,6 +182,7 @@ def prune(
         report |= {"dense": measurer.accuracy("dense"), "masked": None, "pruned": None}
         cut, dense = Cut(subject), describe_size(subject.network, {}, flops)
         if keep:
+            keep = counts_by_sensitivity(run, subject, keep, images, flops, allow_custom)
             cut = cut_units(run, subject, keep, images, labels, allow_custom)
             subject, report["units"] = cut.subject, cut.units
             report["custom"] = subject.checkpoint.custom
@@ -309,7 +310,8 @@ def choose(
     first = next(candidate for candidate in candidates if candidate is not None)
     whole = teacher.chain if teacher else None
     evidence = Evidence(weights, first, config, chain, images, labels, run, teacher=whole)
-    allocation: dict[str, Any] = {"kind": "uniform" if isinstance(first, NM) else config.allocation}
+    kind = config.allocation if config.allocation == "sensitivity" or not isinstance(first, NM) else "uniform"
+    allocation: dict[str, Any] = {"kind": kind}  # of units, too
     if by_sensitivity(config):
         evidence, allocation = find_allocation(evidence, candidates, flops)
     if update and config.fit_dense and not config.layers and fits_layers(config.mask):

@@ -20,6 +20,7 @@ from ..hub.load import Checkpoint
 from ..hub.resize import Size, fields_for, resized
 from ..masks.choices import fit_criterion, in_smaller_batches
 from ..masks.evidence import Evidence
+from ..masks.unit_budget import find_counts
 from ..masks.units import choose_units
 from ..method.streams import Teacher, holding
 from ..patterns import Full
@@ -34,7 +35,8 @@ UNITS = {"mlp": "units", "heads": "heads", "ranks": "ranks", "channels": "channe
 
 
 def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: bool = False) -> dict[Width, int]:
-    """:func:`counts_left`; what the model's configuration could not say is refused, unless it may be custom.
+    """:func:`counts_left`; what the model's configuration could not say is refused, unless it may be custom. Where
+    layers are to keep as many as their sensitivity says, these are the numbers to begin with.
 
     Raises:
         ConfigError: a smaller network that no configuration describes, or that a custom one is not either.
@@ -46,11 +48,76 @@ def units_to_keep(subject: Subject, shares: Mapping[str, float], allow_custom: b
     keep = counts_left(subject, widths, shares)
     if not can_be_said(subject, keep) and can_be_said(subject, fewer := rounded_down(keep, shares)):
         keep = fewer
+    trial = keep
+    if subject.config.allocation == "sensitivity":
+        trial = unequal(keep, groups_of(subject, keep, allow_custom))
     bases = random_bases(subject.original, (width for width in keep if width.kind == "ranks"))
-    smaller = resized_to_first(subject, keep, allow_custom, bases)
+    smaller = resized_to_first(subject, trial, allow_custom, bases)
     if smaller.custom or bases:
-        check_smaller(subject, smaller, first_units(keep), bases)
+        check_smaller(subject, smaller, first_units(trial), bases)
     return keep
+
+
+def groups_of(subject: Subject, keep: Mapping[Width, int], allow_custom: bool) -> list[list[Width]]:
+    """Widths that keep the same number of units, whatever the next ones keep: each by itself, or those of a stage, as
+    the configuration can say it. Ranks are not among them: what they cost is not what units do.
+
+    Raises:
+        ConfigError: there are ranks alone, or the configuration says one number for all layers.
+    """
+    free = [width for width in keep if width.kind != "ranks"]
+    if not free:
+        raise ConfigError(
+            "Allocation 'sensitivity': ranks go alike everywhere, and nothing else does.", "Leave it out."
+        )
+    by_stage = [list(stage) for _, stage in groupby(free, key=lambda width: (width.kind, width.units))]
+    alone = [[width] for width in free]
+    for groups in (alone, by_stage):
+        if len(groups) > 1 and can_be_said(subject, unequal(keep, groups)):
+            return groups
+    if not allow_custom:
+        raise ConfigError(
+            f"Allocation 'sensitivity': a configuration of {type(subject.network).__name__} says one width for all "
+            "layers.",
+            "Leave it out, or make a model that only this package loads: --allow-custom.",
+        )
+    return alone
+
+
+def unequal(keep: Mapping[Width, int], groups: Sequence[Sequence[Width]]) -> dict[Width, int]:
+    """With one unit more in the first of the groups of each kind."""
+    first = {group[0].kind: group for group in reversed(groups)}
+    return dict(keep) | {width: keep[width] + 1 for group in first.values() for width in group}
+
+
+def counts_by_sensitivity(
+    run: Run,
+    subject: Subject,
+    keep: Mapping[Width, int],
+    images: Tensor | Images,
+    flops: Mapping[str, int],
+    allow_custom: bool = False,
+) -> dict[Width, int]:
+    """How many units each width keeps where layers lose as many as their sensitivity says, as an earlier run has found
+    it, where there was one; of each kind all together cost what they would by ``keep``.
+
+    Args:
+        flops: of every module on one image, by name.
+    """
+    chain, config = subject.chain, subject.config
+    if config.allocation != "sensitivity":
+        return dict(keep)
+
+    def decide() -> Record:
+        run.say(f"Sharing out units among {len(keep)} layers by what they cost")
+        subject.network.to(run.dtype)
+        weights = {slot.name: chain.weight(slot.name).detach() for width in keep for slot in width.readers}
+        evidence = Evidence(weights, Full(), config, chain, images, run=run)
+        found = find_counts(evidence, groups_of(subject, keep, allow_custom), keep, flops)
+        return Record({}, {"counts": [found[width] for width in keep]})
+
+    counts = run.journal.once("counts of units", decide).facts["counts"]
+    return dict(zip(keep, counts, strict=True))
 
 
 def widths_asked_for(subject: Subject) -> list[Width]:

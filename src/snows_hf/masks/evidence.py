@@ -219,11 +219,13 @@ class Evidence:
             for name, H in self._grams(portion).items():
                 yield name, channels_last(H, self.weights[name]).to(self.network.device)
 
-    def moments(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Σ [x, 1][x, 1]ᵀ of what each of these layers reads, (d + 1, d + 1) with d as ``weight.flatten(1)`` counts,
-        over all images and positions; as :meth:`grams`."""
+    def moments(
+        self, names: Sequence[str], weights: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Σ s [x, 1][x, 1]ᵀ of what each of these layers reads, (d + 1, d + 1) with d as ``weight.flatten(1)`` counts,
+        over all images and positions; as :meth:`grams`. ``weights`` has s of each layer's (positions,); None: 1."""
         for portion in self._portions(names):
-            for name, total in self._grams(portion, constant=True).items():
+            for name, total in self._grams(portion, True, weights).items():
                 yield name, total[0].to(self.network.device)
 
     def _portions(self, names: Sequence[str]) -> list[list[str]]:
@@ -239,7 +241,9 @@ class Evidence:
         return portions
 
     @torch.no_grad()
-    def _grams(self, names: Sequence[str], constant: bool = False) -> dict[str, Tensor]:
+    def _grams(
+        self, names: Sequence[str], constant: bool = False, weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         chain, totals = self.network, dict[str, Tensor]()
 
         def advance(operation: Operation, state: State) -> State:
@@ -247,7 +251,7 @@ class Evidence:
             with recorded(chain, [name for name in own if name in names]) as seen:
                 state = operation.run(state)
             for name, (module, x, _) in seen.items():
-                g = self.gram(name, module, x, constant)
+                g = self.gram(name, module, x, constant, weights[name] if weights else None)
                 g = g.to(chain.weight(name).device)  # of an offloaded network's weights: main memory
                 totals[name] = totals[name] + g if name in totals else g
             return state

@@ -6,7 +6,8 @@ For a layer W (rows, d) that reads x, removal of the columns J costs ½ tr(W_J [
 of x: with a bias that is free, what a unit adds on average is made up for exactly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -94,19 +95,27 @@ class Reader:
         self.h, self.b, self.waiting = self.h[:, columns], self.b[:, columns], 0
 
 
-def units_left(readers: Sequence[Reader], keep: int) -> Tensor:
-    """Which units stay, (keep,) in order, once all others have gone, always the one of the lowest cost, of all readers
-    together."""
+def removals(readers: Sequence[Reader]) -> Iterator[tuple[int, float]]:
+    """All units in the order in which they go, each time the one of the lowest cost, of all readers together; and that
+    cost."""
     left = torch.arange(readers[0].units, device=readers[0].gram.device)
-    while len(left) > keep:
+    while len(left):
         stays = torch.ones_like(left, dtype=torch.bool)
-        for _ in range(min(len(left) - keep, max(1, BLOCK // readers[0].q))):
+        for _ in range(min(len(left), max(1, BLOCK // readers[0].q))):
             costs = torch.stack([reader.costs() for reader in readers]).sum(0)
-            unit = int(torch.where(stays, costs, torch.inf).argmin())
+            cost, unit = torch.where(stays, costs, torch.inf).min(0)
+            yield int(left[unit]), float(cost)
             stays[unit] = False
             for reader in readers:
-                reader.remove(unit)
+                reader.remove(int(unit))
         left = left[stays]
-        for reader in readers if len(left) > keep else ():
+        for reader in readers:
             reader.catch_up(stays)
-    return left
+
+
+def units_left(readers: Sequence[Reader], keep: int) -> Tensor:
+    """Which units stay, (keep,) in order, once all others have gone."""
+    stays = torch.ones(readers[0].units, dtype=torch.bool, device=readers[0].gram.device)
+    for unit, _ in islice(removals(readers), len(stays) - keep):
+        stays[unit] = False
+    return stays.nonzero().flatten()

@@ -99,14 +99,17 @@ def shared_units(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, T
     return kept
 
 
-def readers_of(evidence: Evidence, width: Width, grams: Mapping[str, Tensor]) -> list[Reader]:
+def readers_of(
+    evidence: Evidence, width: Width, grams: Mapping[str, Tensor], depends: Mapping[str, Tensor] | None = None
+) -> list[Reader]:
     """The layers that read a width, by Σ [x, 1][x, 1]ᵀ of their inputs, which are around zero where no bias can make
-    up for a mean. What each layer loses counts as a share of its output."""
+    up for a mean. What each layer loses counts as a share of its output, or as the network ``depends`` on that."""
     readers = []
     for slot in width.readers:
         W = evidence.network.weight(slot.name).detach().flatten(1)
         C = damped(covariance(grams[slot.name], slot.name in evidence.network.biases)[None])[0]
-        readers.append(Reader(W, C, width.units, 1 / max(variance(W, C), 1e-30)))
+        share = float(depends[slot.name].sum()) if depends else 1 / max(variance(W, C), 1e-30)
+        readers.append(Reader(W, C, width.units, share))
     return readers
 
 

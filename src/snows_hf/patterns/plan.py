@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ..errors import ConfigError
 from ..settings import PruneConfig, TrainConfig
-from .pattern import NM, Full, Pattern, Unstructured, parse_candidates, parse_pattern
+from .pattern import NM, Full, Pattern, Unstructured, parse_candidates, parse_pattern, split_structures
 
 
 DENSITIES = (0.25, 0.5, 1.0, 1.5, 2.5)
@@ -26,7 +26,9 @@ def by_sensitivity(config: PruneConfig) -> bool:
     """
     candidates = parse_candidates(config.pattern)
     several = len(candidates) > 1
-    wanted = several or config.allocation == "sensitivity"
+    shared_out = config.allocation == "sensitivity"
+    units = shared_out and bool(split_structures(config.pattern)[0])  # may be what is shared out (unit_budget.py)
+    wanted = several or (shared_out and not (units and not isinstance(candidates[0], Unstructured)))
     if several and config.allocation == "uniform":
         raise ConfigError(f"Allocation 'uniform' takes one pattern, not {config.pattern!r}.", "Leave it out.")
     if several and any(isinstance(candidate, Unstructured) for candidate in candidates):
@@ -54,7 +56,7 @@ def by_sensitivity(config: PruneConfig) -> bool:
             f"Allocation 'sensitivity' has nothing to choose with pattern {config.pattern}.",
             "Give a set, as in --pattern 1:4,2:4,dense --sparsity 0.65.",
         )
-    if config.budget != "weights" and not wanted:
+    if config.budget != "weights" and not (wanted or units):
         raise ConfigError(f"Budget {config.budget!r} goes with --allocation sensitivity.")
     if wanted and config.mask.endswith(".safetensors"):
         raise ConfigError("A mask file has decided already how sparse each layer is.", "Leave out one of the two.")
