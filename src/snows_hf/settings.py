@@ -169,8 +169,8 @@ class PruneConfig(Settings):
     repair: bool = True
     """Layers that read a structure's units make up, by least squares, for those that go; with ``obs`` always."""
     fit_dense: bool = True
-    """Layers that the pattern does not fit make up for those before them, too, where layers are fitted one after the
-    other (masks/aims.py); unless ``layers`` names those to prune."""
+    """Layers that the pattern does not fit, and those between layers that lose units, make up for those before them,
+    too, where layers are fitted one after the other (masks/aims.py); unless ``layers`` names those to prune."""
     permute: bool | None = None
     """Put input channels in an order that N:M suits better, where they are free (permutation.py). None: if one N:M
     for all layers keeps less than half of the weights, and the masks do not come from a file."""

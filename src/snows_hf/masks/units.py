@@ -16,7 +16,7 @@ from ..patterns import Full
 from .aims import Aim, Fit, aim_of, bias_for, damped, halfway_fits
 from .criteria import find_criterion
 from .estimate import tell_estimate
-from .evidence import Evidence, matrix
+from .evidence import Evidence, matrix, unmatrix
 from .group_obs import Reader, covariance, repair, units_left, variance
 from .ranks import turned_for
 from .scores.base import Choice, Score
@@ -37,7 +37,7 @@ class Units:
 def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
     """Units by ``evidence.config.units``, and the repair that group OBS ends with, wherever that is asked for: the
     layers that read units are fitted one after the other, halfway to the dense network (aims.py), with those alone
-    that stay. Group OBS chooses by these fits, too.
+    that stay, and the layers between them whole (``fit_dense``). Group OBS chooses by these fits, too.
 
     Args:
         evidence: of the dense network, with images.
@@ -55,7 +55,7 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
             tell_estimate(*repairing(evidence, keep, dict(kept)), "repairs")
             fitting, settle = repairing(evidence, keep, kept)
             fits = halfway_fits(fitting, tensors)
-            for fit in evidence.run.track(fits, "Repairs", len(fitting.weights), attrgetter("name")):
+            for fit in evidence.run.track(fits, "Repairs", len(fitting.fitted), attrgetter("name")):
                 tensors |= settle(fitting, fit)
     return Units(kept, tensors, turned)
 
@@ -63,14 +63,20 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
 def repairing(
     evidence: Evidence, keep: Mapping[Width, int], kept: dict[Width, Tensor]
 ) -> tuple[Evidence, Callable[[Evidence, Fit], dict[str, Tensor]]]:
-    """Evidence of the layers that read the widths, and what becomes of each by its fit: first it is chosen what stays
-    of the units, where they are not among those ``kept``."""
+    """Evidence of the layers that read the widths, and of those between them, and what becomes of each by its fit: of
+    units that are read it is chosen first what stays, where they are not among those ``kept``."""
     read = {slot.name: width for width in keep for slot in width.readers}
     weights = {name: evidence.network.weight(name).detach() for name in read}
-    fitting = replace(evidence, weights=weights, config=evidence.config.updated(biases=True))
+    config = evidence.config.updated(biases=True)
+    fitting = replace(evidence, weights=weights, config=config)
+    if config.fit_dense and not config.layers:
+        fitting = replace(fitting, free=between(fitting, keep))
 
     def settle(own: Evidence, fit: Fit) -> dict[str, Tensor]:
-        aim, width, weight = aim_of(own, fit), read[fit.name], weights[fit.name]
+        aim, weight = aim_of(own, fit), own.network.weight(fit.name).detach()
+        if fit.name not in read:
+            return {fit.name: unmatrix(aim.W, weight.shape).to(weight)} | bias_for(own, aim, aim.W)
+        width = read[fit.name]
         W, C = by_unit(aim, weight)
         if width not in kept:
             kept[width] = units_left([Reader(W, C, width.units)], keep[width])
@@ -80,6 +86,16 @@ def repairing(
         return {fit.name: updated.to(weight)} | bias_for(own, aim, matrix(updated))
 
     return fitting, settle
+
+
+def between(evidence: Evidence, keep: Mapping[Width, int]) -> dict[str, Tensor]:
+    """The weights, by name, after the first of those that the evidence has; but for what makes ranks, whose last
+    dimensions are to be nothing."""
+    chain, ranks = evidence.network, (width for width in keep if width.kind == "ranks")
+    names = [name for _, group in chain.groups() for name in group.parameters]
+    left_alone = {*evidence.weights, *(slot.name for width in ranks for slot in width.makers)}
+    later = names[min(map(names.index, evidence.weights)) :]
+    return {name: chain.weight(name).detach() for name in later if name not in left_alone}
 
 
 def by_unit(aim: Aim, weight: Tensor) -> tuple[Tensor, Tensor]:
