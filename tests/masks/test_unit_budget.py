@@ -1,18 +1,22 @@
 """Units shared out among layers, against least squares and against all that could be chosen."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from tiny import images, transformers_vit
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from snows_hf.adapters import build_chain
 from snows_hf.adapters.flops import count_flops
 from snows_hf.adapters.frozen import frozen
 from snows_hf.adapters.widths import Width, widths_of
+from snows_hf.errors import ConfigError
 from snows_hf.masks import aims
-from snows_hf.masks.aims import derivatives, weights_by
+from snows_hf.masks.aims import damped, importance
 from snows_hf.masks.evidence import Evidence
 from snows_hf.masks.group_obs import Reader, units_left
 from snows_hf.masks.unit_budget import find_counts, losses_of, possible_counts, price_of, shared_out
@@ -29,39 +33,53 @@ def evidence_of(kind: str, budget: str = "weights") -> tuple[Evidence, list[Widt
     return Evidence(weights, Full(), config, chain, pixels), widths
 
 
-@pytest.mark.parametrize("kind", ["mlp", "heads"])
-def test_losses_are_what_the_best_repair_of_each_layer_leaves(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Of what layers read, weighed by how much the outputs depend on each position of theirs: by lstsq."""
+@pytest.mark.parametrize("kind, keep", [("mlp", 6), ("heads", 2)])
+def test_losses_are_what_the_network_loses_by_the_best_repair_of_each_layer(
+    monkeypatch: pytest.MonkeyPatch, kind: str, keep: int
+) -> None:
+    """By lstsq, with what positions weigh, on three quarters of the images; the others judge."""
     monkeypatch.setattr(aims, "DAMPING", 1e-9)
     evidence, widths = evidence_of(kind)
-    model, pixels = evidence.network.model, evidence.calibration[:]
-    losses = losses_of(evidence, widths)
+    model, images = evidence.network.model, evidence.calibration[:]
+    learning, judging = images[:30], images[30:]
+    losses = losses_of(evidence, dict.fromkeys(widths, keep))
     with frozen(model):
-        depends = derivatives(evidence)
+        weighed = importance(replace(evidence, images=learning))
     for width in widths:
         name = width.readers[0].name
-        seen = list[torch.Tensor]()
-        handle = model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
-            lambda module, given, output, seen=seen: seen.append(given[0].flatten(0, 1))
-        )
-        with torch.no_grad():
-            model(pixels)
-        handle.remove()
-        weights = weights_by(depends[name]).double().repeat(len(pixels))[:, None]
-        x, W = seen[0], evidence.weights[name]
-        roots = (weights / weights.mean()).sqrt()
-        ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        centred = x - (weights * x).sum(0) / weights.sum()
-        C = (weights * centred).T @ centred / weights.sum()
-        assert len(losses[width]) == width.units + 1 and losses[width][-1] == 0
-        for keep in range(1, width.units):
-            stays = units_left([Reader(W, C + 1e-9 * C.diagonal().mean() * torch.eye(len(C)), width.units)], keep)
+        bias = name.removesuffix("weight") + "bias"
+        W, b = (model.get_parameter(own).detach() for own in (name, bias))
+        x = seen_by(model, name, learning)
+        roots = weighed[name].sqrt().repeat(len(learning))[:, None]
+        centred = x - (roots**2 * x).sum(0) / (roots**2).sum()
+        C = damped(((roots * centred).T @ (roots * centred) / (roots**2).sum())[None])[0]
+        assert len(losses[width]) == width.units + 1 and losses[width][-1] < 1e-12 * losses[width][0]
+        for own in {keep // 2, keep, (keep + width.units) // 2}:
+            stays = units_left([Reader(W, C, width.units)], own)
             columns = width.readers[0].entries(width.marked(stays))
-            some = ones[:, torch.cat([columns, torch.tensor([True])])]
-            lost = roots * (x @ W.T)
-            lost = lost - (roots * some) @ torch.linalg.lstsq(roots * some, lost, driver="gelsd").solution
-            expected = float(depends[name].sum() * lost.square().sum() / len(x))
-            assert losses[width][keep] == pytest.approx(expected, rel=1e-4, abs=1e-4 * losses[width][0])
+            ones = torch.cat([x[:, columns], torch.ones(len(x), 1, dtype=x.dtype)], 1)
+            best = torch.linalg.lstsq(roots * ones, roots * (x @ W.T + b), driver="gelsd").solution
+            changed = {name: torch.zeros_like(W).index_copy_(1, columns.nonzero().flatten(), best[:-1].T)}
+            with torch.no_grad():
+                logits = functional_call(model, changed | {bias: best[-1]}, (judging,)).logits
+                error = (logits - model(judging).logits).square().mean()
+            assert losses[width][own] == pytest.approx(float(error), rel=1e-3)
+
+
+@torch.no_grad()
+def seen_by(model: nn.Module, name: str, pixels: Tensor) -> Tensor:
+    """What a layer reads, (n, d)."""
+    seen = list[Tensor]()
+    layer = model.get_submodule(name.removesuffix(".weight"))
+    with layer.register_forward_hook(lambda module, given, output: seen.append(given[0].flatten(0, -2))):
+        model(pixels)
+    return seen[0]
+
+
+def test_a_sensitivity_takes_images_that_judge() -> None:
+    evidence, widths = evidence_of("mlp")
+    with pytest.raises(ConfigError, match="takes four images at least, one of which judges: there are 3"):
+        losses_of(replace(evidence, images=evidence.calibration[:3]), dict.fromkeys(widths, 6))
 
 
 @settings(max_examples=30, deadline=None)
@@ -103,7 +121,7 @@ def test_counts_are_within_what_the_same_share_of_all_would_cost(kind: str, budg
     found = find_counts(evidence, [[width] for width in widths], keep, flops)
     prices = {width: price_of(evidence.network, width, flops, budget) for width in widths}
     assert sum(prices[w] * found[w] for w in widths) <= sum(prices[w] * keep[w] for w in widths) + len(widths)
-    losses = losses_of(evidence, widths)
+    losses = losses_of(evidence, keep)
     assert sum(losses[w][found[w]] for w in widths) <= sum(losses[w][keep[w]] for w in widths)
     together = find_counts(evidence, [widths], keep, flops)
     assert together == keep, "widths of one group keep the same number"

@@ -113,7 +113,8 @@ def counts_by_sensitivity(
         subject.network.to(run.dtype)
         weights = {slot.name: chain.weight(slot.name).detach() for width in keep for slot in width.readers}
         evidence = Evidence(weights, Full(), config, chain, images, run=run)
-        found = find_counts(evidence, groups_of(subject, keep, allow_custom), keep, flops)
+        groups = groups_of(subject, keep, allow_custom)
+        found = in_smaller_batches(lambda fitting: find_counts(fitting, groups, keep, flops), evidence)
         return Record({}, {"counts": [found[width] for width in keep]})
 
     counts = run.journal.once("counts of units", decide).facts["counts"]

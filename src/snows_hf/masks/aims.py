@@ -189,18 +189,8 @@ def halfway_fits(
 
 
 def importance(evidence: Evidence) -> dict[str, Tensor]:
-    """What the positions of each layer's output weigh, (positions,), 1 on average."""
-    return {name: weights_by(found) for name, found in derivatives(evidence).items()}
-
-
-def weights_by(derivatives: Tensor) -> Tensor:
-    """What positions weigh, (positions,): as the outputs depend on them, within bounds."""
-    return EVENLY + (1 - EVENLY) * relative(derivatives).clamp_max(HEAVIEST)
-
-
-def derivatives(evidence: Evidence) -> dict[str, Tensor]:
-    """How much the network's outputs, over their norm, depend on an entry of each layer's output, by position
-    (positions,): squares, summed over some images, estimated with one random cotangent an image."""
+    """What the positions of each layer's output weigh, (positions,), 1 on average: the mean square of how much the
+    network's outputs depend on what is there, estimated with one random cotangent an image."""
     chain, names, sums = evidence.network, list(evidence.fitted), dict[str, Tensor]()
     for part in evidence.calibration[: PROBED[0]].split(min(PROBED[1], evidence.config.batch_size)):
         state: State = (part.to(chain.device).requires_grad_(),)
@@ -214,7 +204,7 @@ def derivatives(evidence: Evidence) -> dict[str, Tensor]:
             rows = channels_in_end(found[name][0], cotangent.float()).square().mean(-1)
             own = rows.reshape(len(part), -1).sum(0)
             sums[name] = sums[name] + own if name in sums else own
-    return sums
+    return {name: EVENLY + (1 - EVENLY) * relative(total).clamp_max(HEAVIEST) for name, total in sums.items()}
 
 
 def relative(total: Tensor) -> Tensor:

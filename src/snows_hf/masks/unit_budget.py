@@ -1,26 +1,35 @@
 """How many units go of each layer, so that it costs the network least: allocation by sensitivity, for structures.
 
-For every n, group OBS says what removal of the first n units costs a layer's output. A position there counts as the
-network's outputs depend on it, which makes costs of all layers comparable. They are added up as if layers were
-independent, around the dense network.
+For every n, group OBS says what a layer's output loses by n units. What the network loses by that is measured for some
+n, each layer alone, repaired, on images that the repair has not seen; between them it goes as group OBS says. Losses
+of all layers are added up, as if these were independent.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, islice
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ..adapters import Chain
 from ..adapters.frozen import frozen
 from ..adapters.widths import Width
+from ..errors import ConfigError
 from ..patterns.budget import spend
-from .aims import derivatives, weights_by
+from .aims import importance, shifted
 from .evidence import Evidence
-from .group_obs import removals
-from .units import readers_of
+from .group_obs import removals, repair
+from .units import dense_layer, readers_of
 
 
 Losses = Mapping[Width, Sequence[float]]
 """What it costs the network to keep 0, 1, 2, … of the units of each width, all others dense."""
+
+IMAGES, JUDGES = 256, 64
+"""Most images that are used, and most of these, and a quarter, that judge."""
 
 WIDE, STEP = 256, 8
 """From so many units on, so many go at a time: matrix products of other widths are slower on most devices."""
@@ -38,23 +47,66 @@ def find_counts(
         flops: of every module on one image, by name.
     """
     found, kinds = dict(keep), dict.fromkeys(group[0].kind for group in groups)
-    losses = losses_of(evidence, [width for group in groups for width in group])
+    losses = losses_of(evidence, {width: keep[width] for group in groups for width in group})
     prices = {width: price_of(evidence.network, width, flops, evidence.config.budget) for width in losses}
     for kind in kinds:
         found |= shared_out([group for group in groups if group[0].kind == kind], keep, losses, prices)
     return found
 
 
-def losses_of(evidence: Evidence, widths: Sequence[Width]) -> Losses:
-    names, losses = [slot.name for width in widths for slot in width.readers], dict[Width, list[float]]()
+def losses_of(evidence: Evidence, keep: Mapping[Width, int]) -> Losses:
+    """Measured at what each of the widths is to ``keep``, at half of it, and halfway to all.
+
+    Raises:
+        ConfigError: fewer than four images.
+    """
+    losses, images = dict[Width, list[float]](), evidence.calibration
+    count = min(len(images), IMAGES)
+    judges = min(JUDGES, count // 4)
+    if not judges:
+        raise ConfigError(
+            f"Allocation 'sensitivity' takes four images at least, one of which judges: there are {count}."
+        )
+    learning, judging = replace(evidence, images=images[: count - judges]), images[count - judges : count]
     with frozen(evidence.network.model):
-        depends = derivatives(evidence)
-    totals = evidence.moments(names, {name: weights_by(own) for name, own in depends.items()})
-    for width in evidence.run.track(widths, "What units cost", len(widths), lambda width: width.name):
-        readers = readers_of(evidence, width, dict(islice(totals, len(width.readers))), depends)
-        costs = [cost for _, cost in removals(readers)]
-        losses[width] = [0.0, *accumulate(costs)][::-1]
+        weights, dense = importance(learning), last_output(evidence, judging, {})
+    totals = learning.moments([slot.name for width in keep for slot in width.readers], weights)
+    for width, kept in evidence.run.track(keep.items(), "What units cost", len(keep), lambda item: item[0].name):
+        grams = dict(islice(totals, len(width.readers)))
+        order, costs = zip(*removals(readers_of(evidence, width, grams)), strict=True)
+        curve = np.maximum([0.0, *accumulate(costs)][::-1], 1e-30)
+        counts = sorted({max(1, kept // 2), kept, (kept + width.units) // 2})
+        with frozen(evidence.network.model):
+            cut = (repaired(evidence, width, grams, order[: width.units - own]) for own in counts)
+            measured = [float((last_output(evidence, judging, own) - dense).square().mean()) for own in cut]
+        factors = np.log(np.maximum(measured, 1e-30) / curve[counts])
+        losses[width] = list(curve * np.exp(np.interp(np.arange(width.units + 1), counts, factors)))
     return losses
+
+
+def repaired(evidence: Evidence, width: Width, grams: Mapping[str, Tensor], gone: Sequence[int]) -> dict[str, Tensor]:
+    """The layers that read a width, by name, and their biases, once they make up for the units that are ``gone``, by
+    Σ [x, 1][x, 1]ᵀ of what each reads in the dense network."""
+    chain, tensors = evidence.network, dict[str, Tensor]()
+    stays = ~width.marked(torch.tensor(gone, dtype=torch.long))
+    for slot in width.readers:
+        gram, weight = grams[slot.name], chain.weight(slot.name).detach()
+        W, C = dense_layer(evidence, slot.name, gram)
+        columns = slot.entries(stays)
+        updated = repair(W, C, columns.repeat_interleave(W.shape[1] // len(columns)).to(W.device))
+        tensors[slot.name] = updated.view_as(weight).to(weight)
+        if slot.name in chain.biases:
+            mean = (gram[:-1, -1] / gram[-1, -1]).double()
+            tensors |= shifted(chain, slot.name, (W.double() - updated) @ mean)
+    return tensors
+
+
+@torch.no_grad()
+def last_output(evidence: Evidence, images: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """The chain's last, with some tensors in place of its own."""
+    chain = evidence.network
+    batches = (images.to(chain.device) for images in images.split(evidence.config.batch_size))
+    return torch.cat([chain.outputs((batch,), 0, len(chain.operations), tensors)[-1] for batch in batches])
 
 
 def price_of(chain: Chain, width: Width, flops: Mapping[str, int], budget: str) -> float:

@@ -115,18 +115,18 @@ def shared_units(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, T
     return kept
 
 
-def readers_of(
-    evidence: Evidence, width: Width, grams: Mapping[str, Tensor], depends: Mapping[str, Tensor] | None = None
-) -> list[Reader]:
-    """The layers that read a width, by Σ [x, 1][x, 1]ᵀ of their inputs, which are around zero where no bias can make
-    up for a mean. What each layer loses counts as a share of its output, or as the network ``depends`` on that."""
-    readers = []
-    for slot in width.readers:
-        W = evidence.network.weight(slot.name).detach().flatten(1)
-        C = damped(covariance(grams[slot.name], slot.name in evidence.network.biases)[None])[0]
-        share = float(depends[slot.name].sum()) if depends else 1 / max(variance(W, C), 1e-30)
-        readers.append(Reader(W, C, width.units, share))
-    return readers
+def readers_of(evidence: Evidence, width: Width, grams: Mapping[str, Tensor]) -> list[Reader]:
+    """The layers that read a width, by Σ [x, 1][x, 1]ᵀ of their inputs. What each layer loses counts as a share of its
+    output."""
+    layers = (dense_layer(evidence, slot.name, grams[slot.name]) for slot in width.readers)
+    return [Reader(W, C, width.units, 1 / max(variance(W, C), 1e-30)) for W, C in layers]
+
+
+def dense_layer(evidence: Evidence, name: str, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's weight W (rows, d), and the covariance C (d, d) of what it reads, around zero where no bias can make
+    up for a mean; by Σ [x, 1][x, 1]ᵀ."""
+    C = damped(covariance(gram, name in evidence.network.biases)[None])[0]
+    return evidence.network.weight(name).detach().flatten(1), C
 
 
 def units_by_score(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:
