@@ -386,17 +386,24 @@ ALPS: dict[str, Any] = {"mask": "alps", "gradual": 0.0}
 """By default, wherever a pattern has groups of M, and for a share of zeros in ViTs: its layers all lose that
 share, where no other allocation is asked for."""
 
+LARGE_CNNS = ("resnet", "mobilenet")
+"""Families of convolutional networks of a real size."""
+
 FITTED: dict[str, dict[str, dict[str, Any]]] = {
     effort: {
         "vit": {"sweeps": 0, "views": views},
         "cifar_resnet": {"sweeps": 0, "joint_steps": small},
-        **{family: {"sweeps": 0, "joint_steps": large} for family in ("resnet", "mobilenet")},
+        **{family: {"sweeps": 0, "joint_steps": large} for family in LARGE_CNNS},
     }
     for effort, views, small, large in (("quick", 1, 15, 8), ("standard", 4, 30, 24), ("best", 16, 120, 60))
 }
 """By effort and family, where ALPS makes the masks, or units go: each layer is fitted to the dense network already
 (aims.py), and a sweep brings no more. In ViTs further views of the same images take far more off what is left than
 steps do; in CNNs joint steps do, of which those of a real size get fewer, at a minute each (docs/results.md)."""
+
+FEW_FITS: dict[str, Any] = {"joint_steps": 0, "fit_dense": False}
+"""In these, where units go and no zeros are made: views of the images, as in ViTs, take more off what is left than
+joint steps, in a third of their time, and whatever else is fitted overfits (docs/results.md)."""
 
 OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
@@ -422,6 +429,8 @@ def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, A
     if structures:
         settings = settings | OF_STRUCTURES
     zeros = len(structures) < len(pattern.split("+"))
-    if not zeros or changes.get("mask", settings.get("mask")) == ALPS["mask"]:
+    if not zeros and family in LARGE_CNNS:
+        settings = settings | FITTED[effort]["vit"] | FEW_FITS
+    elif not zeros or changes.get("mask", settings.get("mask")) == ALPS["mask"]:
         settings = settings | FITTED[effort].get(family, {})
     return PruneConfig(pattern).updated(**settings | changes)

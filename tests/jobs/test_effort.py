@@ -8,7 +8,7 @@ from snows_hf.jobs import prune as job
 from snows_hf.method import estimate
 from snows_hf.runtime.memory import Images, Shelf
 from snows_hf.runtime.run import Run
-from snows_hf.settings import EFFORTS, PruneConfig, settings_for
+from snows_hf.settings import EFFORTS, LARGE_CNNS, PruneConfig, settings_for
 
 
 def work(config: PruneConfig, batches: int = 2) -> int:
@@ -21,7 +21,7 @@ def work(config: PruneConfig, batches: int = 2) -> int:
 def test_more_effort_is_more_work(family, pattern):
     """Steps, or views where layers are fitted already."""
     quick, standard, best = (settings_for(effort, family, pattern) for effort in ("quick", "standard", "best"))
-    if family == "vit":
+    if family == "vit" or (family in LARGE_CNNS and pattern == "mlp:0.5"):
         assert work(best) == 0 and quick.views < standard.views < best.views
     else:
         assert 0 < work(quick) < work(standard) < work(best)
@@ -57,6 +57,18 @@ def test_cnns_take_joint_steps_alone_after_a_fit(family, steps):
     """From masks that nothing was fitted for the sweep stays."""
     found = [settings_for(effort, family, "2:4") for effort in ("quick", "standard", "best")]
     assert [each.joint_steps for each in found] == steps and not any(each.sweeps for each in found)
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenet", "vit"])
+def test_where_units_go_more_effort_is_more_views_but_in_cifars_resnets(family: str) -> None:
+    found = [settings_for(effort, family, "channels:0.5") for effort in ("quick", "standard", "best")]
+    assert [each.views for each in found] == [1, 4, 16]
+    assert not any(each.sweeps or each.joint_steps for each in found)
+    assert all(each.fit_dense == (family == "vit") for each in found)
+    assert settings_for("standard", "cifar_resnet", "channels:0.5").joint_steps == 30
+    assert settings_for("standard", family, "channels:0.5+2:4") == settings_for("standard", family, "2:4").updated(
+        pattern="channels:0.5+2:4", biases=True, targets="dense"
+    )
     assert settings_for("standard", family, "channels:0.25").sweeps == 0
     assert settings_for("standard", family, "2:4", {"mask": "magnitude"}).sweeps == 1
 
