@@ -94,6 +94,7 @@ def test_models_that_take_one_size(run, make) -> None:
     check_refused(run, make(), "cannot take an image that is prepared as its configuration says")
 
 
+@pytest.mark.slow
 def test_position_biases_of_another_size(run) -> None:
     model = transformers_checkpoint("transformers-beit-position-biases", 24)
     pruning, *_ = commands(edit_config(model, use_absolute_position_embeddings=False))

@@ -94,7 +94,7 @@ def test_a_prune_compares_with_the_dense_model(tmp_path: Path, small_vit: Path) 
     assert f"| SNOWS | `logits` | {100 * report['fidelity']['pruned']['outputs']['logits']['error']:.2f} |" in card
 
 
-@pytest.mark.parametrize("permuted", [True, False])
+@pytest.mark.parametrize("permuted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_channels_in_another_order_are_compared_in_that_order(permuted: bool) -> None:
     options = {"permute": permuted, "update": False, "layers": ("vit.layers.0.mlp.fc1",)}
     found = prune(VIT, "3:4", eval_data=DIGITS, **QUICK | options).report["fidelity"]["masked"]

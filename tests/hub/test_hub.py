@@ -275,6 +275,7 @@ def interrupted_upload(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def a_public_repository_stays_public(hub: Hub, machine: Machine, model: Path) -> None:
     hub.add("models", "me/new", model)
     machine("push", model, "me/new", "--private", "--json").fails_with("me/new exists and is public")
@@ -405,6 +406,7 @@ def gated_dataset(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def no_such_revision(hub: Hub, machine: Machine, model: Path) -> None:
     machine("inspect", "me/vit", "--revision", "v9").fails_with("Model me/vit has no revision 'v9'")
     machine("eval", VIT, "--data", "me/digits@v9").fails_with("Dataset me/digits has no revision 'v9'")

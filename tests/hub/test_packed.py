@@ -398,6 +398,7 @@ def test_prune_packed_is_prune_and_pack(tmp_path: Path) -> None:
         assert (tmp_path / "b" / "out" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_packed_model_can_be_pruned_further(packed, tmp_path: Path) -> None:
     report = prune(str(packed["vit"]), "1:4", data=str(DIGITS), samples=8, k=0, output=tmp_path / "out").report
     assert report["pattern"] == "1:4"

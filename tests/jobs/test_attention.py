@@ -98,8 +98,15 @@ def test_maps_by_their_definition(name: str, extra: int, class_token: bool) -> N
             np.testing.assert_allclose(got[i].numpy(), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name, words", [("cifar-resnet8", "no attention"), ("timm-convnext", "no attention"),
-                                         ("timm-swin", "windows"), ("transformers-swin", "windows")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cifar-resnet8", "no attention"),
+        ("timm-convnext", "no attention"),
+        ("timm-swin", "windows"),
+        pytest.param("transformers-swin", "windows", marks=pytest.mark.slow),
+    ],
+)
 def test_models_without_such_attention_are_refused(name: str, words: str) -> None:
     case = BY_NAME[name]
     with pytest.raises(AdapterError, match=words):

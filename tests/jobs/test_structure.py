@@ -27,6 +27,7 @@ QUICK: dict[str, Any] = {
     "k": 3,
     "joint_steps": 2,
     "mask": "magnitude",
+    "views": 1,
 }
 
 
@@ -40,7 +41,7 @@ QUICK: dict[str, Any] = {
 )
 def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, steps: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    changes = {"joint_steps": steps, "samples": 240}
+    changes = {"joint_steps": steps, "samples": 240, "views": 4}
     result = prune(str(VIT), pattern, output=out, eval_data=str(DIGITS), **QUICK | changes)
     report = result.report
     stock = AutoModelForImageClassification.from_pretrained(out)
@@ -80,7 +81,7 @@ def test_obs_keeps_more_than_magnitude(small_vit: Path) -> None:
 
 
 def test_layers_lose_as_many_units_as_they_can_spare(tmp_path: Path) -> None:
-    out, given = tmp_path / "out", {**QUICK, "joint_steps": 0, "views": 1, "samples": 240, "eval_data": str(DIGITS)}
+    out, given = tmp_path / "out", {**QUICK, "joint_steps": 0, "samples": 240, "eval_data": str(DIGITS)}
     even = prune(str(VIT), "mlp:0.5", **given).report
     report = prune(str(VIT), "mlp:0.5", output=out, allow_custom=True, allocation="sensitivity", **given).report
     left = [unit["after"] for unit in report["units"].values()]
@@ -194,7 +195,7 @@ def test_a_network_that_is_smaller_from_the_beginning_is_an_ordinary_one(whole: 
 )
 def test_heads_that_lose_ranks_are_an_ordinary_checkpoint(changes: dict[str, Any], tmp_path: Path) -> None:
     """By magnitude without other bases, which keeps less."""
-    out, given = tmp_path / "out", {"eval_data": str(DIGITS), **QUICK, "joint_steps": 0, "views": 1, **changes}
+    out, given = tmp_path / "out", {"eval_data": str(DIGITS), **QUICK, "joint_steps": 0, **changes}
     report = prune(str(VIT), "ranks:0.5", output=out, **given).report
     stock = AutoModelForImageClassification.from_pretrained(out).eval()
     assert (stock.config.num_attention_heads, stock.config.head_dim) == (4, 6)
