@@ -186,6 +186,8 @@ def prune(
             cut = cut_units(run, subject, keep, images, labels, allow_custom)
             subject, report["units"] = cut.subject, cut.units
             report["custom"] = subject.checkpoint.custom
+            if subject.checkpoint.custom and subject.config.allocation == "global":
+                run.say("All layers lost the same share: a custom model may lose less with --allocation sensitivity")
             chain, flops = subject.chain, count_flops(subject.chain, images[:1])
             measurer = Measurer(run, subject, evaluation, cut.teacher)
         chosen = choose(run, subject, candidates, images, labels, flops, update, cut.teacher)
