@@ -112,12 +112,16 @@ def kept() -> list[Kept]:
     efforts = tables("Efforts on a network")[0]
     share = next(table for table in tables("Efforts on a network") if table.head[0].startswith("70 %"))
     efficientnet = tables("EfficientNet-Lite0 on ImageNet")[0]
-    units = next(table for table in tables("Structured pruning") if table.head[0].startswith("DINOv2-S"))
+    units, channels = (
+        next(table for table in tables("Structured pruning") if table.head[0].startswith(model))
+        for model in ("DINOv2-S", "EfficientNet-Lite0")
+    )
     return [
         stacked("DINOv2-S", "`2:4`", efforts, "dense", ".* alone", "`standard`"),
         stacked("DINOv2-S", "`0.7`", share, "dense", ".* alone", "`standard`"),
         stacked("DINOv2-S", "`mlp:0.5`", units, "dense", "group OBS with its repair", r"….*`standard`"),
         stacked("EfficientNet-Lite0", "`2:4`", efficientnet, "dense", "ALPS, depthwise", ".*24 joint"),
+        stacked("EfficientNet-Lite0", "`channels:0.25`", channels, "dense", "magnitude with the", ".*measured"),
         in_a_row("ResNet-20", "`2:4`", "ResNet-20, 2:4"),
         in_a_row("ResNet-20", "`1:4`", "ResNet-20, 1:4"),
         in_a_row("ResNet-20", "`0.8`", "ResNet-20, 80 %"),

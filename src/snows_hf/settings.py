@@ -169,8 +169,10 @@ class PruneConfig(Settings):
     repair: bool = True
     """Layers that read a structure's units make up, by least squares, for those that go; with ``obs`` always."""
     fit_dense: bool = True
-    """Layers that the pattern does not fit, and those between layers that lose units, make up for those before them,
-    too, where layers are fitted one after the other (masks/aims.py); unless ``layers`` names those to prune."""
+    """Layers that the pattern does not fit make up for those before them, too, where layers are fitted one after the
+    other (masks/aims.py); unless ``layers`` names those to prune."""
+    fit_between: bool = False
+    """Where units go, the layers between those that read them make up for those before them, too."""
     permute: bool | None = None
     """Put input channels in an order that N:M suits better, where they are free (permutation.py). None: if one N:M
     for all layers keeps less than half of the weights, and the masks do not come from a file."""
@@ -399,11 +401,8 @@ FITTED: dict[str, dict[str, dict[str, Any]]] = {
 }
 """By effort and family, where ALPS makes the masks, or units go: each layer is fitted to the dense network already
 (aims.py), and a sweep brings no more. In ViTs further views of the same images take far more off what is left than
-steps do; in CNNs joint steps do, of which those of a real size get fewer, at a minute each (docs/results.md)."""
-
-FEW_FITS: dict[str, Any] = {"joint_steps": 0, "fit_dense": False}
-"""In these, where units go and no zeros are made: views of the images, as in ViTs, take more off what is left than
-joint steps, in a third of their time, and whatever else is fitted overfits (docs/results.md)."""
+steps do; in CNNs joint steps do, of which those of a real size get fewer, at a minute each; but where units alone go
+there, views do, in a third of the time (docs/results.md)."""
 
 OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
@@ -429,8 +428,10 @@ def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, A
     if structures:
         settings = settings | OF_STRUCTURES
     zeros = len(structures) < len(pattern.split("+"))
+    if structures and effort == "best" and family == "vit":
+        settings = settings | {"fit_between": True}
     if not zeros and family in LARGE_CNNS:
-        settings = settings | FITTED[effort]["vit"] | FEW_FITS
+        settings = settings | FITTED[effort]["vit"] | {"joint_steps": 0}
     elif not zeros or changes.get("mask", settings.get("mask")) == ALPS["mask"]:
         settings = settings | FITTED[effort].get(family, {})
     return PruneConfig(pattern).updated(**settings | changes)

@@ -64,7 +64,7 @@ def test_where_units_go_more_effort_is_more_views_but_in_cifars_resnets(family: 
     found = [settings_for(effort, family, "channels:0.5") for effort in ("quick", "standard", "best")]
     assert [each.views for each in found] == [1, 4, 16]
     assert not any(each.sweeps or each.joint_steps for each in found)
-    assert all(each.fit_dense == (family == "vit") for each in found)
+    assert [each.fit_between for each in found] == [False, False, family == "vit"]
     assert settings_for("standard", "cifar_resnet", "channels:0.5").joint_steps == 30
     assert settings_for("standard", family, "channels:0.5+2:4") == settings_for("standard", family, "2:4").updated(
         pattern="channels:0.5+2:4", biases=True, targets="dense"

@@ -101,7 +101,7 @@ def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_are_fitt
     model, pixels = transformers_vit(), images(40, seed=3)
     chain = build_chain(model, pixels[:1])
     widths = [width for width in widths_of(chain) if width.kind == kind]
-    config = settings_for("quick", chain.family, "mlp:0.5").updated(batch_size=16, fit_dense=False)
+    config = settings_for("quick", chain.family, "mlp:0.5").updated(batch_size=16)
     given = Evidence({}, Full(), config, chain, pixels)
     found = choose_units(given, dict.fromkeys(widths, keep))
     weights = {slot.name: model.get_parameter(slot.name).detach() for width in widths for slot in width.readers}
@@ -134,7 +134,7 @@ def test_layers_between_those_that_read_units_are_fitted_whole(monkeypatch: pyte
     model, pixels = transformers_vit().double(), images(40, seed=3).double()
     chain = build_chain(model, pixels[:1])
     widths = [width for width in widths_of(chain) if width.kind == kind]
-    given = Evidence({}, Full(), settings_for("quick", chain.family, "mlp:0.5"), chain, pixels)
+    given = Evidence({}, Full(), settings_for("best", chain.family, "mlp:0.5", {"views": 1}), chain, pixels)
     found = choose_units(given, {width: width.units // 2 for width in widths})
     weights = [name for _, group in chain.groups() for name in group.parameters]
     first = weights.index(widths[0].readers[0].name)

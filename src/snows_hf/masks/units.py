@@ -37,7 +37,7 @@ class Units:
 def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
     """Units by ``evidence.config.units``, and the repair that group OBS ends with, wherever that is asked for: the
     layers that read units are fitted one after the other, halfway to the dense network (aims.py), with those alone
-    that stay, and the layers between them whole (``fit_dense``). Group OBS chooses by these fits, too.
+    that stay, and the layers between them whole (``fit_between``). Group OBS chooses by these fits, too.
 
     Args:
         evidence: of the dense network, with images.
@@ -69,7 +69,7 @@ def repairing(
     weights = {name: evidence.network.weight(name).detach() for name in read}
     config = evidence.config.updated(biases=True)
     fitting = replace(evidence, weights=weights, config=config)
-    if config.fit_dense and not config.layers:
+    if config.fit_between and not config.layers:
         fitting = replace(fitting, free=between(fitting, keep))
 
     def settle(own: Evidence, fit: Fit) -> dict[str, Tensor]:
