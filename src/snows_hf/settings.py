@@ -179,12 +179,12 @@ class PruneConfig(Settings):
     allocation: Literal["global", "uniform", "sensitivity"] = "global"
     """Which layers lose how much of an unstructured sparsity: ``global`` (the lowest scores of all layers
     together), ``uniform`` (every layer the same share) or ``sensitivity`` (allocation.py). A set of patterns
-    always goes by sensitivity."""
+    always goes by sensitivity. Units: all layers alike, or by ``sensitivity`` (unit_budget.py)."""
     sparsity: Annotated[Number, Ge(0), Lt(1)] = 0.0
     """Of a set of patterns, the zeros of all layers together, such as 0.65; 0 where the pattern itself says it."""
     budget: Literal["weights", "flops"] = "weights"
-    """What an allocation by sensitivity counts: ``weights``, or ``flops`` (the operations that the zeros make
-    superfluous)."""
+    """What an allocation by sensitivity counts: ``weights``, or ``flops`` (the operations that zeros make
+    superfluous, or that go with units)."""
     repair_steps: Annotated[int, Ge(0)] = 1
     """Newton steps that each layer takes before its sensitivity is measured; 0 measures the mask alone."""
     layers: Names = ()

@@ -312,8 +312,8 @@ def choose(
     first = next(candidate for candidate in candidates if candidate is not None)
     whole = teacher.chain if teacher else None
     evidence = Evidence(weights, first, config, chain, images, labels, run, teacher=whole)
-    kind = config.allocation if config.allocation == "sensitivity" or not isinstance(first, NM) else "uniform"
-    allocation: dict[str, Any] = {"kind": kind}  # of units, too
+    alike = isinstance(first, NM) and config.allocation == "global"
+    allocation: dict[str, Any] = {"kind": "uniform" if alike else config.allocation}
     if by_sensitivity(config):
         evidence, allocation = find_allocation(evidence, candidates, flops)
     if update and config.fit_dense and not config.layers and fits_layers(config.mask):

@@ -22,7 +22,7 @@ from ..patterns.budget import spend
 from .aims import importance, shifted
 from .evidence import Evidence
 from .group_obs import removals, repair
-from .units import dense_layer, readers_of
+from .units import Layers, columns_of, dense_layers, readers_of
 
 
 Losses = Mapping[Width, Sequence[float]]
@@ -73,27 +73,26 @@ def losses_of(evidence: Evidence, keep: Mapping[Width, int]) -> Losses:
     totals = learning.moments([slot.name for width in keep for slot in width.readers], weights)
     for width, kept in evidence.run.track(keep.items(), "What units cost", len(keep), lambda item: item[0].name):
         grams = dict(islice(totals, len(width.readers)))
-        order, costs = zip(*removals(readers_of(evidence, width, grams)), strict=True)
+        layers = dense_layers(evidence, width, grams)
+        order, costs = zip(*removals(readers_of(width, layers)), strict=True)
         curve = np.maximum([0.0, *accumulate(costs)][::-1], 1e-30)
         counts = sorted({max(1, kept // 2), kept, (kept + width.units) // 2})
         with frozen(evidence.network.model):
-            cut = (repaired(evidence, width, grams, order[: width.units - own]) for own in counts)
+            cut = (repaired(evidence.network, width, grams, layers, order[: width.units - own]) for own in counts)
             measured = [float((last_output(evidence, judging, own) - dense).square().mean()) for own in cut]
         factors = np.log(np.maximum(measured, 1e-30) / curve[counts])
         losses[width] = list(curve * np.exp(np.interp(np.arange(width.units + 1), counts, factors)))
     return losses
 
 
-def repaired(evidence: Evidence, width: Width, grams: Mapping[str, Tensor], gone: Sequence[int]) -> dict[str, Tensor]:
-    """The layers that read a width, by name, and their biases, once they make up for the units that are ``gone``, by
-    Σ [x, 1][x, 1]ᵀ of what each reads in the dense network."""
-    chain, tensors = evidence.network, dict[str, Tensor]()
-    stays = ~width.marked(torch.tensor(gone, dtype=torch.long))
+def repaired(
+    chain: Chain, width: Width, grams: Mapping[str, Tensor], layers: Layers, gone: Sequence[int]
+) -> dict[str, Tensor]:
+    """The weights that read a width, by name, and their biases, once they make up for the units that are ``gone``."""
+    tensors, stays = dict[str, Tensor](), ~width.marked(torch.tensor(gone, dtype=torch.long))
     for slot in width.readers:
-        gram, weight = grams[slot.name], chain.weight(slot.name).detach()
-        W, C = dense_layer(evidence, slot.name, gram)
-        columns = slot.entries(stays)
-        updated = repair(W, C, columns.repeat_interleave(W.shape[1] // len(columns)).to(W.device))
+        gram, weight, (W, C) = grams[slot.name], chain.weight(slot.name), layers[slot.name]
+        updated = repair(W, C, columns_of(slot, stays, W))
         tensors[slot.name] = updated.view_as(weight).to(weight)
         if slot.name in chain.biases:
             mean = (gram[:-1, -1] / gram[-1, -1]).double()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.turn import without_ranks
-from ..adapters.widths import Width
+from ..adapters.widths import Slot, Width
 from ..method.streams import holding
 from ..patterns import Full
 from .aims import Aim, Fit, aim_of, bias_for, damped, halfway_fits
@@ -80,9 +80,7 @@ def repairing(
         W, C = by_unit(aim, weight)
         if width not in kept:
             kept[width] = units_left([Reader(W, C, width.units)], keep[width])
-        stays = width.readers[0].entries(width.marked(kept[width]))
-        stays = stays.repeat_interleave(W.shape[1] // len(stays)).to(W.device)  # of kernels
-        updated = repair(W, C, stays).view_as(weight)
+        updated = repair(W, C, columns_of(width.readers[0], width.marked(kept[width]), W)).view_as(weight)
         return {fit.name: updated.to(weight)} | bias_for(own, aim, matrix(updated))
 
     return fitting, settle
@@ -111,22 +109,34 @@ def shared_units(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, T
     totals = evidence.moments([slot.name for width in shared for slot in width.readers])
     for width in evidence.run.track(shared, "Units that several layers read", len(shared), lambda width: width.name):
         grams = dict(islice(totals, len(width.readers)))
-        kept[width] = units_left(readers_of(evidence, width, grams), keep[width])
+        kept[width] = units_left(readers_of(width, dense_layers(evidence, width, grams)), keep[width])
     return kept
 
 
-def readers_of(evidence: Evidence, width: Width, grams: Mapping[str, Tensor]) -> list[Reader]:
-    """The layers that read a width, by Σ [x, 1][x, 1]ᵀ of their inputs. What each layer loses counts as a share of its
-    output."""
-    layers = (dense_layer(evidence, slot.name, grams[slot.name]) for slot in width.readers)
-    return [Reader(W, C, width.units, 1 / max(variance(W, C), 1e-30)) for W, C in layers]
+Layers = Mapping[str, tuple[Tensor, Tensor]]
+"""Of layers, by name, the dense weight W (rows, d), and the covariance C (d, d) of what it reads."""
 
 
-def dense_layer(evidence: Evidence, name: str, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's weight W (rows, d), and the covariance C (d, d) of what it reads, around zero where no bias can make
-    up for a mean; by Σ [x, 1][x, 1]ᵀ."""
-    C = damped(covariance(gram, name in evidence.network.biases)[None])[0]
-    return evidence.network.weight(name).detach().flatten(1), C
+def dense_layers(evidence: Evidence, width: Width, grams: Mapping[str, Tensor]) -> Layers:
+    """Those that read a width, by Σ [x, 1][x, 1]ᵀ of their inputs, which are around zero where no bias can make up for
+    a mean."""
+    chain, layers = evidence.network, dict[str, tuple[Tensor, Tensor]]()
+    for slot in width.readers:
+        C = damped(covariance(grams[slot.name], slot.name in chain.biases)[None])[0]
+        layers[slot.name] = chain.weight(slot.name).detach().flatten(1), C
+    return layers
+
+
+def readers_of(width: Width, layers: Layers) -> list[Reader]:
+    """The layers that read a width. What each loses counts as a share of its output."""
+    return [Reader(W, C, width.units, 1 / max(variance(W, C), 1e-30)) for W, C in layers.values()]
+
+
+def columns_of(slot: Slot, stays: Tensor, W: Tensor) -> Tensor:
+    """Which columns of a layer W (rows, d) that reads units stay (bool, (d,)), where each unit does (bool, (units,)):
+    those of all places of a kernel."""
+    entries = slot.entries(stays)
+    return entries.repeat_interleave(W.shape[1] // len(entries)).to(W.device)
 
 
 def units_by_score(evidence: Evidence, keep: Mapping[Width, int]) -> dict[Width, Tensor]:

@@ -28,7 +28,7 @@ def by_sensitivity(config: PruneConfig) -> bool:
     several = len(candidates) > 1
     shared_out = config.allocation == "sensitivity"
     units = shared_out and bool(split_structures(config.pattern)[0])  # may be what is shared out (unit_budget.py)
-    wanted = several or (shared_out and not (units and not isinstance(candidates[0], Unstructured)))
+    wanted = several or (shared_out and (not units or isinstance(candidates[0], Unstructured)))
     if several and config.allocation == "uniform":
         raise ConfigError(f"Allocation 'uniform' takes one pattern, not {config.pattern!r}.", "Leave it out.")
     if several and any(isinstance(candidate, Unstructured) for candidate in candidates):
