@@ -18,7 +18,7 @@ from snows_hf.data.images import open_images
 from snows_hf.hub.resize import resized
 from snows_hf.jobs.calibration import calibrate, first_pass
 from snows_hf.jobs.request import check_pruning
-from snows_hf.jobs.structure import sizes_of, units_to_keep
+from snows_hf.jobs.smaller import sizes_of, units_to_keep
 from snows_hf.jobs.subject import Subject, load_subject
 from snows_hf.patterns import split_structures
 from snows_hf.patterns.plan import layer_patterns

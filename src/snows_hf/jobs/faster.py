@@ -23,7 +23,8 @@ from ..runtime.memory import Images, Tensors, in_parts, out_of_memory
 from ..runtime.run import Run
 from .bench import in_turns
 from .measure import outputs_on_device
-from .structure import can_be_said, counts_left, cut_checkpoint, resized_to_first, widths_asked_for
+from .smaller import can_be_said, counts_left, resized_to_first, widths_asked_for
+from .structure import cut_checkpoint
 from .subject import Subject, restore_untouched
 
 

@@ -43,7 +43,8 @@ from .calibration import calibrate, first_pass
 from .faster import check_can_be_smaller, choose_pattern
 from .measure import check_mask_labels, measure, measure_fidelity, measuring, outputs_on_device
 from .request import DEFAULT_DATA, check_faster, check_pruning, check_request, find_dtype
-from .structure import Cut, counts_by_sensitivity, cut_units, units_to_keep
+from .smaller import units_to_keep
+from .structure import Cut, counts_by_sensitivity, cut_units
 from .subject import Subject, copy_of, load_subject, restore_untouched
 
 

@@ -47,7 +47,8 @@ from .calibration import class_labels
 from .measure import check_classifier, measure, measuring, open_labelled
 from .prune import PruneResult, save
 from .request import check_request, check_training
-from .structure import cut_units, units_to_keep
+from .smaller import units_to_keep
+from .structure import cut_units
 from .subject import Subject, copy_of, weights_of
 from .training import fixed, seed_of, sgd, train_epoch
 
