@@ -66,11 +66,11 @@ def test_of_the_superfluous_weights_those_of_highest_saliency_stay(pattern, seed
     end = thinned(masks, saliencies, pattern, 0)
     everything = pattern.masks({name: torch.where(masks[name], saliencies[name], -1) for name in masks})
     leaving = sorted(
-        (float(saliencies[name][place]), name, place)
+        (-float(saliencies[name][place]), name, place)  # of equal ones the first stay
         for name in masks
         for place in map(tuple, (masks[name] & ~end[name]).nonzero().tolist())
     )
-    stay = {(name, place) for _, name, place in leaving[len(leaving) - round(share * len(leaving)) :]}
+    stay = {(name, place) for _, name, place in leaving[: round(share * len(leaving))]}
     for name, mask in found.items():
         assert torch.equal(end[name], everything[name])
         assert not (mask & ~masks[name]).any() and not (end[name] & ~mask).any()

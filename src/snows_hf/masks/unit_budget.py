@@ -31,7 +31,7 @@ Losses = Mapping[Width, Sequence[float]]
 IMAGES, JUDGES = 256, 64
 """Most images that are used, and most of these, and a quarter, that judge."""
 
-WIDE, STEP = 256, 8
+WIDE, STEP = 64, 8
 """From so many units on, so many go at a time: matrix products of other widths are slower on most devices."""
 
 
