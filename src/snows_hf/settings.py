@@ -184,7 +184,7 @@ class PruneConfig(Settings):
     """Of a set of patterns, the zeros of all layers together, such as 0.65; 0 where the pattern itself says it."""
     budget: Literal["weights", "flops"] = "weights"
     """What an allocation by sensitivity counts: ``weights``, or ``flops`` (the operations that zeros make
-    superfluous, or that go with units)."""
+    superfluous, or that go with units, which are what counts there by default)."""
     repair_steps: Annotated[int, Ge(0)] = 1
     """Newton steps that each layer takes before its sensitivity is measured; 0 measures the mask alone."""
     layers: Names = ()
@@ -407,6 +407,10 @@ there, views do, in a third of the time (docs/results.md)."""
 OF_STRUCTURES: dict[str, Any] = {"biases": True, "targets": "dense"}
 """By default, wherever units go: of a smaller network no activations are between two."""
 
+UNITS_BY_SENSITIVITY: dict[str, Any] = {"budget": "flops"}
+"""By default, where layers lose as many units as they can spare: counting weights, CNNs would lose late layers, whose
+operations are few (docs/results.md)."""
+
 
 def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, Any] | None = None) -> PruneConfig:
     """The settings of an effort for a family and a pattern, with a caller's changes over them.
@@ -427,6 +431,8 @@ def settings_for(effort: str, family: str, pattern: str, changes: Mapping[str, A
     structures = [part for part in pattern.split("+") if re.match(r"\s*[a-z]+:", part)]
     if structures:
         settings = settings | OF_STRUCTURES
+        if changes.get("allocation") == "sensitivity":
+            settings = settings | UNITS_BY_SENSITIVITY
     zeros = len(structures) < len(pattern.split("+"))
     if structures and effort == "best" and family == "vit":
         settings = settings | {"fit_between": True}

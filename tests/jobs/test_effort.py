@@ -71,6 +71,8 @@ def test_where_units_go_more_effort_is_more_views_but_in_cifars_resnets(family: 
     )
     assert settings_for("standard", family, "channels:0.25").sweeps == 0
     assert settings_for("standard", family, "2:4", {"mask": "magnitude"}).sweeps == 1
+    for pattern, budget in (("channels:0.25", "flops"), ("0.7", "weights")):
+        assert settings_for("standard", family, pattern, {"allocation": "sensitivity"}).budget == budget
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -15,7 +15,7 @@ from vision import save_model
 from snows_hf import inspect, prune, train
 from snows_hf.errors import ConfigError, SnowsError
 from snows_hf.hub.load import load
-from snows_hf.jobs import structure
+from snows_hf.jobs import smaller
 from snows_hf.masks.criteria import SCORES
 from snows_hf.runtime.run import Progress
 
@@ -215,11 +215,11 @@ def test_heads_that_lose_ranks_are_an_ordinary_checkpoint(changes: dict[str, Any
 def test_ranks_that_a_class_does_not_let_go_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As if products were not taken by 1/√d, and as if heads computed something else in other bases."""
     with monkeypatch.context() as patch:
-        patch.setattr(structure, "rescaled", lambda state, keep: dict(state))
+        patch.setattr(smaller, "rescaled", lambda state, keep: dict(state))
         with pytest.raises(ConfigError, match="computes other outputs than the whole one"):
             prune(str(VIT), "ranks:0.5", output=tmp_path / "out", **QUICK)
-    others = structure.random_bases
-    monkeypatch.setattr(structure, "random_bases", lambda *of: {k: 2 * v for k, v in others(*of).items()})
+    others = smaller.random_bases
+    monkeypatch.setattr(smaller, "random_bases", lambda *of: {k: 2 * v for k, v in others(*of).items()})
     with pytest.raises(ConfigError, match="heads in other bases compute other outputs"):
         prune(str(VIT), "ranks:0.5", output=tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()

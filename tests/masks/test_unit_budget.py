@@ -139,5 +139,5 @@ def test_prices_are_the_weights_and_operations_of_a_unit() -> None:
 
 def test_wide_layers_lose_eight_units_at_a_time() -> None:
     assert possible_counts(6, 3) == [1, 2, 3, 4, 5, 6]
-    assert possible_counts(256, 100)[:3] == [8, 16, 24]
+    assert possible_counts(64, 30)[:3] == [8, 16, 24]
     assert 100 in possible_counts(256, 100) and possible_counts(256, 128)[-1] == 256

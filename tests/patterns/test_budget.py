@@ -49,6 +49,13 @@ def test_costs_that_are_rounded_never_exceed_the_budget(problem) -> None:
 
 
 @given(problems())
+def test_costs_of_a_common_unit_are_not_rounded(problem) -> None:
+    losses, costs, budget = problem
+    found = spend(losses, [[10**7 * cost for cost in each] for each in costs], 10**7 * budget + 1)
+    assert total(losses, found) == pytest.approx(best_of_all(losses, costs, budget))
+
+
+@given(problems())
 def test_an_unlimited_budget_takes_every_layers_best(problem) -> None:
     losses, costs, _ = problem
     assert total(losses, spend(losses, costs, 10**9)) == pytest.approx(sum(map(min, losses)))

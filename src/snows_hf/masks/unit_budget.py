@@ -5,7 +5,6 @@ n, each layer alone, repaired, on images that the repair has not seen; between t
 of all layers are added up, as if these were independent.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, islice
@@ -127,8 +126,8 @@ def shared_out(
     each = [sum(prices[width] for width in group) for group in groups]
     taken = spend(
         [[sum(losses[w][n] for w in group) for n in own] for group, own in zip(groups, counts, strict=True)],
-        [[math.ceil(price * n) for n in own] for price, own in zip(each, counts, strict=True)],
-        sum(math.ceil(price * keep[group[0]]) for price, group in zip(each, groups, strict=True)),
+        [[round(price * n) for n in own] for price, own in zip(each, counts, strict=True)],
+        sum(round(price * keep[group[0]]) for price, group in zip(each, groups, strict=True)),
     )
     return {w: own[i] for group, own, i in zip(groups, counts, taken, strict=True) for w in group}
 

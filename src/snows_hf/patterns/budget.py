@@ -1,7 +1,8 @@
 """Which candidate each layer takes, so that the sum of their losses is least and what they keep stays in a budget."""
 
 from collections.abc import Sequence
-from math import inf
+from itertools import chain
+from math import gcd, inf
 
 import numpy as np
 
@@ -9,13 +10,13 @@ from ..errors import ConfigError
 
 
 BINS = 20_000
-"""Steps in which a budget is counted; a smaller budget is counted exactly."""
+"""Steps in which a budget is counted, at most; where fewer do, it is counted exactly."""
 
 
 def spend(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
     """The number of each layer's candidate, by dynamic programming (a multiple-choice knapsack): exact, but that costs
-    are rounded up to 1/:data:`BINS` of what can be chosen about, where that is more than 1. The budget is never
-    exceeded.
+    are rounded up to 1/:data:`BINS` of what can be chosen about, where that is more than the greatest common divisor of
+    what candidates cost more than the cheapest of their layer. The budget is never exceeded.
 
     Args:
         losses: of every layer, the loss of each of its candidates; infinite ones are taken only if they must be.
@@ -32,14 +33,16 @@ def spend(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bud
         )
     ceiling = sum(map(max, costs))
     room = min(budget, ceiling) - floor
-    step = max(1, -(-room // BINS))
+    above = [[cost - min(each) for cost in each] for each in costs]
+    grain = gcd(*chain.from_iterable(above)) or 1
+    step = grain * max(1, -(-room // (grain * BINS)))
     size = room // step + 1
     # Losses that are no finite numbers are worse than all others together.
     finite = [loss for each in losses for loss in each if loss < inf]
     worst = 1 + 2 * len(losses) * max(map(abs, finite), default=0)
     best = np.zeros(size)  # of the layers so far, by what they spend above the floor, at most
     taken = np.zeros((len(losses), size), dtype=np.int64)
-    extras = [[-(-(cost - min(each)) // step) for cost in each] for each in costs]
+    extras = [[-(-more // step) for more in each] for each in above]
     for i, (each, extra) in enumerate(zip(losses, extras, strict=True)):
         options = np.full((len(each), size), np.inf)
         for j, (loss, more) in enumerate(zip(each, extra, strict=True)):
