@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-import pytest
 import torch
+from quick import rest_slow
 from timm.layers import BlurPool2d, RmsNorm
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.beit import Beit
@@ -290,14 +290,12 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 REPRESENTATIVES = {
-    *("transformers-vit", "timm-vit", "transformers-dinov2", "timm-vit-dinov2", "transformers-clip"),
-    *("timm-vit-siglip", "transformers-beit-position-biases", "timm-beit", "transformers-swin", "timm-swin-padded"),
-    *("transformers-convnext", "timm-convnextv2", "transformers-resnet-bottleneck", "timm-resnet-basic"),
-    *("cifar-resnet8", "timm-mobilenet-skip"),
+    *("transformers-vit", "timm-vit", "transformers-dinov2", "transformers-clip", "timm-vit-siglip", "timm-beit"),
+    *("transformers-swin", "transformers-convnext", "timm-resnet-basic", "cifar-resnet8", "timm-mobilenet-skip"),
 }
-"""One variant of each family in each library."""
+"""One variant of each family."""
 
 
 def variants(names: Iterable[str] = BY_NAME) -> list:
     """Names of cases as parameters of a test: those that represent no family are for ``make test-all``."""
-    return [name if name in REPRESENTATIVES else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return rest_slow(names, REPRESENTATIVES)

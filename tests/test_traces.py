@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import BY_NAME, randomised
+from quick import rest_slow
 from traces import architecture, shared
 
 from snows_hf.adapters import build_chain, outputs_of, trace
@@ -11,7 +12,7 @@ from snows_hf.adapters import build_chain, outputs_of, trace
 QUICK = {"timm-vit", "transformers-clip", "cifar-resnet8", "timm-mobilenet-skip"}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BY_NAME])
+@pytest.mark.parametrize("name", rest_slow(BY_NAME, QUICK))
 def test_a_chain_from_another_models_trace_is_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own, asked = trace.exported.__wrapped__, 0
 

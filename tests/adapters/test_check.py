@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import BY_NAME, variants
 from embedded import DIGITS, VIT
+from quick import slow
 from torch import nn
 from transformers import ViTForImageClassification
 
@@ -77,7 +78,7 @@ def broken_vit(monkeypatch: pytest.MonkeyPatch) -> None:
     register(ViTForImageClassification, family="vit")(forgetful)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float16)])
 @pytest.mark.parametrize("name", variants(BLOCKS))
 def test_what_is_the_model_passes_and_is_left_as_it_was(name: str, dtype: torch.dtype) -> None:
     chain = build(name, dtype)
@@ -94,7 +95,7 @@ def classes_of(model: nn.Module) -> int:
     return getattr(model, "num_labels", None) or model.num_classes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, slow(torch.float64)])
 @pytest.mark.parametrize("name", variants(BLOCKS))
 def test_a_block_that_is_missing_is_seen_in_any_type(name: str, dtype: torch.dtype) -> None:
     case, chain = BY_NAME[name], build(name, dtype)

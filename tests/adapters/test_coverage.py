@@ -4,18 +4,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import slow
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SAMPLE = (
     ("timm", "test_vit"),
-    ("timm", "test_efficientnet"),
+    slow(("timm", "test_efficientnet")),
     ("headless", "Dinov2Backbone"),
     ("two towers", "CLIPModel"),
-    pytest.param("timm", "test_mambaout", marks=pytest.mark.slow),
-    pytest.param("timm", "levit_128s", marks=pytest.mark.slow),
-    pytest.param("transformers", "PvtV2ForImageClassification", marks=pytest.mark.slow),
-    pytest.param("dense", "SegformerForSemanticSegmentation", marks=pytest.mark.slow),
+    slow(("timm", "test_mambaout")),
+    slow(("timm", "levit_128s")),
+    slow(("transformers", "PvtV2ForImageClassification")),
+    slow(("dense", "SegformerForSemanticSegmentation")),
 )
 
 

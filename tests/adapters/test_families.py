@@ -87,15 +87,10 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 
 FAMILIES = [*(("transformers", name) for name in TRANSFORMERS), *(("timm", name) for name in TIMM)]
-ONE_OF_EACH = [
-    *(("transformers", name) for name in ("clip", "swin", "convnext")),
-    *(("timm", name) for name in ("vit_small_patch14_reg4_dinov2", "beit_base_patch16_224")),
-]
+SOME = [("transformers", "convnext"), ("timm", "vit_small_patch14_reg4_dinov2")]
 
 
-@pytest.fixture(
-    params=[f if f in ONE_OF_EACH else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES], ids="-".join
-)
+@pytest.fixture(params=[f if f in SOME else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES], ids="-".join)
 def family(request: pytest.FixtureRequest, made) -> Family:
     return made(*request.param)
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from cases import BY_NAME, randomised, timm_mobilenet, timm_resnet, timm_vit, transformers_vit
+from quick import rest_slow
 from timm.layers import ScaledStdConv2d, StdConv2d, SwiGLU
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.beit import Beit
@@ -161,7 +162,10 @@ def chain_that_is_its_model(model: nn.Module, size: int) -> Chain:
     return chain
 
 
-@pytest.mark.parametrize("name", OTHERS)
+QUICK = {"vgg", "swiglu", "parallel-things", "efficientnet", "mobilenet-v2"}
+
+
+@pytest.mark.parametrize("name", rest_slow(OTHERS, QUICK))
 def test_other_architectures_have_the_right_groups(name: str) -> None:
     """Both halves of gated MLPs, gates, and every branch of parallel blocks."""
     other = OTHERS[name]

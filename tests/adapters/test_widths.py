@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from quick import rest_slow
 from tiny import images, randomised, timm_resnet, timm_vit, transformers_vit
 from torch import nn
 
@@ -82,6 +83,8 @@ CHECKPOINTS: dict[str, Callable[[], Checkpoint]] = {
 }
 """Checkpoints whose configurations can say a smaller width."""
 
+QUICK = {"ViT", "DINOv2", "DINOv2, gated", "timm's Swin", "EVA, grouped queries", "CIFAR ResNet"}
+
 MORE: dict[str, Callable[[], Checkpoint]] = {
     "CLIP": of_tower("CLIPForImageClassification"),
     "DeiT": of_transformers("DeiTForImageClassification", **MLP),
@@ -137,7 +140,7 @@ def answer(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*CHECKPOINTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize("name", rest_slow([*CHECKPOINTS, *MORE], QUICK))
 def test_a_cut_network_computes_what_the_masked_one_does(name: str) -> None:
     checkpoint = {**CHECKPOINTS, **MORE}[name]()
     model, size = checkpoint.model, SIZES.get(name, 8)

@@ -11,6 +11,7 @@ import timm
 import torch
 import transformers as tf
 from embedded import DIGITS, copy_of, edit_config, tensors_of, write_tensors
+from quick import rest_slow
 from torch import nn
 
 import snows_hf
@@ -103,7 +104,7 @@ def masked(folder: Path, units: dict[str, Any], smaller: Any, pixels: torch.Tens
 QUICK = {"ResNet", "timm's heads"}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+@pytest.mark.parametrize("name", rest_slow(MODELS, QUICK))
 def test_it_is_made_saved_and_loaded(run, tmp_path: Path, name: str) -> None:
     build, pattern, options = MODELS[name]
     folder = build(tmp_path / "model")

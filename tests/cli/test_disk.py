@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from embedded import DIGITS, VIT
+from quick import slow
 
 from snows_hf import prune
 from snows_hf.errors import SaveError
@@ -53,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["out", "."])
+@pytest.mark.parametrize("name", ["out", slow(".")])
 @pytest.mark.parametrize("when", ["Pruning", "Saving"])
 @pytest.mark.parametrize("small_disk", ["2400k"], indirect=True)
 def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name: str, whole: bytes) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from embedded import DIGITS, RESNET, VIT, copy_of, tensors_of, write_tensors
+from quick import rest_slow
 
 from snows_hf.masks.criteria import CRITERIA, needs_labels
 from snows_hf.patterns import NM
@@ -15,12 +16,10 @@ QUICK = ("--data", DIGITS, "--samples", 40, "--k", 1, "--effort", "quick", "--js
 MEASURED = (*QUICK, "--eval-data", DIGITS)
 
 
-SLOW = {"obc"}  # which takes ten seconds
+SOME = {"alps", "sparsegpt", "magnitude", "hp", "grasp", "fd"}
 
 
-@pytest.mark.parametrize(
-    "mask", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in sorted(CRITERIA)]
-)
+@pytest.mark.parametrize("mask", rest_slow(sorted(CRITERIA), SOME))
 def test_every_criterion_alone(run, mask: str) -> None:
     result = run("prune", RESNET, "--pattern", "2:4", "--mask", mask, "--no-update", *QUICK, "--output", "out")
     assert result.code == 0, result.err

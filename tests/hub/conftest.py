@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from embedded import DIGITS, RESNET, VIT, Pruned, pruned
+from quick import slow
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +41,6 @@ def results(tiny_timm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {name: pruned(source, folder / name, eval_data=str(DIGITS)) for name, source in sources.items()}
 
 
-@pytest.fixture(params=["vit", "resnet", "timm"])
+@pytest.fixture(params=["vit", slow("resnet"), "timm"])
 def result(request: pytest.FixtureRequest, results: dict[str, Pruned]) -> Pruned:
     return results[request.param]

@@ -251,6 +251,7 @@ def a_report_that_fails_is_no_reason_not_to_push(hub: Hub, machine: Machine, mod
 
 
 @scenario
+@pytest.mark.slow
 def an_upload_that_is_not_taken(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("PUT", "/lfs/", 400)  # at once, where the client tries again what breaks off
     machine("push", model, "me/new").fails_with("Model me/new cannot be pushed", "repeat it")
@@ -298,6 +299,7 @@ def a_new_push_replaces_the_weights_of_the_last(hub: Hub, machine: Machine, mode
 
 
 @scenario
+@pytest.mark.slow
 def only_files_of_a_checkpoint_are_pushed(hub: Hub, machine: Machine, model: Path) -> None:
     stray = ["holiday.png", "masks.safetensors", "notes.txt", "report.html", "secrets.json", "todo.md"]
     folder = copy_of(model, machine.place / "folder")
@@ -367,6 +369,7 @@ def images_of_a_repository(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def missing_token(hub: Hub, machine: Machine, model: Path) -> None:
     machine("push", model, "me/none", token=None).fails_with("needs a token, and there is none", "HF_TOKEN", "hf auth")
     assert ("models", "me/none") not in hub.repositories
@@ -427,6 +430,7 @@ def interrupted_download(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def downloads_are_told_as_they_come(hub: Hub, machine: Machine, model: Path) -> None:
     large = machine.place / "large"
     timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224"), str(large), safe_serialization=True)
@@ -523,6 +527,7 @@ def packed_repositories_are_read_by_id(hub: Hub, machine: Machine, model: Path) 
 
 
 @scenario
+@pytest.mark.slow
 def too_many_requests(hub: Hub, machine: Machine, model: Path) -> None:
     hub.fail("GET", "/api/models/me/vit", 429)
     machine("inspect", "me/vit").fails_with("number of requests (429)", "Wait")
@@ -536,6 +541,7 @@ def hub_out_of_order(hub: Hub, machine: Machine, model: Path) -> None:
 
 
 @scenario
+@pytest.mark.slow
 def offline_without_cache(hub: Hub, machine: Machine, model: Path) -> None:
     machine("inspect", "me/vit", offline=True).fails_with("Model me/vit", "offline mode is on", "hf download me/vit`")
     done = machine("eval", VIT, "--data", "me/digits", offline=True)

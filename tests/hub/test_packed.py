@@ -12,6 +12,7 @@ import torch
 import warm
 from embedded import DIGITS, VIT, Pruned, copy_of, edit_config, pruned, tensors_of
 from hypothesis import given, settings, strategies as st
+from quick import slow
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -272,7 +273,7 @@ def packed(results: dict[str, Pruned], tmp_path_factory: pytest.TempPathFactory)
     return {name: folder / name for name in results}
 
 
-FAMILIES = ["vit", "resnet", "timm"]
+FAMILIES = ["vit", slow("resnet"), "timm"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -376,7 +377,7 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize("family", ["vit", "timm", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["vit", slow("timm"), slow("resnet")])
 def test_stock_loaders_fail_loudly(family: str, packed) -> None:
     libraries = ["timm", "transformers"] if family == "timm" else ["transformers"]
     for library in libraries:

@@ -11,6 +11,7 @@ import timm
 import torch
 from embedded import EMBEDDED, RESNET, VIT, Pruned, copy_of, edit_config, pruned, tensors_of, write_tensors
 from huggingface_hub import ModelCard
+from quick import rest_slow
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -32,15 +33,9 @@ def recast(source: Path, folder: Path, dtype: str) -> Path:
     return edit_config(folder, dtype=dtype) if source in (VIT, RESNET) else folder
 
 
-ONE_OF_EACH = {("vit", "bfloat16"), ("resnet", "float16"), ("timm", "float32")}
-
-
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [
-        pytest.param(*each, marks=() if each in ONE_OF_EACH else pytest.mark.slow)
-        for each in product(("vit", "resnet", "timm"), DTYPES)
-    ],
+    rest_slow(product(("vit", "resnet", "timm"), DTYPES), {("vit", "bfloat16"), ("resnet", "float16")}),
 )
 def test_only_pruned_weights_change_and_every_type_stays(family: str, dtype: str, tmp_path: Path, tiny_timm) -> None:
     source = recast({"vit": VIT, "resnet": RESNET, "timm": tiny_timm}[family], tmp_path / "source", dtype)

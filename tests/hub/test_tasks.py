@@ -8,6 +8,7 @@ import transformers
 import warm
 from embedded import VIT, copy_of, edit_config, tensors_of, write_tensors
 from PIL import Image
+from quick import slow
 from vision import MODELS, save_headless_timm, save_model, word_tokenizer
 
 from snows_hf import from_pretrained, load, pack
@@ -103,9 +104,9 @@ assert "snows_hf" not in sys.modules
 @pytest.mark.parametrize(
     "name, names",
     [
-        ("vit", "AutoModel AutoImageProcessor"),
+        slow(("vit", "AutoModel AutoImageProcessor")),
         ("clip", "CLIPModel AutoModel AutoTokenizer AutoImageProcessor AutoModelForZeroShotImageClassification"),
-        ("detr", "DetrForObjectDetection AutoModelForObjectDetection AutoImageProcessor"),
+        slow(("detr", "DetrForObjectDetection AutoModelForObjectDetection AutoImageProcessor")),
     ],
 )
 def test_stock_loaders_load_the_whole_folder(name: str, names: str, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from cases import BY_NAME, variants
 from embedded import DIGITS, RESNET, VIT
 from PIL import Image
+from quick import slow
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -66,16 +67,16 @@ def test_nothing_is_recorded_outside_the_block() -> None:
     [
         ("transformers-vit", 1, True),
         ("transformers-deit", 2, True),
-        ("transformers-beit", 1, True),
+        slow(("transformers-beit", 1, True)),
         ("timm-beit", 1, True),
-        ("timm-deit-distilled", 2, True),
-        ("timm-vit-registers", 3, True),
+        slow(("timm-deit-distilled", 2, True)),
+        slow(("timm-vit-registers", 3, True)),
         ("timm-vit-registers-no-class", 4, False),
-        ("timm-vit-average", 0, False),
+        slow(("timm-vit-average", 0, False)),
         ("timm-vit-map", 0, False),
-        ("timm-vit-dynamic-size", 1, True),
+        slow(("timm-vit-dynamic-size", 1, True)),
         ("transformers-dinov2-registers", 4, True),
-        ("transformers-siglip", 0, False),
+        slow(("transformers-siglip", 0, False)),
         ("transformers-clip", 1, True),
     ],
 )
@@ -102,9 +103,9 @@ def test_maps_by_their_definition(name: str, extra: int, class_token: bool) -> N
     ("name", "words"),
     [
         ("cifar-resnet8", "no attention"),
-        ("timm-convnext", "no attention"),
+        slow(("timm-convnext", "no attention")),
         ("timm-swin", "windows"),
-        pytest.param("transformers-swin", "windows", marks=pytest.mark.slow),
+        slow(("transformers-swin", "windows")),
     ],
 )
 def test_models_without_such_attention_are_refused(name: str, words: str) -> None:

@@ -174,6 +174,7 @@ def at(stage: str) -> Callable[[Progress], None]:
     return break_off
 
 
+@pytest.mark.slow
 def test_a_prune_that_is_broken_off_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before patterns are compared, and with the units of the chosen one."""
     monkeypatch.setattr(FASTER, "timer", given)

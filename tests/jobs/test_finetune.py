@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from embedded import DIGITS, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
 from PIL import Image
+from quick import slow
 
 from snows_hf import finetune, inspect, load, prune, train
 from snows_hf.data.images import drawn_labelled, open_images, pictures
@@ -35,7 +36,7 @@ def retrained(mask: Path, output: Path, **settings: object) -> dict[str, torch.T
     return tensors_of(output)
 
 
-@pytest.mark.parametrize("teacher", [None, str(RESNET)], ids=["labels", "teacher"])
+@pytest.mark.parametrize("teacher", [slow(None), str(RESNET)], ids=["labels", "teacher"])
 def test_zeros_stay_and_accuracy_returns(mask: Path, tmp_path: Path, teacher: str | None) -> None:
     result = finetune(
         str(mask), str(DIGITS), output=tmp_path / "out", eval_data=str(DIGITS), teacher=teacher, flip=False,

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 from embedded import DIGITS, RESNET, VIT, copy_of, edit_config, tensors_of, write_tensors
+from quick import rest_slow
 from safetensors.torch import save_file
 
 from snows_hf import finetune, inspect, prune, train
@@ -143,7 +144,7 @@ HONEST = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("make", HONEST)
+@pytest.mark.parametrize("make", rest_slow(HONEST, (some_layers, widths_that_do_not_fit, trained)))
 def test_honest_results_hold(make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "m", tmp_path)
     found = inspect(folder)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from embedded import DIGITS, VIT, copy_of
+from quick import slow
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
@@ -119,7 +120,7 @@ def test_a_probe_reads_the_pooled_output(tmp_path: Path) -> None:
     assert found["models"][0]["top1"] > 20
 
 
-@pytest.mark.parametrize("name", ["vit", "clip"])
+@pytest.mark.parametrize("name", [slow("vit"), "clip"])
 def test_a_prune_measures_it(name: str, tmp_path: Path) -> None:
     folder = save_model(name, tmp_path / "m")
     report = prune(folder, "2:4", data=DIGITS, samples=8, k=0, eval_data=DIGITS, output=tmp_path / "out").report
