@@ -121,7 +121,7 @@ def kept() -> list[Kept]:
         stacked("DINOv2-S", "`0.7`", share, "dense", ".* alone", "`standard`"),
         stacked("DINOv2-S", "`mlp:0.5`", units, "dense", "group OBS with its repair", r"….*`standard`"),
         stacked("EfficientNet-Lite0", "`2:4`", efficientnet, "dense", "ALPS, depthwise", ".*24 joint"),
-        stacked("EfficientNet-Lite0", "`channels:0.25`", channels, "dense", "magnitude with the", ".*counting operations\\*\\*"),
+        stacked("EfficientNet-Lite0", "`channels:0.25`", channels, "dense", "magnitude with the", ".*counting oper"),
         in_a_row("ResNet-20", "`2:4`", "ResNet-20, 2:4"),
         in_a_row("ResNet-20", "`1:4`", "ResNet-20, 1:4"),
         in_a_row("ResNet-20", "`0.8`", "ResNet-20, 80 %"),

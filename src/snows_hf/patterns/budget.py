@@ -15,8 +15,8 @@ BINS = 20_000
 
 def spend(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
     """The number of each layer's candidate, by dynamic programming (a multiple-choice knapsack): exact, but that what
-    candidates cost above the cheapest of their layer is rounded up to 1/:data:`BINS` of what can be chosen about, where
-    that is more than their greatest common divisor. The budget is never exceeded.
+    candidates cost above the cheapest of their layer is rounded up to 1/:data:`BINS` of what can be chosen about,
+    where that is more than their greatest common divisor. The budget is never exceeded.
 
     Args:
         losses: of every layer, the loss of each of its candidates; infinite ones are taken only if they must be.
