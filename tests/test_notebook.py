@@ -27,6 +27,7 @@ def test_outputs_are_stored(notebook) -> None:
     assert NOTEBOOK.stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_the_code_runs(notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, where libraries are loaded already."""
     monkeypatch.chdir(tmp_path)

@@ -40,6 +40,7 @@ def test_every_script_has_its_command_in_its_docstring(script) -> None:
         assert f"python examples/paper/{path.name}" in script(path.stem).__doc__
 
 
+@pytest.mark.slow
 def test_operations_against_table_6(script) -> None:
     reductions = script("table6").reductions
     everything = {

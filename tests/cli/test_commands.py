@@ -11,6 +11,7 @@ import pytest
 import torch
 from embedded import DIGITS, RESNET, VIT, copy_of, tensors_of
 from PIL import Image
+from quick import slow
 from safetensors.torch import save_file
 
 import snows_hf
@@ -297,7 +298,7 @@ def test_fewer_images_than_asked_for(run, tmp_path: Path) -> None:
     assert "has only 3 images" in result.err
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float64"), "bfloat16"])
 def test_other_solver_types(run, dtype: str) -> None:
     options = ("--layers", "*.0.*", "--dtype", dtype, "--output", "out", "--json")
     result = run("prune", VIT, "--pattern", "2:4", *QUICK, *options)

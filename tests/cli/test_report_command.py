@@ -255,6 +255,7 @@ def test_every_retraining_is_told(run, made: Path) -> None:
     assert f"{first['after']['top1']:.2f} (retrained)" in " ".join(row.split())
 
 
+@pytest.mark.slow
 def test_a_failed_report_leaves_the_result(
     run, elsewhere: Path, small_vit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

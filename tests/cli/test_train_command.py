@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from embedded import DIGITS, RESNET
 
 
@@ -37,6 +38,7 @@ def test_an_unknown_architecture(run) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_smaller_network_from_the_beginning(run) -> None:
     given = ("--pattern", "channels:0.5+0.5", "--mask", "hp", "--warm-up-bn", 1, "--eval-data", DIGITS, *QUICK)
     refused = run("train", RESNET, *given)

@@ -102,7 +102,8 @@ def test_timm_buffers_that_no_file_holds_follow_the_weights(
     assert {buffer.dtype for buffer in missing if buffer.is_floating_point()} == {torch.float16}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_they_follow_when_pruned_weights_get_their_type_back(dtype: torch.dtype, tmp_path: Path) -> None:
     source, data = save_timm(tmp_path / "m", "swin_tiny_patch4_window7_224", dtype, **SWIN), str(DIGITS)
     quick = {"samples": 8, "k": 0, "mask": "magnitude", "dtype": "float64"}

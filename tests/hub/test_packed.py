@@ -254,6 +254,7 @@ def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
         check_packed(tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_mutated_files_are_refused_or_read() -> None:
     """The whole of the fuzz benchmark, on fewer files."""
     script = ROOT / "benchmarks" / "fuzz_packed.py"

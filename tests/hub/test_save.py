@@ -66,6 +66,7 @@ def test_config(result: Pruned) -> None:
     assert after == before
 
 
+@pytest.mark.slow
 def test_an_old_config_is_kept_as_it_was(tmp_path: Path) -> None:
     changes = {"dtype": None, "torch_dtype": "float32", "transformers_version": "4.13.0", "finetuning_task": "digits"}
     source = edit_config(copy_of(VIT, tmp_path / "source"), **changes)

@@ -201,6 +201,7 @@ def test_another_speed_is_another_run(tmp_path: Path, monkeypatch: pytest.Monkey
         prune(str(VIT), output=tmp_path / "out", faster=1.4, **QUICK)
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timing and comparing leave its bits, and its accuracy."""
     monkeypatch.setattr(FASTER, "timer", given)

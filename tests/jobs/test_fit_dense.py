@@ -63,6 +63,7 @@ def test_the_card_says_so(efficientnet: Path, tmp_path: Path, fit_dense: bool) -
     assert all(f"`{name}`" in card for name in report["fitted_dense"])
 
 
+@pytest.mark.slow
 def test_joint_steps_after_it_are_judged_by_the_dense_network(efficientnet: Path) -> None:
     """They begin with what a run without steps ends with."""
     _, report = changed(efficientnet, joint_steps=2, eval_data=str(DIGITS))

@@ -125,6 +125,7 @@ class Greedy(nn.Module):
         return self.layer(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_costs_no_other_its_times(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def test_layers_lose_as_many_units_as_they_can_spare(tmp_path: Path) -> None:
     assert widths == left and inspect(out)["pattern_ok"]
 
 
+@pytest.mark.slow
 def test_stages_that_lose_what_they_can_spare_are_an_ordinary_checkpoint(tmp_path: Path) -> None:
     sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (4, 8)}
     torch.manual_seed(0)

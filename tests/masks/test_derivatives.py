@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from curvlinops import EFLinearOperator, HessianLinearOperator
 from networks import Small, convolutions, evidence, images_for, linears, read
+from quick import rest_slow
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -138,7 +139,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, ("K-step loss",)))
 def test_hutchinson_error_falls_as_one_over_root_probes(case):
     """… to the exact diagonal of the Hessian, and the variance it reports is its squared error on average."""
     estimated, exact = CASES[case]
