@@ -9,12 +9,13 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from figures import kept, number, numbers, tables
+from figures import Table, kept, number, numbers, tables
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -249,21 +250,33 @@ def criteria() -> Figure:
 
 @picture
 def efforts() -> Figure:
-    figure, (ax,) = panels(1, 1, height=3)
-    timed = (table for table in tables("Efforts on a network") if any(cell.startswith("time") for cell in table.head))
-    ours, others = timed
-    for table, colour, masks, below in ((ours, OURS, "ALPS", -12), (others, GREY, "SparseGPT", 6)):
-        rows = [row for row in table.rows if numbers(row[table.place("time")])]
-        for row in rows:
+    figure, axes = panels(1, 2, width=9.5, height=3)
+    ours, others, small = (
+        table for table in tables("Efforts on a network") if any(cell.startswith("time") for cell in table.head)
+    )
+    by_time(axes[0], ours, OURS, ", ALPS", (5, -13))
+    by_time(axes[0], others, GREY, ", SparseGPT's masks", (-25, 10), (8, -4))
+    by_time(axes[1], small, OURS, "", (2, 7))
+    axes[0].set(title="DINOv2-S, 2:4, 256 images: divergence by time")
+    axes[1].set(title="ViT of six layers, 2:4, 128 images")
+    for ax in axes:
+        ax.set(xscale="log", xlim=(0.8, 100), ylim=(0, None), xlabel="time, SparseGPT alone being 1")
+        ax.xaxis.set_major_formatter("{x:g}")
+    return figure
+
+
+def by_time(ax: Axes, table: Table, colour: str, masks: str, *places: tuple[int, int]) -> None:
+    """Divergence over time of each row that has one, named at the places in turn."""
+    place = cycle(places)
+    for row in table.rows:
+        if numbers(row[table.place("time")]):
             time, value = (number(row[table.place(name)]) for name in ("time", "divergence"))
             alone = row[0].endswith("alone")
             ax.plot([time], [value], color=ALONE if alone else colour)
-            name = row[0].split(" (")[0].replace("`", "") + ("" if alone else f", {masks}'s masks")
-            place = (5, 6 if alone else below)
-            ax.annotate(name, (time, value), place, textcoords="offset points", fontsize=8.5)
-    ax.set(title="DINOv2-S, 2:4: divergence by time", xlabel="time, SparseGPT alone being 1")
-    ax.set(xlim=(0, 10), ylim=(0, 0.37))
-    return figure
+            name = row[0].split(" (")[0].replace("`", "") + ("" if alone else masks)
+            ax.annotate(
+                name, (time, value), (8, -3) if alone else next(place), textcoords="offset points", fontsize=8.5
+            )
 
 
 @picture

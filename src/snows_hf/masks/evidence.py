@@ -19,7 +19,7 @@ from ..method.newton import Expansion
 from ..method.objective import ActiveWeights, KStepObjective, Segment, hessian_expansion
 from ..method.preconditioner import gram, recorded
 from ..method.streams import through
-from ..patterns import Pattern
+from ..patterns import Full, Pattern
 from ..runtime.memory import Images, Kept, Shelf
 from ..runtime.run import Run
 from ..settings import PruneConfig
@@ -91,8 +91,8 @@ class Evidence:
 
     @property
     def title(self) -> str:
-        """What the masks are called."""
-        return f"{Path(self.config.mask).name} masks"
+        """What is chosen, in words."""
+        return "units" if isinstance(self.pattern, Full) else f"{Path(self.config.mask).name} masks"
 
     @property
     def everything(self) -> ActiveWeights:
