@@ -78,7 +78,7 @@ def broken_vit(monkeypatch: pytest.MonkeyPatch) -> None:
     register(ViTForImageClassification, family="vit")(forgetful)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float16)])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16), slow(torch.float16)])
 @pytest.mark.parametrize("name", variants(BLOCKS))
 def test_what_is_the_model_passes_and_is_left_as_it_was(name: str, dtype: torch.dtype) -> None:
     chain = build(name, dtype)

@@ -313,6 +313,7 @@ def test_the_papers_settings_with_options_over_them(run) -> None:
     assert (settings["k"], settings["samples"], settings["solver"]["curvature"]) == (1, 64, "hessian")
 
 
+@pytest.mark.slow
 def test_pack_and_unpack(run) -> None:
     """What `prune` makes goes there and back; what `prune --format packed` makes is read by every command."""
     run("prune", VIT, "--pattern", "2:4", *ALONE, "--output", "out", "--quiet")

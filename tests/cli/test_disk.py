@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["out", slow(".")])
-@pytest.mark.parametrize("when", ["Pruning", "Saving"])
+@pytest.mark.parametrize("when", [slow("Pruning"), "Saving"])
 @pytest.mark.parametrize("small_disk", ["2400k"], indirect=True)
 def test_a_disk_that_fills_up_in_the_meantime(small_disk: Path, when: str, name: str, whole: bytes) -> None:
     """What was finished is kept, and when there is room again the same call gives the result."""

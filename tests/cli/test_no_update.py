@@ -40,7 +40,8 @@ def test_every_criterion_alone(run, mask: str) -> None:
         assert moved == report["criterion"]["own_update"]
 
 
-@pytest.mark.parametrize("mask", ["magnitude", pytest.param("obc", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["magnitude", "obc"])
 def test_what_was_measured_alone_is_the_same_under_snows(run, mask: str) -> None:
     reports = {}
     for name, options in (("alone", ["--no-update"]), ("snows", [])):

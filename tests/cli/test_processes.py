@@ -126,6 +126,7 @@ def test_a_process_that_runs_out_of_memory_ends_all(elsewhere: Path) -> None:
     assert sorted(os.listdir()) == [".out.snows-work", "full.py"]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_left_alone_says_so() -> None:
     """A launcher may end it first; several machines have one each."""
     together = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

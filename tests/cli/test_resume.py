@@ -72,6 +72,7 @@ def test_broken_off_again_and_again(joint: bytes, tmp_path: Path) -> None:
     assert any("with 8 layers finished" in line for line in said)
 
 
+@pytest.mark.slow
 def test_torn_files_are_made_again(joint: bytes, tmp_path: Path) -> None:
     for steps, damage in ((3, b"torn"), (9, None)):
         with suppress(BrokenOffError):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from embedded import DIGITS, RESNET, VIT, tensors_of, write_tensors
 
@@ -71,6 +72,7 @@ def test_what_does_not_go_together_is_said_before_anything_is_loaded(run) -> Non
     assert "Add --sparsity" in result.err and not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_sensitivity_as_a_table_as_json_and_as_a_plot(run) -> None:
     options = ("--patterns", "1:4,2:4", "--data", DIGITS, "--samples", 24, "--layers", "*layers.0*")
     result = run("sensitivity", VIT, *options, "--json", "--plot", "plot.png")

@@ -78,6 +78,7 @@ def test_no_image_at_all() -> None:
         accuracy_of(Table(torch.zeros(2, 3)), source([], Value("int64")), numbers)
 
 
+@pytest.mark.slow
 def test_models_and_data_are_named_by_text_or_path(
     tmp_path: Path, small_vit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

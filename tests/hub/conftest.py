@@ -41,6 +41,6 @@ def results(tiny_timm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {name: pruned(source, folder / name, eval_data=str(DIGITS)) for name, source in sources.items()}
 
 
-@pytest.fixture(params=["vit", slow("resnet"), "timm"])
+@pytest.fixture(params=["vit", slow("resnet"), slow("timm")])
 def result(request: pytest.FixtureRequest, results: dict[str, Pruned]) -> Pruned:
     return results[request.param]

@@ -274,7 +274,7 @@ def packed(results: dict[str, Pruned], tmp_path_factory: pytest.TempPathFactory)
     return {name: folder / name for name in results}
 
 
-FAMILIES = ["vit", slow("resnet"), "timm"]
+FAMILIES = ["vit", slow("resnet"), slow("timm")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -389,6 +389,7 @@ def test_stock_loaders_fail_loudly(family: str, packed) -> None:
         assert re.search(r"^(OSError|RuntimeError): ", run.stderr, re.MULTILINE), run.stderr
 
 
+@pytest.mark.slow
 def test_prune_packed_is_prune_and_pack(tmp_path: Path) -> None:
     pruned(VIT, tmp_path / "a" / "out")
     result = pruned(VIT, tmp_path / "b" / "out", format="packed")

@@ -70,6 +70,7 @@ def test_a_smaller_checkpoint_is_an_ordinary_one(pattern: str, steps: int, tmp_p
     assert ("mask criterion" in card) == ("the zeros are in the file" in card) == ("2:4" in pattern)
 
 
+@pytest.mark.slow
 def test_obs_keeps_more_than_magnitude(small_vit: Path) -> None:
     cases: dict[str, dict[str, Any]] = {"obs": {}, "ridge": {"units": "magnitude"}}
     cases["magnitude"] = {"units": "magnitude", "repair": False}
@@ -170,6 +171,7 @@ def test_an_untrained_network_is_cut_by_every_criterion_with_scores(mask: str, w
     assert set(result.report["units"]) == {f"vit.layers.{i}.mlp.fc1" for i in range(4)}
 
 
+@pytest.mark.slow
 def test_a_network_that_is_smaller_from_the_beginning_is_an_ordinary_one(whole: nn.Module, tmp_path: Path) -> None:
     given = UNTRAINED | {"epochs": 1}
     report = train(VIT, DIGITS, "mlp:0.5+heads:0.25", mask="hp", output=tmp_path / "out", **given).report

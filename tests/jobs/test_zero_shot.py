@@ -139,6 +139,7 @@ def test_a_prune_measures_it(name: str, tmp_path: Path) -> None:
         assert "text tower is untouched" in card
 
 
+@pytest.mark.slow
 def test_a_prune_of_a_dense_predictor_measures_fidelity_alone(tmp_path: Path) -> None:
     folder = save_model("segformer", tmp_path / "m")
     report = prune(folder, "2:4", data=DIGITS, samples=4, k=0, eval_data=DIGITS, output=tmp_path / "out").report

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from curvlinops import EFLinearOperator, HessianLinearOperator
 from networks import Small, convolutions, evidence, images_for, linears, read
-from quick import rest_slow
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -139,7 +138,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", rest_slow(CASES, ("K-step loss",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_hutchinson_error_falls_as_one_over_root_probes(case):
     """… to the exact diagonal of the Hessian, and the variance it reports is its squared error on average."""
     estimated, exact = CASES[case]
@@ -194,6 +194,7 @@ def test_k_step_curvature_is_never_negative():
     assert all(torch.equal(hp[name], hts[name]) for name in hp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["relative", pytest.param("mean", marks=pytest.mark.slow)])
 def test_k_step_curvature_is_that_of_the_solver(weighting):
     """Enough probes come close to the diagonal of the products that Newton's systems are solved with."""
