@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import MemoryLimitError
 from ..method.fitting import fit_batches
-from ..patterns import Masks, Pattern, PerLayer
+from ..patterns import Full, Masks, Pattern, PerLayer
 from ..patterns.plan import Candidate
 from ..runtime.journal import Record
 from ..runtime.memory import until_it_fits
@@ -63,7 +63,8 @@ def find_choice(evidence: Evidence) -> tuple[Choice, float]:
 
     def decide() -> Record:
         started = time.perf_counter()
-        run.say(f"Choosing masks by {Path(evidence.config.mask).name} for {evidence.pattern}")
+        if not isinstance(evidence.pattern, Full):  # which keeps all, where units go alone
+            run.say(f"Choosing masks by {Path(evidence.config.mask).name} for {evidence.pattern}")
         choice = in_smaller_batches(choose, fit_criterion(evidence))
         tensors = {f"mask {name}": mask.cpu() for name, mask in choice.masks.items()}
         tensors |= {f"weight {name}": weight.cpu() for name, weight in choice.weights.items()}
