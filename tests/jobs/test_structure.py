@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from embedded import DIGITS, VIT
+from embedded import DIGITS, VIT, copy_of, tensors_of, write_tensors
 from torch import nn
 from transformers import AutoModelForImageClassification
 from vision import save_model
@@ -79,6 +79,15 @@ def test_obs_keeps_more_than_magnitude(small_vit: Path) -> None:
         report = prune(small_vit, "mlp:0.75", update=False, eval_data=str(DIGITS), **QUICK, **given).report
         found[name] = report["fidelity"]["pruned"]["outputs"]["logits"]["error"]
     assert found["obs"] < found["ridge"] < found["magnitude"]
+
+
+def test_zeros_of_the_dense_model_are_no_pattern(tmp_path: Path) -> None:
+    tensors = tensors_of(VIT)
+    tensors["vit.encoder.layer.0.attention.attention.query.weight"][0] = 0
+    source = write_tensors(copy_of(VIT, tmp_path / "dense"), tensors)
+    result = prune(str(source), "mlp:0.5", output=tmp_path / "out", update=False, **QUICK)
+    assert result.report["sparsity"] == 0
+    assert "mask criterion" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_layers_lose_as_many_units_as_they_can_spare(tmp_path: Path) -> None:

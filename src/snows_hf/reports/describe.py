@@ -21,7 +21,7 @@ from ..data.names import Name, short_name, split_revision
 from ..hub.load import Checkpoint
 from ..masks.choose import split_by_fit
 from ..method.records import LayerReport
-from ..patterns import Masks, Pattern, PerLayer
+from ..patterns import Full, Masks, Pattern, PerLayer
 from ..runtime.files import checksum
 from ..runtime.journal import Digest, digest_of
 from ..runtime.version import versions
@@ -62,7 +62,8 @@ def describe_layers(
         "task": checkpoint.task,
         "tower": checkpoint.tower,
         "pattern": str(pattern),
-        "sparsity": share_of_zeros(pruned),
+        # Where units go alone, zeros are the dense model's own.
+        "sparsity": 0.0 if isinstance(pattern, Full) else share_of_zeros(pruned),
         "settings": config.to_dict() | {"mask": Path(config.mask).name},
         "layers": summaries or [summary(chain, group) for group in touched],
         "later_sweeps": [report.to_dict() for report in reports if report.sweep > 1],
