@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from embedded import DIGITS, VIT, copy_of, tensors_of, write_tensors
+from quick import rest_slow
 from torch import nn
 from transformers import AutoModelForImageClassification
 from vision import save_model
@@ -168,9 +169,7 @@ def whole() -> nn.Module:
     return train(VIT, DIGITS, **UNTRAINED).model
 
 
-@pytest.mark.parametrize(
-    "mask", [m if m in ("magnitude", "hp", "synflow") else pytest.param(m, marks=pytest.mark.slow) for m in SCORES]
-)
+@pytest.mark.parametrize("mask", rest_slow(SCORES, ("magnitude", "hp", "synflow")))
 def test_an_untrained_network_is_cut_by_every_criterion_with_scores(mask: str, whole: nn.Module) -> None:
     result = train(VIT, DIGITS, "mlp:0.5", mask=mask, **UNTRAINED)
     name = "vit.layers.0.mlp.fc1.weight"

@@ -195,7 +195,7 @@ def test_k_step_curvature_is_never_negative():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weighting", ["relative", pytest.param("mean", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weighting", ["relative", "mean"])
 def test_k_step_curvature_is_that_of_the_solver(weighting):
     """Enough probes come close to the diagonal of the products that Newton's systems are solved with."""
     given = evidence(convolutions(), "2:4", "hd-kstep", weighting=weighting, batch_size=12)
