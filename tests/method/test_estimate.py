@@ -6,7 +6,7 @@ import tiny
 from snows_hf.adapters import build_chain
 from snows_hf.method import estimate
 from snows_hf.method.cascade import prune_chain
-from snows_hf.method.estimate import estimated_seconds, in_words
+from snows_hf.method.estimate import estimated_seconds, grown, in_words
 
 
 def test_short_work_is_not_estimated():
@@ -28,6 +28,21 @@ def test_an_estimate_is_of_the_size_of_the_truth(monkeypatch, joint_steps):
     assert seconds is not None
     took = sum(report.seconds for report in prune_chain(chain, images, masks, config))
     assert took / 4 < seconds < 4 * took
+
+
+def test_what_grows_for_few_images_alone_is_found_by_timing_more():
+    """A part that 40 images exhaust: 4 and 12 of them foretell three times the truth."""
+    timed = []
+
+    def seconds(images):
+        timed.append(images)
+        return 0.3 + 0.005 * images + 0.02 * min(images, 40)
+
+    assert grown(seconds, 230, steps=60) == pytest.approx(0.3 + 0.005 * 230 + 0.02 * 40)
+    assert timed == [4, 12, 36, 108, 230]
+    timed.clear()
+    assert grown(seconds, 230, steps=2) > 2 * (0.3 + 0.005 * 230 + 0.02 * 40)
+    assert timed == [4, 12], "of two steps a third is too many to time"
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,13 @@ from .streams import masked_operations, split_images, whole_network
 T = TypeVar("T")
 
 FEW, MORE = 4, 12
-"""Images of the two steps that are timed of a layer: what a step takes grows evenly with its images."""
+"""Images of the first two steps that are timed of a layer."""
 
-REPEATED = 2.0
-"""Seconds for which each of them is repeated, where once takes less."""
+SPARED = 0.02
+"""Share of the time of all steps from which on a timed step is long enough to tell it."""
+
+REPEATED = 1.0
+"""Seconds for which each is repeated, where once takes less."""
 
 WORTH_SAYING = 20.0
 """Seconds that work takes at the least, from which on an estimate is worth the time that it takes."""
@@ -76,18 +79,31 @@ def solve_seconds(
     part = min(config.curvature_size or batch, batch)
     active = ActiveWeights.of(segment.group, masks, segment.chain.device, config.biases)
     w, whole = active.within(segment.chain), config.updated(curvature_size=0)
-    few, more = (
-        KStepObjective(segment, active, tuple(tensor[:n] for tensor in state), whole)
-        for n in (min(FEW, len(state[0])), len(state[0]))
-    )
-    _, value = timed(segment.chain, lambda: more.value(w))
-    fewer, step = (least(partial(step_seconds, objective, w)) for objective in (few, more))
-    each = (step - fewer) / max(more.share.total - few.share.total, 1)
-    learning = max(step, step + each * (part - more.share.total)) + 2 * batch * value / more.share.total
+
+    def objective(images: int) -> KStepObjective:
+        again = torch.arange(images) % len(state[0])
+        return KStepObjective(segment, active, tuple(tensor[again] for tensor in state), whole)
+
+    step = grown(lambda images: least(partial(step_seconds, objective(images), w)), part, steps)
+    few = objective(MORE)
+    value, first_order = timed(segment.chain, lambda: few.value(w))[1] / MORE, 0.0
     if part < batch:
-        _, first_order = timed(segment.chain, lambda: more.first_order(w))
-        learning += batch * first_order / more.share.total
-    return steps * (learning + judges * value / more.share.total * (2 if config.solver.average else 1))
+        first_order = timed(segment.chain, lambda: few.first_order(w))[1] / MORE
+    return steps * (step + batch * (first_order + 2 * value) + judges * value * (2 if config.solver.average else 1))
+
+
+def grown(seconds: Callable[[int], float], most: int, steps: int) -> float:
+    """Seconds that one of so many ``steps`` takes on ``most`` images, from those that some take on fewer. A few images
+    do not keep a processor busy, and not all of the work grows with them: so three times as many are timed for as long
+    as that takes less than :data:`SPARED`."""
+    times = {images: seconds(images) for images in (FEW, MORE)}
+    while True:
+        (fewer, before), (more, after) = list(times.items())[-2:]
+        found = max(after, after + (after - before) / (more - fewer) * (most - more))
+        if more >= most or after > SPARED * steps * found:
+            return found
+        images = min(3 * more, most)
+        times[images] = seconds(images)
 
 
 def step_seconds(objective: KStepObjective, w: Tensor) -> float:
