@@ -50,7 +50,7 @@ def show_smaller(sink: Sink, result: dict[str, Any]) -> None:
     parameters = result["parameters"]
     columns = {"batch": "{batch}", "dense (ms)": "{dense_ms:.1f}", "smaller (ms)": "{smaller_ms:.1f}"}
     title = f"{result['source']} in {result['dtype']} on {result['device']}, {result['threads']} threads"
-    sink.table(columns | {"ratio": "{ratio:.2f}"}, result["batches"], title)
+    sink.table(columns | {"ratio": "{ratio:.2f} ({least:.2f} to {most:.2f})"}, result["batches"], title)
     sink.text(f"{parameters['dense']:,} → {parameters['smaller']:,} parameters.")
 
 

@@ -195,12 +195,13 @@ def show_report(sink: Sink, report: dict[str, Any]) -> None:
             f"{parameters['dense']:,} → {parameters['total']:,} parameters, "
             f"{flops['dense'] / flops['pruned']:.2f} times fewer operations."
         )
-    zeros = f"{100 * report['sparsity']:.1f} % zeros"
-    by = report["settings"]["mask" if report["sparsity"] else "units"]
-    sink.text(
-        f"{len(report['layers'])} layers pruned to {report['pattern']} ({zeros}) by {by} with {report['samples']} "
-        f"images in {report['seconds']:.0f} s."
-    )
+    settings = report["settings"]
+    if "units" in report and not report["sparsity"]:
+        done = f"Units of {len(report['units'])} layers gone ({report['pattern']}) by {settings['units']}"
+    else:
+        zeros = f"{100 * report['sparsity']:.1f} % zeros"
+        done = f"{len(report['layers'])} layers pruned to {report['pattern']} ({zeros}) by {settings['mask']}"
+    sink.text(f"{done} with {report['samples']} images in {report['seconds']:.0f} s.")
     if report["output"]:
         sink.text(f"Saved to {report['output']}{CUSTOM if report.get('custom') else ''}")
 

@@ -100,7 +100,7 @@ def bench_smaller(
 
     Returns:
         ``device``, ``dtype``, ``threads``, ``parameters`` of both, and ``batches`` with the medians in milliseconds
-        and ``ratio``, the median over the turns of dense over smaller time.
+        and ``ratio``, the median over the turns of dense over smaller time, beside its ``least`` and ``most``.
 
     Raises:
         SnowsError: bad settings, or no such checkpoint.
@@ -127,10 +127,12 @@ def bench_smaller(
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median milliseconds of a ``dense`` and a ``smaller`` run that take turns, and the median ratio of a turn."""
+    """Median milliseconds of a ``dense`` and a ``smaller`` run that take turns, the median ``ratio`` of a turn, and
+    the ``least`` and the ``most`` that one had, which lie apart where other programs run at the same time."""
     times = [{name: time_ms(each, SECONDS / 2) for name, each in runs.items()} for _ in range(ROUNDS)]
+    ratios = [turn["dense"] / turn["smaller"] for turn in times]
     found = {f"{name}_ms": median(turn[name] for turn in times) for name in runs}
-    return found | {"ratio": median(turn["dense"] / turn["smaller"] for turn in times)}
+    return found | {"ratio": median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 @torch.inference_mode()

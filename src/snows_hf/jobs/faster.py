@@ -21,7 +21,7 @@ from ..runtime.distributed import from_main
 from ..runtime.journal import Journal, Record
 from ..runtime.memory import Images, Tensors, in_parts, out_of_memory
 from ..runtime.run import Run
-from .bench import in_turns
+from .bench import ROUNDS, in_turns
 from .measure import outputs_on_device
 from .smaller import can_be_said, counts_left, resized_to_first, widths_asked_for
 from .structure import cut_checkpoint
@@ -221,7 +221,8 @@ def timer(run: Run, subject: Subject, batch: int) -> Callable[[str], float | Non
                 raise
             fault = f"Timing {batch} images at a time: memory does not suffice."
             raise MemoryLimitError(fault, "Give a smaller --faster-batch.") from error
-        run.say(f"{pattern}: {found['ratio']:.2f} times as fast ({found['smaller_ms']:.1f} ms)")
+        turns = f"{found['least']:.2f} to {found['most']:.2f} in {ROUNDS} turns"
+        run.say(f"{pattern}: {found['ratio']:.2f} times as fast ({turns}, {found['smaller_ms']:.1f} ms)")
         return found["ratio"]
 
     return ratio_of
