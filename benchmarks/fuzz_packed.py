@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from snows_hf.errors import LoadError
-from snows_hf.hub.load import library_of, read_config
+from snows_hf.hub.folder import library_of, read_config
 from snows_hf.hub.packed import PACKED_FILE, read_packed, write_packed
 from snows_hf.patterns import NM
 

@@ -15,7 +15,8 @@ from snows_hf.cli.options import read_settings
 from snows_hf.cli.prune import default_output
 from snows_hf.data.names import short_name, split_revision
 from snows_hf.errors import ConfigError, LoadError, PatternError, SnowsError
-from snows_hf.hub.load import library_of, load, read_config
+from snows_hf.hub.folder import library_of, read_config
+from snows_hf.hub.load import load
 from snows_hf.patterns import parse_pattern
 from snows_hf.runtime.journal import Journal
 from snows_hf.settings import PruneConfig

@@ -8,7 +8,7 @@ from embedded import VIT, copy_of, pruned
 
 from snows_hf import load, pack, push, unpack
 from snows_hf.errors import LoadError
-from snows_hf.hub.load import leads_out
+from snows_hf.hub.folder import leads_out
 
 
 SECRET = "my private key"

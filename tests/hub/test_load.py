@@ -15,7 +15,7 @@ from snows_hf import build_chain, finetune, from_pretrained, load, pack, prune
 from snows_hf.data.names import short_name
 from snows_hf.errors import LoadError
 from snows_hf.hub.create import create
-from snows_hf.hub.load import find_folder, library_of
+from snows_hf.hub.folder import find_folder, library_of
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(name)
         return str(VIT)
 
-    monkeypatch.setattr("snows_hf.hub.load.snapshot_download", download)
+    monkeypatch.setattr("snows_hf.hub.folder.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     Path("user/model").mkdir(parents=True)
     assert find_folder("user/model") == Path("user/model")
@@ -264,7 +264,7 @@ def test_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_ids_are_published_as_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snows_hf.hub.load.snapshot_download", lambda name, **options: str(VIT))
+    monkeypatch.setattr("snows_hf.hub.folder.snapshot_download", lambda name, **options: str(VIT))
     report = prune("hf-hub:user/model", "2:4", data=str(DIGITS), samples=8, k=0, output=tmp_path / "out").report
     assert report["source"] == "user/model"
     assert ModelCard.load(tmp_path / "out/README.md").data.base_model == "user/model"

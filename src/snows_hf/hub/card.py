@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.names import local_folder
-from .load import Checkpoint, leads_out
+from .folder import leads_out
+from .load import Checkpoint
 from .save import alone_of, maker_of, retrainings, takes_steps
 
 

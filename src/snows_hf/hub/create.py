@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from ..adapters import cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
 from ..data.names import Name
 from ..errors import LoadError
-from .load import Checkpoint, find_folder, library_errors, library_of, of_timm, of_transformers, read_config, tried
+from .folder import find_folder, library_of, read_config
+from .load import Checkpoint, library_errors, of_timm, of_transformers, tried
 
 
 def create(source: Name, class_names: Sequence[str] | None, seed: int, revision: str | None = None) -> Checkpoint:

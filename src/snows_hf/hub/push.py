@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from ..errors import SaveError
 from ..runtime.remote import check_push, hub_errors
 from .card import PLACEHOLDER
-from .load import TOKENIZER_FILES, check_weights, leads_out, library_of, read_config
+from .folder import TOKENIZER_FILES, check_weights, leads_out, library_of, read_config
 from .repack import check_own, weight_files
 from .save import REPORT_FILE
 

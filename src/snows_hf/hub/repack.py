@@ -21,7 +21,7 @@ from ..data.names import Name
 from ..errors import LoadError, one_line
 from ..runtime.files import check_output, whole_folder, write_json
 from .card import PLACEHOLDER
-from .load import find_folder, is_custom, leads_out, read_json
+from .folder import find_folder, is_custom, leads_out, read_json
 from .packed import PACKED_FILE, check_packed, opened, read_packed, write_packed
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import LoadError
 from ..runtime.files import write_json
 from ..runtime.version import __version__
-from .load import TOKENIZER_FILES, Checkpoint, leads_out, read_json
+from .folder import TOKENIZER_FILES, leads_out, read_json
+from .load import Checkpoint
 
 
 REPORT_FILE = "snows_config.json"
