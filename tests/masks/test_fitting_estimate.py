@@ -36,12 +36,13 @@ def test_an_estimate_is_of_the_size_of_the_truth(monkeypatch):
     def settle(few: Evidence, fit: Fit) -> Kept:
         return decide_for(few, decide, aim_of(few, fit), zeros=0)
 
-    fixed, each = estimate.estimated_seconds(given, settle)
+    times = estimate.estimated_times(given, settle)
+    assert list(times.of_layers(2)) == list(given.fitted)
     assert all(weight.equal(before[name]) for name, weight in weights_of(given.network).items())
     started = time.perf_counter()
     layer_by_layer(given, decide, halfway_aims)
     took = time.perf_counter() - started
-    assert took / 4 < fixed + 2 * each < 4 * took
+    assert took / 4 < times.probing + sum(times.of_layers(2).values()) < 4 * took
 
 
 @pytest.mark.parametrize("views", [1, 4])

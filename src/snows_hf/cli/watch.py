@@ -54,13 +54,13 @@ class Watch:
 
     def progress(self, where: "Where") -> None:
         """Where a stage is."""
+        share, total = where.share, None if where.share is None else 1.0
         if where.stage != self.of or where.done == 0:
-            self.of, self.first, self.began = where.stage, where.done, time.monotonic()
-            self.bar.reset(self.task, total=where.total)
+            self.of, self.first, self.began = where.stage, share or 0.0, time.monotonic()
+            self.bar.reset(self.task, total=total)
         self.where = where
-        over = where.total is not None and where.done >= where.total
-        name = escape(self._name(where))
-        self.bar.update(self.task, total=where.total, description=name, completed=where.done, visible=not over)
+        name, going = escape(self._name(where)), share is None or share < 1
+        self.bar.update(self.task, total=total, description=name, completed=share or 0.0, visible=going)
 
     def _tick(self) -> None:
         while not self.over.wait(self.spoke + self.interval - time.monotonic()):
@@ -73,8 +73,8 @@ class Watch:
         if where is None:
             return f"{self.text}: still at it"
         line = f"{self._name(where)}: {where.detail}" if where.detail else self._name(where)
-        if where.total is not None and self.first < where.done < where.total:
-            left = passed * (where.total - where.done) / (where.done - self.first)
+        if where.share is not None and self.first < where.share < 1:
+            left = passed * (1 - where.share) / (where.share - self.first)
             return f"{line}, about {timedelta(seconds=round(left))} left"
         return f"{line}, {timedelta(seconds=round(passed))} so far"
 

@@ -1,7 +1,7 @@
 """How long it will take to fit layers and to choose what they keep, from a few images and layers that are timed."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,22 +21,42 @@ Settle = Callable[[Evidence, Fit], object]
 """What is done with a layer's fit, as it is timed."""
 
 
-def tell_estimate(evidence: Evidence, settle: Settle, what: str) -> None:
+@dataclass(frozen=True)
+class Times:
+    """Seconds of what comes before the layers, and of each layer: for its fit to one view of the images, of which
+    several take as many times as long, and for what is done with that."""
+
+    probing: float
+    fitting: dict[str, float]
+    settling: dict[str, float]
+
+    def of_layers(self, views: int) -> dict[str, float]:
+        return {name: views * seconds + self.settling[name] for name, seconds in self.fitting.items()}
+
+    def in_words(self, views: int) -> str:
+        return in_words(self.probing + sum(self.of_layers(views).values()))
+
+
+def tell_estimate(evidence: Evidence, settle: Settle, what: str) -> dict[str, float]:
     """Says how long it will take to fit layers halfway (aims.py), to masks or repairs, before the work begins; not of
-    work that goes on."""
+    work that goes on.
+
+    Returns:
+        The seconds of each layer, by its weight's name, if the work is long.
+    """
     run, views = evidence.run, evidence.config.views
     if any(name.startswith(f"{evidence.record}-layer-") for name in run.journal.names()):
-        return
-    found = estimated_seconds(evidence, settle)
-    if found is not None:
-        fixed, each = found
-        once = f"; with --effort quick, one view of each image, about {in_words(fixed + each)}" if views > 1 else ""
-        run.say(f"The {what} will take about {in_words(fixed + views * each)} on this machine{once}")
+        return {}
+    times = estimated_times(evidence, settle)
+    if times is None:
+        return {}
+    once = f"; with --effort quick, one view of each image, about {times.in_words(1)}" if views > 1 else ""
+    run.say(f"The {what} will take about {times.in_words(views)} on this machine{once}")
+    return times.of_layers(views)
 
 
-def estimated_seconds(evidence: Evidence, settle: Settle) -> tuple[float, float] | None:
-    """Seconds however many images there are, and seconds for one view of each; None where it is not long. Of groups
-    of layers with the same shapes the first is timed."""
+def estimated_times(evidence: Evidence, settle: Settle) -> Times | None:
+    """None where the work is not long. Of groups of layers with the same shapes the first is timed."""
     chain, count, layers = evidence.network, len(evidence.calibration), evidence.fitted
     images = evidence.calibration[: min(AT_ONCE, evidence.config.batch_size)]  # as many as are fitted at a time
     few = replace(evidence, images=images, run=Run(), config=evidence.config.updated(views=1))
@@ -60,6 +80,7 @@ def estimated_seconds(evidence: Evidence, settle: Settle) -> tuple[float, float]
             if kind not in known:
                 decided += timed(chain, partial(settle, few, fit))[1]
             done[name] = layers[name]
-        known.setdefault(kind, (decided, waited * count / len(images)))
-    fixed, each = (sum(costs) for costs in zip(*(known[kind] for kind in kinds.values()), strict=True))
-    return fixed + probing * min(PROBED[0], count) / len(fewer), each
+        known.setdefault(kind, (waited * count / len(images), decided))
+    each = {name: [part / len(names) for part in known[kind]] for names, kind in kinds.items() for name in names}
+    fitting, settling = ({name: parts[i] for name, parts in each.items()} for i in (0, 1))
+    return Times(probing * min(PROBED[0], count) / len(fewer), fitting, settling)

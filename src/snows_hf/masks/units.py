@@ -52,10 +52,10 @@ def choose_units(evidence: Evidence, keep: Mapping[Width, int]) -> Units:
         kept |= {width: torch.arange(keep[width]) for width in ranks}
         tensors = without_ranks(dict(chain.model.named_parameters()), kept)
         if obs or config.repair:
-            tell_estimate(*repairing(evidence, keep, dict(kept)), "repairs")
+            seconds = tell_estimate(*repairing(evidence, keep, dict(kept)), "repairs")
             fitting, settle = repairing(evidence, keep, kept)
             fits = halfway_fits(fitting, tensors)
-            for fit in evidence.run.track(fits, "Repairs", len(fitting.fitted), attrgetter("name")):
+            for fit in evidence.run.track(fits, "Repairs", len(fitting.fitted), attrgetter("name"), seconds):
                 tensors |= settle(fitting, fit)
     return Units(kept, tensors, turned)
 

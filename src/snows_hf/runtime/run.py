@@ -1,6 +1,6 @@
 """What every job carries: where it computes, how much memory it may take, what is finished, and who is told."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ class Progress:
         total: how many there are; None where nobody knows.
         part: the one at hand, a layer's name for example.
         detail: what is known of it.
+        over: share of the stage's time that is over, where it was foretold what each part takes.
     """
 
     stage: str
@@ -33,6 +34,12 @@ class Progress:
     total: int | None
     part: str = ""
     detail: str = ""
+    over: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """How much of the stage is over: of its time where that was foretold, else of its parts, if counted."""
+        return self.over if self.over is not None or self.total is None else self.done / max(self.total, 1)
 
 
 @dataclass(frozen=True)
@@ -81,16 +88,26 @@ class Run:
         """A line of text about what begins, or what people should know."""
         self.on_stage(text)
 
-    def tell(self, stage: str, done: float, total: int | None, part: str = "", detail: str = "") -> None:
+    def tell(
+        self, stage: str, done: float, total: int | None, part: str = "", detail: str = "", over: float | None = None
+    ) -> None:
         """Where a stage is."""
-        self.on_progress(Progress(stage, done, total, part, detail))
+        self.on_progress(Progress(stage, done, total, part, detail, over))
 
     def track(
-        self, items: Iterable[T], stage: str, total: int | None = None, part: Callable[[T], str] = lambda item: ""
+        self,
+        items: Iterable[T],
+        stage: str,
+        total: int | None = None,
+        part: Callable[[T], str] = lambda item: "",
+        seconds: Mapping[str, float] | None = None,
     ) -> Iterator[T]:
-        """The items, one after the other, told as the parts of a stage."""
-        done = 0
+        """The items, one after the other, told as the parts of a stage; ``seconds`` that parts are thought to take, by
+        their names, say how much of it is over."""
+        done, passed, whole = 0, 0.0, sum((seconds or {}).values())
         for done, item in enumerate(items, 1):
-            self.tell(stage, done - 1, total, part(item))
+            name = part(item)
+            self.tell(stage, done - 1, total, name, over=passed / whole if whole else None)
             yield item
+            passed += (seconds or {}).get(name, 0.0)
         self.tell(stage, done, total)

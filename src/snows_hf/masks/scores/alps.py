@@ -46,8 +46,8 @@ def alps(evidence: Evidence) -> Choice:
     def settle(few: Evidence, fit: Fit) -> Kept:
         return decide_for(few, decide, aim_of(few, fit), zeros.get(fit.name, 0))
 
-    tell_estimate(evidence, settle, "masks")
-    return layer_by_layer(evidence, decide, halfway_aims)
+    seconds = tell_estimate(evidence, settle, "masks")
+    return layer_by_layer(evidence, decide, halfway_aims, seconds)
 
 
 def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:

@@ -31,14 +31,17 @@ Decide = Callable[[Tensor, Tensor, NM | None, int], Kept]
 go → which are kept, as W."""
 
 
-def layer_by_layer(evidence: Evidence, decide: Decide, aims: Aims = dense_aims) -> Choice:
-    """What ``decide`` makes of every layer; what an earlier run made of a layer stays."""
+def layer_by_layer(
+    evidence: Evidence, decide: Decide, aims: Aims = dense_aims, seconds: Mapping[str, float] | None = None
+) -> Choice:
+    """What ``decide`` makes of every layer, which is thought to take so many ``seconds`` by the layer's name; what an
+    earlier run made of a layer stays."""
     journal, layers, zeros = evidence.run.journal, evidence.fitted, evidence.pattern.zeros(evidence.weights)
     records = {name: f"{evidence.record}-layer-{place:04d}" for place, name in enumerate(layers)}
     finished = {name: found.tensors for name, record in records.items() if (found := journal.get(record)) is not None}
     weights = {name: own for tensors in finished.values() for name, own in tensors.items() if name != "mask"}
     todo, masks = aims(evidence, weights), dict[str, Tensor]()
-    for name in evidence.run.track(records, f"Layers of {evidence.title}", len(records), str):
+    for name in evidence.run.track(records, f"Layers of {evidence.title}", len(records), str, seconds):
         weight = layers[name]
         tensors = finished.pop(name, None)
         if tensors is None:
