@@ -89,3 +89,16 @@ def test_what_a_quick_prune_would_take_is_said_where_it_is_less_by_far(monkeypat
     job.tell_estimate(Run(on_stage=said.append), build_chain(model), images, masks, *given)
     assert len(said) == 1 and said[0].startswith("The layers will take about ")
     assert ("; with --effort quick about " in said[0]) == told
+
+
+def test_a_quick_prune_is_timed_with_the_batches_that_fit(monkeypatch):
+    """Its own are larger, and more images than fit may end the process."""
+    timed = []
+    monkeypatch.setattr(job, "LONG", 0.0)
+    monkeypatch.setattr(job, "estimated_seconds", lambda *given: timed.append(given[-1]) or 100.0)
+    model, images = tiny.transformers_vit(), Images(Shelf())
+    images.append(tiny.images(12))
+    config, quick = (settings_for(name, "vit", "2:4", {"mask": "wanda"}) for name in ("standard", "quick"))
+    config = config.updated(batch_size=5, factor_entries=2**16)
+    job.tell_estimate(Run(), build_chain(model), images, tiny.magnitude_masks(model), config, quick)
+    assert [(each.batch_size, each.solver.factor_entries) for each in timed] == 2 * [(5, 2**16)]

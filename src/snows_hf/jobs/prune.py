@@ -373,7 +373,11 @@ def tell_estimate(
     seconds = estimated_seconds(chain, some, count, masks, config)
     if not seconds:
         return
-    less = estimated_seconds(chain, some, count, masks, quick) if quick is not None and seconds > LONG else None
+    less = None
+    if quick is not None and seconds > LONG:
+        batch, entries = min(quick.batch_size, config.batch_size), config.solver.factor_entries  # more may not fit
+        quick = quick.updated(batch_size=batch, factor_entries=entries)
+        less = estimated_seconds(chain, some, count, masks, quick)
     instead = ""
     if less is not None and less < seconds / 2:
         instead = f"; with --effort quick {f'about {in_words(less)}' if less else 'none, which keeps the masks alone'}"
