@@ -43,6 +43,9 @@ def test_what_grows_for_few_images_alone_is_found_by_timing_more():
     timed.clear()
     assert grown(seconds, 230, steps=2) > 2 * (0.3 + 0.005 * 230 + 0.02 * 40)
     assert timed == [4, 12], "of two steps a third is too many to time"
+    timed.clear()
+    assert grown(lambda images: 10 * seconds(images), 230, steps=60) > 0
+    assert timed == [4, 12], "steps of five seconds keep a processor busy"
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ T = TypeVar("T")
 FEW, MORE = 4, 12
 """Images of the first two steps that are timed of a layer."""
 
-SPARED = 0.02
-"""Share of the time of all steps from which on a timed step is long enough to tell it."""
+ENOUGH, SPARED = 4.0, 0.02
+"""Seconds, and share of the time of all steps, from the lesser of which on a timed step is long enough to tell it."""
 
 REPEATED = 1.0
 """Seconds for which each is repeated, where once takes less."""
@@ -95,12 +95,12 @@ def solve_seconds(
 def grown(seconds: Callable[[int], float], most: int, steps: int) -> float:
     """Seconds that one of so many ``steps`` takes on ``most`` images, from those that some take on fewer. A few images
     do not keep a processor busy, and not all of the work grows with them: so three times as many are timed for as long
-    as that takes less than :data:`SPARED`."""
+    as that takes less than :data:`ENOUGH`."""
     times = {images: seconds(images) for images in (FEW, MORE)}
     while True:
         (fewer, before), (more, after) = list(times.items())[-2:]
         found = max(after, after + (after - before) / (more - fewer) * (most - more))
-        if more >= most or after > SPARED * steps * found:
+        if more >= most or after > min(ENOUGH, SPARED * steps * found):
             return found
         images = min(3 * more, most)
         times[images] = seconds(images)
