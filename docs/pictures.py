@@ -260,8 +260,11 @@ def efforts() -> Figure:
     axes[0].set(title="DINOv2-S, 2:4, 256 images: divergence by time")
     axes[1].set(title="ViT of six layers, 2:4, 128 images")
     for ax in axes:
-        ax.set(xscale="log", xlim=(0.8, 100), ylim=(0, None), xlabel="time, SparseGPT alone being 1")
+        ax.set(xscale="log", xlabel="time, SparseGPT alone being 1")
         ax.xaxis.set_major_formatter("{x:g}")
+    axes[0].set(xlim=(0.8, 100), ylim=(0, None))
+    axes[1].set(xlim=(0.8, 400), yscale="log", ylim=(0.002, 1))
+    axes[1].yaxis.set_major_formatter("{x:g}")
     return figure
 
 
