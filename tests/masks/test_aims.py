@@ -13,6 +13,7 @@ from snows_hf.adapters.frozen import frozen
 from snows_hf.jobs.subject import weights_of
 from snows_hf.masks import aims
 from snows_hf.masks.aims import (
+    APART,
     EVENLY,
     HEAVIEST,
     aim_of,
@@ -59,15 +60,15 @@ def test_of_a_network_that_stays_dense_each_layer_is_its_own_aim(make):
 
 
 @pytest.mark.parametrize("make", [linears, convolutions])
-def test_positions_weigh_as_the_outputs_depend_on_them(make):
+def test_positions_and_channels_weigh_as_the_outputs_depend_on_them(make):
     """By whole Jacobians; one random cotangent an image is right on average, and of one output exactly."""
     model = make()
     model.layers[-1] = nn.Linear(4, 1).double()
     given = evidence(model, "0.5", "alps", count=8, batch_size=8)
     with frozen(given.network.model):
         found = importance(given)
-    for name, weights in found.items():
-        module, squares = model.get_submodule(name.removesuffix(".weight")), []
+    for name, (positions, channels) in found.items():
+        module, squares, products = model.get_submodule(name.removesuffix(".weight")), [], 0.0
         for image in given.images:
 
             def replaced(z, module=module, image=image):
@@ -76,10 +77,14 @@ def test_positions_weigh_as_the_outputs_depend_on_them(make):
 
             (z, *_) = recorded_outputs(model, module, image[None])
             jacobian = torch.autograd.functional.jacobian(replaced, z)
-            squares.append(channels_in_end(module, jacobian).square().mean(-1).flatten())
+            g = channels_in_end(module, jacobian)
+            squares.append(g.square().mean(-1).flatten())
+            products = products + torch.einsum("...c,...d->cd", g.flatten(0, -2), g.flatten(0, -2))
         mean = torch.stack(squares).mean(0)
         own = EVENLY + (1 - EVENLY) * (mean / mean.mean()).clamp_max(HEAVIEST)
-        torch.testing.assert_close(weights, own.float())
+        torch.testing.assert_close(positions, own.float())
+        coupled = APART * torch.eye(len(products)) + (1 - APART) * products / products.diagonal().mean()
+        torch.testing.assert_close(channels, coupled.float())
 
 
 def recorded_outputs(model: nn.Module, module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -131,8 +136,8 @@ def test_two_views_of_each_image_are_as_many_images(count, batch_size):
 def fits_with(given, weights):
     """As :func:`aims_with`, with positions that weigh alike."""
     done, fits = {}, []
-    weighing = {n: len(w) for n, w in importance(given).items()}
-    for fit in halfway_fits(given, done, {n: torch.ones(size) for n, size in weighing.items()}):
+    alike = {n: own._replace(positions=torch.ones_like(own.positions)) for n, own in importance(given).items()}
+    for fit in halfway_fits(given, done, alike):
         fits.append(fit)
         done[fit.name] = weights[fit.name]
     return fits

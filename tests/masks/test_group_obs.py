@@ -115,7 +115,7 @@ def test_units_of_a_network_are_those_of_brute_force_on_what_its_layers_are_fitt
         stream = seen_in(model, {}, pixels, name, after)[2]
         x, z, now = seen_in(model, done, pixels, name, after)
         wanted = z + (stream - now) / 2
-        roots = importances[name].sqrt().repeat(len(pixels))[:, None]
+        roots = importances[name].positions.sqrt().repeat(len(pixels))[:, None]
         assert found.kept[width].tolist() == brute_force([fitted(x, wanted, roots)], width.units, keep)
         columns = torch.zeros(width.units, dtype=torch.bool).index_fill_(0, found.kept[width], True)
         columns = columns.repeat_interleave(reader.each)
@@ -155,7 +155,7 @@ def test_layers_between_those_that_read_units_are_fitted_whole(monkeypatch: pyte
             _, z, stream = seen_in(model, {}, pixels, name, after)
             x, now, stream_now = seen_in(model, done, pixels, name, after)
             wanted = now + ((stream - stream_now) if joins else (z - now)) / 2
-            roots = importances[name].sqrt().repeat(len(pixels))[:, None]
+            roots = importances[name].positions.sqrt().repeat(len(pixels))[:, None]
             ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
             best = ones @ torch.linalg.lstsq(roots * ones, roots * wanted, driver="gelsd").solution
             W, bias = (found.tensors[key] for key in sorted(own, reverse=True))

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from snows_hf.masks.aims import damped
 from snows_hf.masks.choose import choose
 from snows_hf.masks.evidence import matrix, unmatrix
-from snows_hf.masks.scores.alps import fitted, places
+from snows_hf.masks.scores.alps import fitted, places, within_groups
 from snows_hf.masks.scores.obc import nm_kept, refit, unstructured_kept
 from snows_hf.masks.scores.sparsegpt import BLOCK, sweep
 from snows_hf.patterns import NM, Unstructured
@@ -273,14 +273,27 @@ def test_alps_leaves_less_error_than_the_greedy_criteria(pattern):
     assert errors[0] < min(errors[1:]), errors
 
 
-def test_alps_fits_what_it_keeps(monkeypatch):
-    """Of rows of two groups, one of which keeps nothing and one everything."""
+@pytest.mark.parametrize("coupled", [False, True])
+def test_alps_fits_what_it_keeps(monkeypatch, coupled):
+    """Of rows of two groups, one of which keeps nothing and one everything; by a dense solve of each group's kept
+    weights as one vector, whose Hessian is the Kronecker product of G and H between them."""
     monkeypatch.setattr("snows_hf.masks.scores.alps.TOLERANCE", 1e-9)
     W, H = problem(rows=6, d=12, groups=2)
     kept = randn(6, 12, seed=8) > 0
     kept[0], kept[1] = False, True
-    x = fitted(W.unflatten(0, (2, 3)), H, kept.unflatten(0, (2, 3)), (W * kept).unflatten(0, (2, 3)))
-    torch.testing.assert_close(x.flatten(0, 1), refit(W, H, kept))
+    root = randn(6, 9, seed=9)
+    G = within_groups(root @ root.T if coupled else None, W.unflatten(0, (2, 3)))
+    own, start = (matrix.unflatten(0, (2, 3)) for matrix in (kept, W * kept))
+    x = fitted(W.unflatten(0, (2, 3)), H, G, own, start).flatten(0, 1)
+    for group in range(2):
+        rows = slice(3 * group, 3 * group + 3)
+        between = (root[rows] @ root[rows].T) if coupled else torch.eye(3).double()
+        hessian, stays = torch.kron(between, H[group]), kept[rows].flatten()
+        best = torch.zeros_like(W[rows]).flatten()
+        best[stays] = torch.linalg.solve(hessian[stays][:, stays], (hessian @ W[rows].flatten())[stays])
+        torch.testing.assert_close(x[rows].flatten(), best)
+    if not coupled:
+        torch.testing.assert_close(x, refit(W, H, kept))
 
 
 def error(w: Tensor, H: Tensor, kept: Tensor) -> float:

@@ -50,7 +50,7 @@ def test_losses_are_what_the_network_loses_by_the_best_repair_of_each_layer(
         bias = name.removesuffix("weight") + "bias"
         W, b = (model.get_parameter(own).detach() for own in (name, bias))
         x = seen_by(model, name, learning)
-        roots = weighed[name].sqrt().repeat(len(learning))[:, None]
+        roots = weighed[name].positions.sqrt().repeat(len(learning))[:, None]
         centred = x - (roots**2 * x).sum(0) / (roots**2).sum()
         C = damped(((roots * centred).T @ (roots * centred) / (roots**2).sum())[None])[0]
         assert len(losses[width]) == width.units + 1 and losses[width][-1] < 1e-12 * losses[width][0]

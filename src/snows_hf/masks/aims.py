@@ -36,12 +36,17 @@ DAMPING = 0.01
 AT_ONCE = 32
 """Images whose graph of an operation is there at a time, at most."""
 
-PROBED = 32, 8
-"""Images from which it is estimated what positions weigh, and those whose graph of the whole network is there at a
-time, at most."""
+PROBED, COUPLED = 32, 128
+"""Images, at most, from which it is estimated what positions weigh; and channels, where weights go."""
+
+GRAPHS = 8
+"""Images whose graph of the whole network is there at a time, at most."""
 
 EVENLY = 0.2
 """Share of the weight that all positions have alike."""
+
+APART = 0.3
+"""Share of the weight by which each channel of a layer's output counts by itself."""
 
 HEAVIEST = 30.0
 """Most that a position weighs, as a multiple of the mean."""
@@ -51,7 +56,7 @@ class Aim(NamedTuple):
     """W* (rows, d), input channels innermost, and H = X Xᵀ + damping (groups, d, d), both in float64.
 
     Where the layer's bias moves, X is around its mean (groups, d), and z* is by ``above`` (rows,) over the layer's
-    output, on average.
+    output, on average. ``G`` (rows, rows) says what errors of the output weigh together: see :class:`Importance`.
     """
 
     name: str
@@ -59,15 +64,31 @@ class Aim(NamedTuple):
     H: Tensor
     mean: Tensor | None = None
     above: Tensor | None = None
+    G: Tensor | None = None
+
+
+class Importance(NamedTuple):
+    """How much the network's outputs depend on a layer's.
+
+    Attributes:
+        positions: what its positions weigh, (positions,), 1 on average.
+        channels: G (rows, rows), with a diagonal of 1 on average: an error e of the layer's output (rows,) costs
+            eᵀ G e at the network's end; None of a layer that keeps all of its weights.
+    """
+
+    positions: Tensor
+    channels: Tensor | None
 
 
 class Fit(NamedTuple):
     """Σ s [x̂, 1][x̂, 1]ᵀ, (groups, d + 1, d + 1), and Σ s (z* - W x̂ - b)[x̂, 1]ᵀ, (rows, d + 1), over images and
-    positions of weight s, of a layer's weight (rows, …), whose columns count as ``weight.flatten(1)`` does."""
+    positions of weight s, of a layer's weight (rows, …), whose columns count as ``weight.flatten(1)`` does; G (rows,
+    rows) of its :class:`Importance`."""
 
     name: str
     gram: Tensor
     shift: Tensor
+    G: Tensor | None = None
 
 
 class Terms(NamedTuple):
@@ -82,8 +103,8 @@ class Terms(NamedTuple):
     def and_those(self, other: "Terms | None") -> "Terms":
         return self if other is None else Terms(*map(torch.add, self, other))
 
-    def fit(self, name: str) -> Fit:
-        return Fit(name, self.gram, self.shift.double() * (self.inputs / self.sensitivity)[:, None])
+    def fit(self, name: str, G: Tensor | None) -> Fit:
+        return Fit(name, self.gram, self.shift.double() * (self.inputs / self.sensitivity)[:, None], G)
 
 
 def damped(H: Tensor) -> Tensor:
@@ -125,7 +146,7 @@ def aim_of(evidence: Evidence, fit: Fit) -> Aim:
         lacking = lacking - above.view(len(gram), -1, 1) * sums[:, None]
     H = damped(gram)
     W = matrix(weight).to(H) + torch.linalg.solve(H, lacking, left=False).flatten(0, 1)
-    return Aim(fit.name, W, H, mean, above)
+    return Aim(fit.name, W, H, mean, above, fit.G)
 
 
 def bias_for(evidence: Evidence, aim: Aim, updated: Tensor) -> dict[str, Tensor]:
@@ -150,13 +171,13 @@ def shifted(chain: Chain, weight: str, shift: Tensor) -> dict[str, Tensor]:
 
 
 def halfway_fits(
-    evidence: Evidence, done: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
+    evidence: Evidence, done: Mapping[str, Tensor], weights: Mapping[str, Importance] | None = None
 ) -> Iterator[Fit]:
     """In forward order those of the layers that are ``evidence.fitted`` and not ``done``, on what they read where the
     network has all that is: a layer's new weight (and its bias) is there by the time that the next one is asked for.
 
     Args:
-        weights: what the positions of each layer's output weigh; None: :func:`importance`.
+        weights: what each layer's output weighs; None: :func:`importance`.
 
     Raises:
         MaskError: a layer that is neither a Linear nor a Conv2d as torch computes it.
@@ -179,20 +200,21 @@ def halfway_fits(
         weights = weights or importance(evidence)
         for place, operation, _ in chain.walk(None, advance, stop=max(fitted, default=-1) + 1):
             if names := [name for name in evidence.fitted_in(operation) if name not in done]:
-                own_weights, sums = {name: weights[name] for name in names}, dict[str, Terms]()
+                own_weights, sums = {name: weights[name].positions for name in names}, dict[str, Terms]()
                 for i, state in enumerate(pruned):
                     y, found = terms(evidence, place, own_weights, dense[i], state, done)
                     dense[i] = shelf.keep(y)
                     sums = {name: part.and_those(sums.get(name)) for name, part in found.items()}
                 ahead = operation.name
-                yield from (part.fit(name) for name, part in sums.items())
+                yield from (part.fit(name, weights[name].channels) for name, part in sums.items())
 
 
-def importance(evidence: Evidence) -> dict[str, Tensor]:
-    """What the positions of each layer's output weigh, (positions,), 1 on average: the mean square of how much the
-    network's outputs depend on what is there, estimated with one random cotangent an image."""
-    chain, names, sums = evidence.network, list(evidence.fitted), dict[str, Tensor]()
-    for part in evidence.calibration[: PROBED[0]].split(min(PROBED[1], evidence.config.batch_size)):
+def importance(evidence: Evidence) -> dict[str, Importance]:
+    """Of each layer's output, by one random cotangent u an image: g = Jᵀu, J the network's derivative by that output.
+    Positions weigh by the mean square of g; G is the mean of g gᵀ (K-FAC; Martens and Grosse, 2015)."""
+    chain, names = evidence.network, list(evidence.fitted)
+    squares, products = dict[str, Tensor](), dict[str, Tensor]()
+    for part in evidence.calibration[: probed(evidence)].split(min(GRAPHS, evidence.config.batch_size)):
         state: State = (part.to(chain.device).requires_grad_(),)
         with recorded(chain, names) as found:
             for operation in chain.operations:
@@ -201,10 +223,27 @@ def importance(evidence: Evidence) -> dict[str, Tensor]:
         u, z = cotangents(results, whole(len(part))), [found[name][2] for name in names]
         sensitivities = grad([y for _, y in results], z, u, materialize_grads=True)
         for name, cotangent in zip(names, sensitivities, strict=True):
-            rows = channels_in_end(found[name][0], cotangent.float()).square().mean(-1)
-            own = rows.reshape(len(part), -1).sum(0)
-            sums[name] = sums[name] + own if name in sums else own
-    return {name: EVENLY + (1 - EVENLY) * relative(total).clamp_max(HEAVIEST) for name, total in sums.items()}
+            g = channels_in_end(found[name][0], cotangent.float())
+            squares[name] = squares.get(name, 0.0) + g.square().mean(-1).reshape(len(part), -1).sum(0)
+            if evidence.loses_weights(name):
+                products[name] = products.get(name, 0.0) + g.flatten(0, -2).T @ g.flatten(0, -2)
+    return {name: Importance(weighed(own), coupled(products.get(name))) for name, own in squares.items()}
+
+
+def probed(evidence: Evidence) -> int:
+    """How many images say what is important."""
+    return min(COUPLED if any(map(evidence.loses_weights, evidence.fitted)) else PROBED, len(evidence.calibration))
+
+
+def weighed(squares: Tensor) -> Tensor:
+    return EVENLY + (1 - EVENLY) * relative(squares).clamp_max(HEAVIEST)
+
+
+def coupled(products: Tensor | None) -> Tensor | None:
+    if products is None:
+        return None
+    mean = products.diagonal().mean()
+    return torch.lerp(products / mean if mean > 0 else products, torch.eye(len(products)).to(products), APART)
 
 
 def relative(total: Tensor) -> Tensor:

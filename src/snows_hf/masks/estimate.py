@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapters.frozen import frozen
 from ..method.estimate import MORE, WORTH_SAYING, in_words, pass_seconds, timed
 from ..runtime.run import Run
-from .aims import AT_ONCE, PROBED, Fit, halfway_fits, importance
+from .aims import AT_ONCE, Fit, halfway_fits, importance, probed
 from .evidence import Evidence
 
 
@@ -83,4 +83,4 @@ def estimated_times(evidence: Evidence, settle: Settle) -> Times | None:
         known.setdefault(kind, (waited * count / len(images), decided))
     each = {name: [part / len(names) for part in known[kind]] for names, kind in kinds.items() for name in names}
     fitting, settling = ({name: parts[i] for name, parts in each.items()} for i in (0, 1))
-    return Times(probing * min(PROBED[0], count) / len(fewer), fitting, settling)
+    return Times(probing * probed(evidence) / len(fewer), fitting, settling)

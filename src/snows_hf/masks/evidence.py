@@ -89,6 +89,10 @@ class Evidence:
         names = (name for operation in self.network.operations for name in self.fitted_in(operation))
         return {name: self.weights[name] if name in self.weights else self.free[name] for name in names}
 
+    def loses_weights(self, name: str) -> bool:
+        """Whether zeros come into a layer, by its weight's name."""
+        return name in self.weights and not isinstance(self.pattern.of(name), Full)
+
     @property
     def title(self) -> str:
         """What is chosen, in words."""

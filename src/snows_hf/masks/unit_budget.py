@@ -69,7 +69,8 @@ def losses_of(evidence: Evidence, keep: Mapping[Width, int]) -> Losses:
     learning, judging = replace(evidence, images=images[: count - judges]), images[count - judges : count]
     with frozen(evidence.network.model):
         weights, dense = importance(learning), last_output(evidence, judging, {})
-    totals = learning.moments([slot.name for width in keep for slot in width.readers], weights)
+        positions = {name: own.positions for name, own in weights.items()}
+    totals = learning.moments([slot.name for width in keep for slot in width.readers], positions)
     for width, kept in evidence.run.track(keep.items(), "What units cost", len(keep), lambda item: item[0].name):
         grams = dict(islice(totals, len(width.readers)))
         layers = dense_layers(evidence, width, grams)

@@ -4,14 +4,15 @@ Behdin, Wang and Mazumder, 2024, section 3).
 W may be dense, D keeps the pattern, and V draws the two together: ρ, what it weighs that they differ, grows until D
 keeps its places. All rows of a layer share one eigendecomposition, so it costs little more than SparseGPT, and it
 takes decisions back, as greedy criteria do not. Layers come one after the other, each fitted on what the pruned ones
-before it give, halfway to the dense network (aims.py); the authors have the dense network's inputs.
+before it give, halfway to the dense network (aims.py); the authors have the dense network's inputs. The kept weights
+of all rows make up for each other, since errors of the rows weigh together at the network's end (ours, by K-FAC's G).
 """
 
 import torch
 from torch import Tensor
 
 from ...patterns import NM
-from ..aims import Fit, aim_of, halfway_aims
+from ..aims import Aim, Fit, aim_of, halfway_aims
 from ..estimate import tell_estimate
 from ..evidence import Evidence
 from .base import Choice
@@ -36,8 +37,8 @@ ITERATIONS = 300
 TOLERANCE = 0.01
 """Of the kept weights' residual, as a share of what the dense weights alone would leave."""
 
-PRODUCTS = 50
-"""With H, at most, for the kept weights."""
+PRODUCTS = 100
+"""With G and H, at most, for the kept weights."""
 
 
 def alps(evidence: Evidence) -> Choice:
@@ -50,10 +51,19 @@ def alps(evidence: Evidence) -> Choice:
     return layer_by_layer(evidence, decide, halfway_aims, seconds)
 
 
-def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
-    W, H = W.unflatten(0, (len(H), -1)).float(), H.float()  # single precision says as well which weights go
+def decide(aim: Aim, pattern: NM | None, zeros: int) -> Kept:
+    H = aim.H.float()  # single precision says as well which weights go
+    W = aim.W.unflatten(0, (len(H), -1)).float()
     kept, D = places(W, H, pattern, zeros)
-    return kept.flatten(0, 1), fitted(W, H, kept, D).flatten(0, 1)
+    return kept.flatten(0, 1), fitted(W, H, within_groups(aim.G, W), kept, D).flatten(0, 1)
+
+
+def within_groups(G: Tensor | None, W: Tensor) -> Tensor:
+    """G (all rows, all rows) between the rows of each group of W (groups, rows, d), (groups, rows, rows)."""
+    groups, rows = W.shape[:2]
+    if G is None:
+        return torch.eye(rows).to(W).expand(groups, rows, rows)
+    return G.to(W).view(groups, rows, groups, rows).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def places(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor, Tensor]:
@@ -95,21 +105,21 @@ def largest(W: Tensor, pattern: NM | None, zeros: int) -> Tensor:
     return without_lowest(W.abs(), zeros)
 
 
-def fitted(W: Tensor, H: Tensor, kept: Tensor, x: Tensor) -> Tensor:
-    """The kept weights (groups, rows, d) that minimise ½ ΔᵀHΔ, Δ their difference to W, by conjugate gradients from
-    ``x`` on, for all rows at once, preconditioned by the diagonal of H (Algorithm 2)."""
-    diagonal, tiny = H.diagonal(dim1=-2, dim2=-1)[:, None], torch.finfo(H.dtype).tiny
-    enough = TOLERANCE * ((W * ~kept) @ H * kept).norm()
-    r = (W - x) @ H * kept
+def fitted(W: Tensor, H: Tensor, G: Tensor, kept: Tensor, x: Tensor) -> Tensor:
+    """The kept weights (groups, rows, d) that minimise ½ tr(Δᵀ G Δ H), Δ their difference to W, by conjugate gradients
+    from ``x`` on, preconditioned by the diagonals of G and H (Algorithm 2, which has no G)."""
+    diagonal = G.diagonal(dim1=-2, dim2=-1)[..., None] * H.diagonal(dim1=-2, dim2=-1)[:, None]
+    tiny, enough = torch.finfo(H.dtype).tiny, TOLERANCE * (G @ (W * ~kept) @ H * kept).norm()
+    r = G @ (W - x) @ H * kept
     p = z = r / diagonal
-    rz = (r * z).sum(-1, keepdim=True)
+    rz = (r * z).sum((1, 2), keepdim=True)
     for _ in range(PRODUCTS):
         if r.norm() <= enough:
             break
-        Hp = p @ H * kept
-        alpha = rz / (p * Hp).sum(-1, keepdim=True).clamp_min(tiny)  # of a row that is exact: 0
+        Hp = G @ p @ H * kept
+        alpha = rz / (p * Hp).sum((1, 2), keepdim=True).clamp_min(tiny)  # of a group that is exact: 0
         x, r = x + alpha * p, r - alpha * Hp
         z, before = r / diagonal, rz
-        rz = (r * z).sum(-1, keepdim=True)
+        rz = (r * z).sum((1, 2), keepdim=True)
         p = z + rz / before.clamp_min(tiny) * p
     return x

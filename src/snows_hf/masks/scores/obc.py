@@ -26,9 +26,8 @@ Kept = tuple[Tensor, Tensor]
 Aims = Callable[[Evidence, Mapping[str, Tensor]], Iterator[Aim]]
 """What layers are fitted to (aims.py), of all but those whose pruned weights are there; these grow meanwhile."""
 
-Decide = Callable[[Tensor, Tensor, NM | None, int], Kept]
-"""W (rows, d) and H = X Xᵀ + damping (groups, d, d), both in float64, the layer's N:M or None, and how many weights
-go → which are kept, as W."""
+Decide = Callable[[Aim, NM | None, int], Kept]
+"""What a layer is fitted to, its N:M or None, and how many weights go → which are kept, as W."""
 
 
 def layer_by_layer(
@@ -60,13 +59,13 @@ def decide_for(evidence: Evidence, decide: Decide, aim: Aim, zeros: int) -> Kept
     if aim.name in evidence.free:
         return torch.ones_like(aim.W, dtype=torch.bool), aim.W
     pattern = evidence.pattern.of(aim.name)
-    return decide(aim.W, aim.H, pattern if isinstance(pattern, NM) else None, zeros)
+    return decide(aim, pattern if isinstance(pattern, NM) else None, zeros)
 
 
 def obc(evidence: Evidence) -> Choice:
-    def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
-        kept = nm_kept(W, H, pattern) if pattern else unstructured_kept(W, H, zeros)
-        return kept, refit(W, H, kept)
+    def decide(aim: Aim, pattern: NM | None, zeros: int) -> Kept:
+        kept = nm_kept(aim.W, aim.H, pattern) if pattern else unstructured_kept(aim.W, aim.H, zeros)
+        return kept, refit(aim.W, aim.H, kept)
 
     return layer_by_layer(evidence, decide)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...patterns import NM
+from ..aims import Aim
 from ..evidence import Evidence
 from .base import Choice
 from .obc import Kept, layer_by_layer, without_lowest
@@ -20,8 +21,8 @@ BLOCK = 128
 
 
 def sparsegpt(evidence: Evidence) -> Choice:
-    def decide(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> Kept:
-        kept, updated = sweep(W.unflatten(0, (len(H), -1)), H, pattern, zeros)
+    def decide(aim: Aim, pattern: NM | None, zeros: int) -> Kept:
+        kept, updated = sweep(aim.W.unflatten(0, (len(aim.H), -1)), aim.H, pattern, zeros)
         return kept.flatten(0, 1), updated.flatten(0, 1)
 
     return layer_by_layer(evidence, decide)
