@@ -225,22 +225,20 @@ def test_inputs_that_never_fire_leave_it_defined():
     assert kept[:, 0].all()
     assert torch.isfinite(refit(W, damped(H), kept)).all()
     assert torch.isfinite(sweep(W[None], damped(torch.zeros_like(H)), NM(2, 4), 0)[1]).all()
-    assert torch.isfinite(places(W[None], damped(torch.zeros_like(H)), NM(2, 4), 0)[1]).all()
+    apart = within_groups(None, W[None])
+    assert torch.isfinite(places(W[None], damped(torch.zeros_like(H)), apart, NM(2, 4), 0)[1]).all()
 
 
-def plain_alps(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
-    """The kept weights of one group by Eq. 5 as it is written, with a solve a row and an iteration."""
-    scale = H.diagonal().sqrt()
-    H, W = H / scale / scale[:, None], W * scale
+def plain_alps(W: Tensor, H: Tensor, G: Tensor, pattern: NM) -> Tensor:
+    """The kept weights of one group by Eq. 5 as it is written, with G on the left: by a solve for all rows."""
+    scale = G.diagonal().sqrt()[:, None] * H.diagonal().sqrt()
+    hessian = torch.kron(G, H) / scale.flatten() / scale.flatten()[:, None]
+    W = W * scale
     kept = before = pattern.mask(W.abs())
     D, V, rho = W * kept, torch.zeros_like(W), 0.1
     for t in range(1, 301):
-        X = torch.stack(
-            [
-                torch.linalg.solve(H + rho * torch.eye(len(H)), H @ w - v + rho * d)
-                for w, v, d in zip(W, V, D, strict=True)
-            ]
-        )
+        right = (hessian @ W.flatten()).view_as(W) - V + rho * D
+        X = torch.linalg.solve(hessian + rho * torch.eye(len(hessian)), right.flatten()).view_as(W)
         kept = pattern.mask((X + V / rho).abs())
         D = torch.where(kept, X + V / rho, 0.0)
         V = V + rho * (X - D)
@@ -252,10 +250,13 @@ def plain_alps(W: Tensor, H: Tensor, pattern: NM) -> Tensor:
     return kept
 
 
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(1, 3)], ids=str)
-def test_alps_is_the_plain_iteration(pattern):
+def test_alps_is_the_plain_iteration(pattern, coupled):
     W, H = problem(rows=6, d=24, seed=3)
-    assert torch.equal(places(W[None], H, pattern, 0)[0][0], plain_alps(W, H[0], pattern))
+    root = randn(6, 9, seed=9)
+    G = root @ root.T if coupled else torch.eye(6).double()
+    assert torch.equal(places(W[None], H, G[None], pattern, 0)[0][0], plain_alps(W, H[0], G, pattern))
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), None], ids=str)
@@ -263,7 +264,7 @@ def test_alps_leaves_less_error_than_the_greedy_criteria(pattern):
     """With the best weights for each mask; by the pattern in every row, or so many zeros in all."""
     W, H = problem(rows=24, d=48, seed=6)
     zeros = int(0.6 * W.numel())
-    kept = places(W[None], H, pattern, zeros)[0][0]
+    kept = places(W[None], H, within_groups(None, W[None]), pattern, zeros)[0][0]
     assert pattern.holds(kept) if pattern else int((~kept).sum()) == zeros
     obc = nm_kept(W, H, pattern) if pattern else unstructured_kept(W, H, zeros)
     errors = []
@@ -313,5 +314,6 @@ def test_alps_finds_the_best_mask_of_all_more_often_than_the_greedy_criteria():
             masks.append(mask.flatten())
         best[r] = min(masks, key=lambda mask: error(w, H, mask))
     greedy = sweep(W[None], H[None], pattern, 0)[0][0], nm_kept(W, H[None], pattern)
-    found = [int((kept == best).all(1).sum()) for kept in (*greedy, places(W[None], H[None], pattern, 0)[0][0])]
+    alps = places(W[None], H[None], within_groups(None, W[None]), pattern, 0)[0][0]
+    found = [int((kept == best).all(1).sum()) for kept in (*greedy, alps)]
     assert found[2] > 1.5 * max(found[:2]), found

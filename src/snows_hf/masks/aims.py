@@ -45,7 +45,7 @@ GRAPHS = 8
 EVENLY = 0.2
 """Share of the weight that all positions have alike."""
 
-APART = 0.3
+APART = 0.1
 """Share of the weight by which each channel of a layer's output counts by itself."""
 
 HEAVIEST = 30.0

@@ -2,10 +2,12 @@
 Behdin, Wang and Mazumder, 2024, section 3).
 
 W may be dense, D keeps the pattern, and V draws the two together: ρ, what it weighs that they differ, grows until D
-keeps its places. All rows of a layer share one eigendecomposition, so it costs little more than SparseGPT, and it
-takes decisions back, as greedy criteria do not. Layers come one after the other, each fitted on what the pruned ones
-before it give, halfway to the dense network (aims.py); the authors have the dense network's inputs. The kept weights
-of all rows make up for each other, since errors of the rows weigh together at the network's end (ours, by K-FAC's G).
+keeps its places. All rows share the eigendecompositions of H and G, so it costs little more than SparseGPT, and it
+takes decisions back, as greedy criteria do not.
+
+Two things are ours. Layers come one after the other, each fitted on what the pruned ones before it give, halfway to
+the dense network (aims.py), where the authors have that network's inputs. And a layer's error counts as the network's
+outputs depend on it: Δ, the pruned weights less W, by tr(Δᵀ G Δ H), where the authors' G is the identity.
 """
 
 import torch
@@ -54,8 +56,9 @@ def alps(evidence: Evidence) -> Choice:
 def decide(aim: Aim, pattern: NM | None, zeros: int) -> Kept:
     H = aim.H.float()  # single precision says as well which weights go
     W = aim.W.unflatten(0, (len(H), -1)).float()
-    kept, D = places(W, H, pattern, zeros)
-    return kept.flatten(0, 1), fitted(W, H, within_groups(aim.G, W), kept, D).flatten(0, 1)
+    G = within_groups(aim.G, W)
+    kept, D = places(W, H, G, pattern, zeros)
+    return kept.flatten(0, 1), fitted(W, H, G, kept, D).flatten(0, 1)
 
 
 def within_groups(G: Tensor | None, W: Tensor) -> Tensor:
@@ -66,25 +69,27 @@ def within_groups(G: Tensor | None, W: Tensor) -> Tensor:
     return G.to(W).view(groups, rows, groups, rows).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def places(W: Tensor, H: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor, Tensor]:
-    """Which weights are kept (bool), and what they are by then, both as W (Algorithm 1).
+def places(W: Tensor, H: Tensor, G: Tensor, pattern: NM | None, zeros: int) -> tuple[Tensor, Tensor]:
+    """Which weights are kept (bool), and what they are by then, both as W (Algorithm 1, with G on the left).
 
     Args:
         W: (groups, rows, d), input channels innermost.
         H: X Xᵀ + damping, (groups, d, d).
+        G: what errors of the rows weigh together, (groups, rows, rows).
         pattern: N:M along d; None: all but ``zeros`` weights of all groups and rows together.
         zeros: how many weights go.
     """
-    scale = H.diagonal(dim1=-2, dim2=-1).sqrt()[:, None]
-    H, W = H / scale / scale.mT, W * scale
-    eigenvalues, Q = torch.linalg.eigh(H)
-    target, V, rho = W @ H, torch.zeros_like(W), RHO
+    scale, rows = (matrix.diagonal(dim1=-2, dim2=-1).sqrt() for matrix in (H, G))
+    H, G = H / scale[:, None] / scale[..., None], G / rows[:, None] / rows[..., None]
+    scale = rows[..., None] * scale[:, None]
+    W = W * scale
+    (h, Q), (g, P) = torch.linalg.eigh(H), torch.linalg.eigh(G)
+    target, V, rho = G @ W @ H, torch.zeros_like(W), RHO
     kept = before = largest(W, pattern, zeros)
-    D, inverse = W * kept, H
+    D = W * kept
     for t in range(ITERATIONS):
-        if t % EVERY == 0:
-            inverse = (Q / (eigenvalues + rho)[:, None]) @ Q.mT  # (H + ρI)⁻¹
-        W = (target - V + rho * D) @ inverse
+        right = P.mT @ (target - V + rho * D) @ Q
+        W = P @ (right / (g[..., None] * h[:, None] + rho)) @ Q.mT  # (G ⊗ H + ρI)⁻¹
         drawn = W + V / rho
         kept = largest(drawn, pattern, zeros)
         D = drawn * kept
