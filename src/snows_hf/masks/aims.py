@@ -36,7 +36,7 @@ DAMPING = 0.01
 AT_ONCE = 32
 """Images whose graph of an operation is there at a time, at most."""
 
-PROBED, COUPLED = 32, 128
+PROBED, COUPLED = 32, 256
 """Images, at most, from which it is estimated what positions weigh; and channels, where weights go."""
 
 GRAPHS = 8
