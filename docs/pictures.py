@@ -263,7 +263,7 @@ def efforts() -> Figure:
         ax.set(xscale="log", xlabel="time, SparseGPT alone being 1")
         ax.xaxis.set_major_formatter("{x:g}")
     axes[0].set(xlim=(0.8, 100), ylim=(0, None))
-    axes[1].set(xlim=(0.8, 400), yscale="log", ylim=(0.002, 1))
+    axes[1].set(xlim=(0.8, 400), yscale="log", ylim=(0.0004, 1))
     axes[1].yaxis.set_major_formatter("{x:g}")
     return figure
 
