@@ -18,6 +18,7 @@ from snows_hf.masks.aims import (
     HEAVIEST,
     aim_of,
     bias_for,
+    coupled,
     damped,
     dense_aims,
     halfway_aims,
@@ -83,8 +84,13 @@ def test_positions_and_channels_weigh_as_the_outputs_depend_on_them(make):
         mean = torch.stack(squares).mean(0)
         own = EVENLY + (1 - EVENLY) * (mean / mean.mean()).clamp_max(HEAVIEST)
         torch.testing.assert_close(positions, own.float())
-        coupled = APART * torch.eye(len(products)) + (1 - APART) * products / products.diagonal().mean()
-        torch.testing.assert_close(channels, coupled.float())
+        expected = APART * torch.eye(len(products)) + (1 - APART) * products / products.diagonal().mean()
+        torch.testing.assert_close(channels, expected.float())
+
+
+@pytest.mark.parametrize("products", [torch.zeros(3, 3), torch.full((3, 3), torch.inf), torch.full((3, 3), torch.nan)])
+def test_channels_that_nothing_depends_on_or_nobody_can_tell_count_apart(products):
+    assert torch.equal(coupled(products), torch.eye(3))
 
 
 def recorded_outputs(model: nn.Module, module: nn.Module, x: Tensor) -> list[Tensor]:

@@ -242,8 +242,8 @@ def weighed(squares: Tensor) -> Tensor:
 def coupled(products: Tensor | None) -> Tensor | None:
     if products is None:
         return None
-    mean = products.diagonal().mean()
-    return torch.lerp(products / mean if mean > 0 else products, torch.eye(len(products)).to(products), APART)
+    mean, apart = products.diagonal().mean(), torch.eye(len(products)).to(products)
+    return torch.lerp(products / mean, apart, APART) if 0 < mean < torch.inf else apart
 
 
 def relative(total: Tensor) -> Tensor:
