@@ -104,10 +104,11 @@ class Run:
     ) -> Iterator[T]:
         """The items, one after the other, told as the parts of a stage; ``seconds`` that parts are thought to take, by
         their names, say how much of it is over."""
-        done, passed, whole = 0, 0.0, sum((seconds or {}).values())
+        seconds = seconds or {}
+        done, passed, whole = 0, 0.0, sum(seconds.values())
         for done, item in enumerate(items, 1):
             name = part(item)
             self.tell(stage, done - 1, total, name, over=passed / whole if whole else None)
             yield item
-            passed += (seconds or {}).get(name, 0.0)
+            passed += seconds.get(name, 0.0)
         self.tell(stage, done, total)
