@@ -235,7 +235,7 @@ def plain_alps(W: Tensor, H: Tensor, G: Tensor, pattern: NM) -> Tensor:
     hessian = torch.kron(G, H) / scale.flatten() / scale.flatten()[:, None]
     W = W * scale
     kept = before = pattern.mask(W.abs())
-    D, V, rho = W * kept, torch.zeros_like(W), 0.1
+    D, V, rho = W * kept, torch.zeros_like(W), 0.05
     for t in range(1, 301):
         right = (hessian @ W.flatten()).view_as(W) - V + rho * D
         X = torch.linalg.solve(hessian + rho * torch.eye(len(hessian)), right.flatten()).view_as(W)
@@ -246,7 +246,7 @@ def plain_alps(W: Tensor, H: Tensor, G: Tensor, pattern: NM) -> Tensor:
             changed = int((kept ^ before).sum()) / 2 / int(kept.sum())
             if changed < 0.01:
                 break
-            rho, before = rho * (1.3 if changed > 0.1 else 1.2), kept
+            rho, before = rho * (1.5 if changed > 0.1 else 1.3), kept
     return kept
 
 

@@ -349,10 +349,11 @@ def solve(
     moving = [*moved(chain, masks, subject.config.biases), *chosen.begin.free]
     chain.put({name: subject.original[name] for name in moving})
     subject.network.to(run.dtype)
-    config = find_batches(run, chain, images[:2], chosen.begin.masks, subject.config)
+    config, begin = subject.config, chosen.begin
     run.say(f"Pruning {len(subject.layers)} layers to {config.pattern}")
-    begin = chosen.begin
-    tell_estimate(run, chain, images, begin.masks, config, quick)
+    if config.sweeps or config.joint_steps:
+        config = find_batches(run, chain, images[:2], begin.masks, config)
+        tell_estimate(run, chain, images, begin.masks, config, quick)
     reports = prune_chain(chain, images, begin.masks, config, run, begin.weights, chosen.final, teacher)
     for name in restore_untouched(subject.network, subject.original, moving):
         run.say(f"{name}: weights beyond the range of {subject.original[name].dtype} became its largest number")

@@ -37,7 +37,8 @@ AT_ONCE = 32
 """Images whose graph of an operation is there at a time, at most."""
 
 PROBED, COUPLED = 32, 256
-"""Images, at most, from which it is estimated what positions weigh; and channels, where weights go."""
+"""Images, at most, from which it is estimated what positions weigh; and channels, where weights go, for each view that
+is read of an image."""
 
 GRAPHS = 8
 """Images whose graph of the whole network is there at a time, at most."""
@@ -226,13 +227,16 @@ def importance(evidence: Evidence) -> dict[str, Importance]:
             g = channels_in_end(found[name][0], cotangent.float())
             squares[name] = squares.get(name, 0.0) + g.square().mean(-1).reshape(len(part), -1).sum(0)
             if evidence.loses_weights(name):
-                products[name] = products.get(name, 0.0) + g.flatten(0, -2).T @ g.flatten(0, -2)
+                g = g.flatten(0, -2)
+                total = products.get(name)
+                products[name] = g.T @ g if total is None else total.addmm_(g.T, g)
     return {name: Importance(weighed(own), coupled(products.get(name))) for name, own in squares.items()}
 
 
 def probed(evidence: Evidence) -> int:
     """How many images say what is important."""
-    return min(COUPLED if any(map(evidence.loses_weights, evidence.fitted)) else PROBED, len(evidence.calibration))
+    coupled = any(map(evidence.loses_weights, evidence.fitted))
+    return min(COUPLED * evidence.config.views if coupled else PROBED, len(evidence.calibration))
 
 
 def weighed(squares: Tensor) -> Tensor:
@@ -303,6 +307,7 @@ def slope_of(output: Tensor, z: Tensor) -> Tensor | None:
     the sign; None where it depends on others, too: then its size depends on the signs of what is derived."""
     if z.shape != output.shape:
         return None
-    (signs,) = cotangents([(1.0, output)], whole(len(output)))
-    slope, other = (grad(output, z, u, retain_graph=True)[0].abs() for u in (torch.ones_like(output), signs))
-    return slope if torch.allclose(slope, other, rtol=1e-3, atol=1e-6 * float(slope.max())) else None
+    slope = grad(output, z, torch.ones_like(output), retain_graph=True)[0].abs()
+    first, (signs,) = slope[:1], cotangents([(1.0, output[:1])], whole(1))
+    other = grad(output[:1], z, signs, retain_graph=True)[0][:1].abs()  # one image tells
+    return slope if torch.allclose(first, other, rtol=1e-3, atol=1e-6 * float(first.max())) else None

@@ -21,14 +21,16 @@ from .base import Choice
 from .obc import Kept, decide_for, layer_by_layer, without_lowest
 
 
-RHO = 0.1
-"""ρ at first, for inputs scaled to a variance of 1 (section 3.2)."""
+RHO = 0.05
+"""ρ at first, for inputs scaled to a variance of 1. The authors, who have no G, begin with 0.1 (section 3.2): 5 % more
+error. 0.01 has 6 % less, and does worse on other images."""
 
 EVERY = 3
 """Iterations between two values of ρ."""
 
-GROWTH = ((0.1, 1.3), (0.005, 1.2))
-"""By what ρ grows where more than this share of the kept places has changed since it last grew (Eq. 10)."""
+GROWTH = ((0.1, 1.5), (0.005, 1.3))
+"""By what ρ grows where more than this share of the kept places has changed since it last grew (Eq. 10; the authors
+have 1.3 and 1.2: from a lower ρ on it takes longer, for 2 % less error)."""
 
 SETTLED = 0.01
 """The share below which D keeps its places. The authors wait for none: twice the time for 0.2 % less error."""
