@@ -117,8 +117,8 @@ def kept() -> list[Kept]:
         for model in ("DINOv2-S", "EfficientNet-Lite0")
     )
     return [
-        stacked("DINOv2-S", "`2:4`", efforts, "dense", ".* alone", "`standard`"),
-        stacked("DINOv2-S", "`0.7`", share, "dense", ".* alone", "`standard`"),
+        stacked("DINOv2-S", "`2:4`", efforts, "dense", "SparseGPT alone", "`standard`"),
+        stacked("DINOv2-S", "`0.7`", share, "dense", "SparseGPT alone", "`standard`"),
         stacked("DINOv2-S", "`mlp:0.5`", units, "dense", "group OBS with its repair", r"….*`standard`"),
         stacked("EfficientNet-Lite0", "`2:4`", efficientnet, "dense", "ALPS, depthwise", ".*24 joint"),
         stacked("EfficientNet-Lite0", "`channels:0.25`", channels, "dense", "magnitude with the", ".*counting oper"),
