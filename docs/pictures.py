@@ -254,7 +254,7 @@ def efforts() -> Figure:
     ours, others, small = (
         table for table in tables("Efforts on a network") if any(cell.startswith("time") for cell in table.head)
     )
-    by_time(axes[0], ours, OURS, ", ALPS", (5, -13))
+    by_time(axes[0], ours, OURS, ", ALPS", (5, 4), (5, 4), (5, 4), (-10, -14), (6, -3))
     by_time(axes[0], others, GREY, ", SparseGPT's masks", (-25, 10), (8, -4))
     by_time(axes[1], small, OURS, "", (2, 7))
     axes[0].set(title="DINOv2-S, 2:4, 256 images: divergence by time")
