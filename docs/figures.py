@@ -120,7 +120,7 @@ def kept() -> list[Kept]:
         stacked("DINOv2-S", "`2:4`", efforts, "dense", "SparseGPT alone", "`standard`"),
         stacked("DINOv2-S", "`0.7`", share, "dense", "SparseGPT alone", "`standard`"),
         stacked("DINOv2-S", "`mlp:0.5`", units, "dense", "group OBS with its repair", r"….*`standard`"),
-        stacked("EfficientNet-Lite0", "`2:4`", efficientnet, "dense", "ALPS, depthwise", ".*24 joint"),
+        stacked("EfficientNet-Lite0", "`2:4`", efficientnet, "dense", ".*lower ρ", ".*24 joint"),
         stacked("EfficientNet-Lite0", "`channels:0.25`", channels, "dense", "magnitude with the", ".*counting oper"),
         in_a_row("ResNet-20", "`2:4`", "ResNet-20, 2:4"),
         in_a_row("ResNet-20", "`1:4`", "ResNet-20, 1:4"),
